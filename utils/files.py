@@ -1,0 +1,164 @@
+"""Files: atomic writes, YAML in and out, the user's cache folder, run-folder names.
+
+A file written here is either the complete old one or the complete new one, whenever the machine stops.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import yaml
+
+from utils.structures import UserError
+
+_PACK_MAGIC = b"YOLOPACK1\n"
+_PACK_ALIGN = 64
+
+
+def write_atomic(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it over `path`."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda file: file.write(text.encode()) and None)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name != "posix":  # Windows has no handle on folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_yaml(path: Path, *, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError, naming `what` the file should be, when it is not one."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{what} not found: {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{what} is a folder, expected a YAML file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} cannot be read: {path} ({getattr(error, 'strerror', None) or 'not text'})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-45 is a ValueError
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise UserError(f"{what} is not valid YAML: {where}: {problem}") from None
+    if not isinstance(content, dict):
+        got = "an empty file" if content is None else type(content).__name__
+        raise UserError(f"{what} must be a YAML mapping of `key: value` lines, got {got}: {path}")
+    return content
+
+
+def nearest_name(wrong: str, names: Iterable[str]) -> str:
+    """A hint to end an error line with: "; did you mean 'x'?", or the empty string when nothing is near."""
+    near = difflib.get_close_matches(wrong, list(names), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def write_yaml(path: Path, content: dict[str, Any], *, header: str = "") -> None:
+    body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+    write_text(path, header + body)
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+    """Write arrays and a JSON-able `meta` to one file that `read_arrays` maps into memory."""
+    table, offset = {}, 0
+    for name, array in arrays.items():
+        table[name] = {"dtype": array.dtype.str, "shape": list(array.shape), "offset": offset}
+        offset += -(-array.nbytes // _PACK_ALIGN) * _PACK_ALIGN
+    header = json.dumps({"meta": meta, "arrays": table}).encode()
+    header += b" " * (-(len(_PACK_MAGIC) + 8 + len(header)) % _PACK_ALIGN)
+
+    def write(file: IO[bytes]) -> None:
+        file.write(_PACK_MAGIC + len(header).to_bytes(8, "little") + header)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).tobytes() + b"\0" * (-array.nbytes % _PACK_ALIGN))
+
+    write_atomic(path, write)
+
+
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of a file by `write_arrays`, memory-mapped read-only, and its meta. Raises ValueError on others."""
+    with path.open("rb") as file:
+        if file.read(len(_PACK_MAGIC)) != _PACK_MAGIC:
+            raise ValueError(f"not an array file: {path}")
+        header_size = int.from_bytes(file.read(8), "little")
+        if header_size > path.stat().st_size:
+            raise ValueError(f"damaged array file: {path}")
+        header = json.loads(file.read(header_size))
+        start = file.tell()
+    try:
+        return {name: _mapped(path, start, entry) for name, entry in header["arrays"].items()}, header["meta"]
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:  # JSON, but not that of `write_arrays`
+        raise ValueError(f"damaged array file: {path}") from error
+
+
+def _mapped(path: Path, start: int, entry: dict[str, Any]) -> np.ndarray:
+    shape = tuple(entry["shape"])
+    if 0 in shape:  # an empty range cannot be mapped
+        return np.empty(shape, entry["dtype"])
+    array = np.memmap(path, entry["dtype"], "r", start + entry["offset"], shape)
+    return np.asarray(array)  # slices of a memmap itself are slow
+
+
+def cache_folder() -> Path:
+    """Where caches go when they cannot lie beside what they describe. May not exist yet."""
+    return Path.home() / ".cache" / "yolo-trainer"
+
+
+def new_run_folder(project: Path, name: str, *, exist_ok: bool) -> Path:
+    """Make and return `project/name`, or the first free of name2, name3, ... unless `exist_ok`.
+
+    Raises UserError where a file is in the way or the folder cannot be made.
+    """
+    for parent in (project, *project.parents):
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"--project {project}: {parent} is a file, expected a folder to put runs into")
+    for candidate in _run_folders(project, name):
+        if candidate.is_file() and exist_ok:
+            raise UserError(f"--name {name}: {candidate} is a file; remove it or choose another --name")
+        try:
+            candidate.mkdir(parents=True, exist_ok=exist_ok)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"--project {project}: cannot make {candidate}: {error.strerror}") from None
+        return candidate
+    raise AssertionError("the candidates never end")
+
+
+def _run_folders(project: Path, name: str) -> Iterable[Path]:
+    yield project / name
+    for number in itertools.count(2):
+        yield project / f"{name}{number}"

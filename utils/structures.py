@@ -1,0 +1,206 @@
+"""The values that cross borders between modules: shapes, units and dtypes, no logic. Read this file first.
+
+B images of a batch, N boxes of an image, T boxes of a batch or split, L output levels, A anchors of a level,
+C classes, K detections. Boxes are xyxy in pixels unless a name says otherwise; pixel i covers [i, i + 1).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # config.py and `--help` pass through here and must not wait for torch
+    import torch
+    from torch import Tensor
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The message is the one line they see: what is wrong, what would be right."""
+
+
+class RunError(UserError):
+    """A UserError that struck when work was under way: exit code 1 in place of 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """A data set YAML after parsing. Each split is a tuple of folders of images or `.txt` lists of image paths."""
+
+    source: Path  # the YAML itself
+    root: Path  # its `path`, resolved; scan caches lie here
+    train: tuple[Path, ...]
+    val: tuple[Path, ...]
+    test: tuple[Path, ...] = ()
+    names: tuple[str, ...]
+    val_fraction: float = 0.0  # > 0: val is this share of train, chosen by a hash of the file name
+    imgsz: int | None = None  # defaults that the data set asks for
+    epochs: int | None = None
+    embedded: bool = False  # drawn by the program on first use
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelStore:
+    """The labels of one split as packed arrays, in pixels of the source images; I images, T boxes.
+
+    Boxes of image i are rows offsets[i]:offsets[i + 1]. Arrays may be memory-mapped and are read-only.
+    """
+
+    boxes: np.ndarray  # (T, 4) f32 xyxy px in the source image
+    classes: np.ndarray  # (T,) i32
+    ignore: np.ndarray  # (T,) u8, 1 = crowd or difficult: neither hit nor miss in evaluation
+    area: np.ndarray  # (T,) f64 px^2
+    offsets: np.ndarray  # (I + 1,) i64
+    sizes: np.ndarray  # (I, 2) i32, height and width
+    path_bytes: np.ndarray  # (P,) u8, UTF-8
+    path_offsets: np.ndarray  # (I + 1,) i64
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def path(self, image: int) -> str:
+        start, end = self.path_offsets[image], self.path_offsets[image + 1]
+        return os.fsdecode(self.path_bytes[start:end].tobytes())
+
+    def rows(self, image: int) -> slice:
+        return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One source image's part in a sample."""
+
+    image: int  # index into the LabelStore
+    matrix: np.ndarray  # (3, 3) f64, base-image px (long side = imgsz) -> network px
+    corners: np.ndarray  # (4, 2) f64 network px: the visible part, clockwise; whole px where `upright`
+    upright: bool  # the visible part is an axis-aligned rectangle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """The mixup partner: its tiles are painted alone, then blended in with `1 - weight`."""
+
+    tiles: tuple[Tile, ...]
+    weight: float  # of the first image
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePlan:
+    """Everything decided about one network input before a pixel is touched. Painted: tiles, mix, hsv, then flips."""
+
+    shape: tuple[int, int]  # height, width in network px
+    tiles: tuple[Tile, ...]
+    boxes: np.ndarray  # (N, 4) f32 xyxy network px, after flips
+    classes: np.ndarray  # (N,) i32
+    hsv: tuple[float, float, float] | None = None  # factors on 8-bit hue, saturation, value
+    flip_lr: bool = False
+    flip_ud: bool = False
+    mix: Mix | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One network input with its labels. Images are RGB, channels-last in memory."""
+
+    images: Tensor  # (B, 3, H, W) u8
+    boxes: Tensor  # (T, 4) f32 xyxy network px
+    classes: Tensor  # (T,) i64
+    image_of: Tensor  # (T,) i64, 0 <= image_of < B
+    indices: Tensor  # (B,) i64 into the LabelStore
+    placements: Tensor | None = None  # (B, 3, 3) f64 source px -> network px, when each image stands alone
+
+    def to(self, device: torch.device) -> Batch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, move) -> Batch:
+        return Batch(**{name: None if value is None else move(value) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """What loss, decoding and autoanchor need to know of the Detect head."""
+
+    strides: tuple[int, ...]  # (L,) px, ascending
+    anchors: Tensor  # (L, A, 2) f32 width and height in px of the network input
+    num_classes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Means over a batch after gains, () f32. `total` is what is differentiated: (box + obj + cls) * batch size."""
+
+    box: Tensor
+    objectness: Tensor
+    classification: Tensor
+    total: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detections:
+    """What the detector says of one image, best first."""
+
+    boxes: Tensor  # (K, 4) f32 xyxy px
+    scores: Tensor  # (K,) f32
+    classes: Tensor  # (K,) i64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossMeans:
+    """Losses of an epoch, averaged over batches, as plain numbers."""
+
+    box: float
+    objectness: float
+    classification: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMetrics:
+    """One class of an evaluation. Precision and recall at the confidence of the best mean F1, at IoU .5."""
+
+    name: str
+    images: int  # that hold the class
+    labels: int
+    precision: float
+    recall: float
+    map50: float
+    map50_95: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Per-class curves at IoU .5, for classes that have labels, in the order of Metrics.per_class."""
+
+    confidence: np.ndarray  # (1000,) 0..1, the x of the next three
+    precision: np.ndarray  # (C, 1000)
+    recall: np.ndarray  # (C, 1000)
+    f1: np.ndarray  # (C, 1000)
+    recall_grid: np.ndarray  # (101,) 0..1
+    precision_at_recall: np.ndarray  # (C, 101) interpolated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The result of an evaluation. Class means leave out classes without labels."""
+
+    precision: float
+    recall: float
+    map50: float
+    map50_95: float
+    images: int
+    labels: int
+    best_confidence: float  # where the mean F1 is best
+    per_class: tuple[ClassMetrics, ...]
+    losses: LossMeans | None = None
+    curves: Curves | None = field(default=None, repr=False)
+    confusion: np.ndarray | None = field(default=None, repr=False)  # (C + 1, C + 1) predicted x true, last = background
+
+    @property
+    def fitness(self) -> float:
+        """The one definition of better: used for best.pt, early stopping and evolution."""
+        return 0.1 * self.map50 + 0.9 * self.map50_95
