@@ -1,0 +1,347 @@
+"""Options and data set descriptions: argv, keyword arguments and YAML in, validated values out.
+
+Never imports torch, so that `--help` is instant. A flag is a field here; its type, choices and help stand beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from utils.files import nearest_name, read_yaml
+from utils.structures import DatasetSpec, RunError, UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+LATEST = "latest"  # what `--resume` without a path means
+
+Amp = Literal["auto", "bf16", "fp16", "off"]
+Task = Literal["train", "val", "test"]
+
+
+def _flag(default: Any, meaning: str, *, also: Sequence[str] = (), low: float | None = None, bare: Any = None) -> Any:
+    """A field that is a flag: `also` are further spellings, `low` the least value, `bare` the value of a flag alone."""
+    return field(default=default, metadata={"meaning": meaning, "also": tuple(also), "low": low, "bare": bare})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Options of `python train.py` and `train.run`."""
+
+    weights: str = _flag("", "start from a checkpoint of this trainer")
+    cfg: str = _flag("", "network YAML; a bare name is looked up in models/ (default: yolov5n.yaml when no --weights)")
+    data: str = _flag("data/shapes.yaml", "data set YAML")
+    hyp: str = _flag("data/hyps/hyp.scratch.yaml", "hyperparameter YAML")
+    epochs: int | None = _flag(None, "default: what the data set YAML says, else 300", low=1)
+    batch_size: int = _flag(
+        16, "images per forward; -1: the largest that fits (on the CPU: 16)", also=["--batch"], low=-1
+    )
+    nominal_batch: str = _flag("auto", "images per optimizer update; auto: 64, less for small data sets")
+    imgsz: int | None = _flag(
+        None,
+        "network input size in px; default: what the data set YAML says, else 640",
+        also=["--img", "--img-size"],
+        low=1,
+    )
+    project: str = _flag("runs/train", "folder that holds the runs")
+    name: str = _flag("exp", "name of the run; exp2, exp3, ... when taken")
+    exist_ok: bool = _flag(False, "write into an existing run folder")
+    resume: str | None = _flag(None, "continue the run of this last.pt (no path: the newest in runs/)", bare=LATEST)
+    noautoanchor: bool = _flag(False, "keep the anchors of the network YAML")
+    linear_lr: bool = _flag(False, "linear decay of the learning rate in place of the one-cycle cosine")
+    cos_lr: bool = _flag(False, "accepted; the one-cycle cosine is the default")
+    label_smoothing: float = _flag(0.0, "class targets 1 - eps/2 and eps/2", low=0)
+    workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
+    device: str = _flag("", "cpu, 0, mps; default: the best there is")
+    amp: Amp = _flag("auto", "mixed precision: auto picks bf16 or fp16 where the device computes it fast")
+    noplots: bool = _flag(False, "draw no pictures")
+    quiet: bool = _flag(False, "no progress bars")
+    patience: int = _flag(100, "epochs without improvement before stopping; 0: never", low=0)
+    seed: int = _flag(0, "of weights, order and augmentation", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValOptions:
+    """Options of `python val.py`."""
+
+    weights: str = _flag("", "checkpoint to evaluate (best.pt or last.pt of a run)")
+    data: str = _flag("", "data set YAML (default: the one the checkpoint was trained on)")
+    batch_size: int = _flag(32, "images per forward", also=["--batch"], low=1)
+    imgsz: int | None = _flag(
+        None, "network input size in px; default: that of the training run", also=["--img", "--img-size"], low=1
+    )
+    conf_thres: float = _flag(0.001, "least score of a detection", low=0)
+    iou_thres: float = _flag(0.6, "IoU above which NMS drops the weaker detection of a class", low=0)
+    max_det: int = _flag(300, "most detections per image", low=1)
+    task: Task = _flag("val", "split to evaluate")
+    device: str = _flag("", "cpu, 0, mps; default: the best there is")
+    amp: Amp = _flag("off", "mixed precision; off gives the exact figures")
+    workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
+    verbose: bool = _flag(False, "results per class, whatever the number of classes")
+    project: str = _flag("runs/val", "folder that holds the results")
+    name: str = _flag("exp", "name of the results folder; exp2, exp3, ... when taken")
+    exist_ok: bool = _flag(False, "write into an existing folder")
+    noplots: bool = _flag(False, "draw no pictures")
+    quiet: bool = _flag(False, "no progress bars")
+
+
+Options = TypeVar("Options", TrainOptions, ValOptions)
+
+
+# ---- command line -------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> dict[str, Any]:
+    """The options that a command line names, by field name; defaults are left out. Raises UserError for bad usage."""
+    parser = _Parser(prog=program, description=kind.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for item, base, _ in _typed_fields(kind):
+        meaning = item.metadata["meaning"].replace("%", "%%")
+        if item.default not in (None, "", False):
+            meaning += f" (default: {item.default})"
+        spelled = [_spelling(item.name), *item.metadata["also"]]
+        if base is bool:
+            parser.add_argument(*spelled, dest=item.name, action="store_true", help=meaning)
+        elif get_origin(base) is Literal:
+            parser.add_argument(*spelled, dest=item.name, choices=get_args(base), help=meaning)
+        elif item.metadata["bare"] is not None:
+            parser.add_argument(
+                *spelled, dest=item.name, nargs="?", const=item.metadata["bare"], metavar="PATH", help=meaning
+            )
+        else:
+            metavar = {int: "N", float: "X", str: "TEXT"}[base]
+            parser.add_argument(*spelled, dest=item.name, type=base, metavar=metavar, help=meaning)
+    values, unknown = parser.parse_known_args(_underscores_to_dashes(kind, argv))
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        hint = nearest_name(unknown[0].split("=")[0], flags)
+        raise UserError(f"unknown {'flag' if unknown[0].startswith('-') else 'argument'} '{unknown[0]}'{hint}")
+    return vars(values)
+
+
+def _spelling(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _underscores_to_dashes(kind: type[Options], argv: Sequence[str]) -> list[str]:
+    """`--batch_size 8` is as good as `--batch-size 8`, and so for further spellings."""
+    dashed = {spelled for item in fields(kind) for spelled in (_spelling(item.name), *item.metadata["also"])}
+    known = {"--" + spelled[2:].replace("-", "_") for spelled in dashed}
+    heads = [argument.split("=", 1) for argument in argv]
+    return ["=".join([_spelling(head[0][2:]), *head[1:]] if head[0] in known else head) for head in heads]
+
+
+def _typed_fields(kind: type[Options]) -> list[tuple[Any, Any, bool]]:
+    """(field, type without None, may be None) for each field."""
+    hints = get_type_hints(kind)
+    result = []
+    for item in fields(kind):
+        hint, optional = hints[item.name], False
+        if get_origin(hint) in (Union, types.UnionType):
+            optional = type(None) in get_args(hint)
+            hint = next(part for part in get_args(hint) if part is not type(None))
+        result.append((item, hint, optional))
+    return result
+
+
+def run_command(program: str, command: Callable[[], object]) -> int:
+    """Run a command line and return its exit code: 2 for wrong usage, 1 for a failure on the way, 130 for Ctrl-C.
+
+    What a user can mend is one line on standard error; anything else is our bug and keeps its traceback.
+    """
+    try:
+        command()
+    except RunError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 1
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{program}: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
+        return 130
+    return 0
+
+
+# ---- validation ---------------------------------------------------------------------------------------------------
+
+
+def validated(kind: type[Options], values: dict[str, Any]) -> Options:
+    """Options from values by name, aliases such as `batch` and `img` included. Raises UserError for a bad one."""
+    aliases = {
+        alias.lstrip("-").replace("-", "_"): item.name for item in fields(kind) for alias in item.metadata["also"]
+    }
+    typed = {item.name: (item, base, optional) for item, base, optional in _typed_fields(kind)}
+    checked = {}
+    for given_name, value in values.items():
+        name = aliases.get(given_name, given_name)
+        if name not in typed:
+            raise UserError(f"unknown option '{given_name}'{nearest_name(given_name, [*typed, *aliases])}")
+        item, base, optional = typed[name]
+        checked[name] = value if optional and value is None else _checked(item, base, value)
+    options = kind(**checked)
+    if isinstance(options, TrainOptions):
+        _check_train(options)
+    else:
+        _check_val(options)
+    return options
+
+
+def _checked(item: Any, base: Any, value: Any) -> Any:
+    flag, low = _spelling(item.name), item.metadata["low"]
+    if get_origin(base) is Literal:
+        if value not in get_args(base):
+            raise UserError(f"{flag} {value}: should be one of {', '.join(get_args(base))}")
+        return value
+    if base is str and isinstance(value, (Path, int)) and not isinstance(value, bool):
+        value = str(value)  # device=0, nominal_batch=64, data=Path(...)
+    if base is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not base:
+        raise UserError(f"{flag} {value!r}: should be {base.__name__}, got {type(value).__name__}")
+    if low is not None and not value >= low:
+        raise UserError(f"{flag} {value}: should be {low} or more")
+    return value
+
+
+def _check_train(options: TrainOptions) -> None:
+    if options.batch_size == 0:
+        raise UserError("--batch-size 0: should be 1 or more, or -1 for the largest that fits")
+    if options.nominal_batch != "auto" and not (options.nominal_batch.isdecimal() and int(options.nominal_batch) > 0):
+        raise UserError(f"--nominal-batch {options.nominal_batch}: should be auto or a whole number of 1 or more")
+    if options.linear_lr and options.cos_lr:
+        raise UserError("--linear-lr and --cos-lr: choose one")
+    if options.label_smoothing >= 1:
+        raise UserError(f"--label-smoothing {options.label_smoothing:g}: should be 0 or more and below 1")
+    if options.seed >= 2**32:
+        raise UserError(f"--seed {options.seed}: should be below {2**32}")
+    _check_name(options.name)
+
+
+def _check_val(options: ValOptions) -> None:
+    if not options.weights:
+        raise UserError("--weights is missing: name the checkpoint to evaluate, e.g. runs/train/exp/weights/best.pt")
+    for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
+        if value > 1:
+            raise UserError(f"{flag} {value:g}: should be between 0 and 1")
+    _check_name(options.name)
+
+
+def whole_strides(imgsz: int, stride: int, *, note: Callable[[str], object]) -> int:
+    """`imgsz` rounded up to a multiple of the network's largest stride, with a note where that changes it."""
+    rounded = -(-imgsz // stride) * stride
+    if rounded != imgsz:
+        note(f"--imgsz {imgsz} is not a multiple of the network's stride {stride}: using {rounded}")
+    return rounded
+
+
+def _check_name(name: str) -> None:
+    if Path(name).name != name or name in ("", ".."):
+        raise UserError(f"--name {name!r}: should be one folder name; --project says where it lies")
+
+
+# ---- data set -----------------------------------------------------------------------------------------------------
+
+_DATASET_KEYS = {"path", "train", "val", "test", "names", "nc", "imgsz", "epochs", "embedded"}
+
+
+def find_file(given: str, folder: str) -> Path:
+    """`given` from the working directory, else from the project, else a bare name from the project's `folder`."""
+    candidates = [Path(given).expanduser(), PROJECT_ROOT / given, PROJECT_ROOT / folder / given]
+    return next((path for path in candidates if path.exists()), candidates[0])
+
+
+def read_dataset(given: str) -> tuple[DatasetSpec, list[str]]:
+    """A data set YAML and notes on it for the user. Raises UserError, naming file and key, when it cannot be used.
+
+    Whether the splits exist is seen when they are listed: an embedded data set is not drawn yet.
+    """
+    source = find_file(given, "data")
+    content = read_yaml(source, what="--data file")
+    names = _class_names(source, content)
+    for key in ("train", "val"):
+        if content.get(key) in (None, "", []):
+            raise UserError(f"{source}: '{key}' is missing; it should be a folder of images or a .txt list of images")
+    root = _root(source, content)
+    fraction = _val_fraction(source, content["val"])
+    splits = {
+        "train": _split_paths(source, root, "train", content["train"]),
+        "val": () if fraction else _split_paths(source, root, "val", content["val"]),
+        "test": _split_paths(source, root, "test", content["test"]) if content.get("test") else (),
+    }
+    given_defaults = [key for key in ("imgsz", "epochs") if content.get(key) is not None]
+    defaults = {key: _whole_number(source, key, content[key]) for key in given_defaults}
+    unknown = sorted(str(key) for key in content if key not in _DATASET_KEYS)
+    notes = [f"{source.name}: keys that this trainer does not use: {', '.join(unknown)}"] if unknown else []
+    spec = DatasetSpec(
+        source=source.resolve(),
+        root=root,
+        names=names,
+        val_fraction=fraction,
+        embedded=content.get("embedded") is True,
+        **splits,
+        **defaults,
+    )
+    return spec, notes
+
+
+def _class_names(source: Path, content: dict[str, Any]) -> tuple[str, ...]:
+    names = content.get("names")
+    if isinstance(names, dict):
+        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+            raise UserError(f"{source}: 'names' as a mapping should have the keys 0 to {len(names) - 1}, each once")
+        names = [names[index] for index in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise UserError(f"{source}: 'names' should be a list of class names or a mapping of index to name")
+    for name in names:
+        if isinstance(name, bool) or not isinstance(name, (str, int, float)):
+            raise UserError(f"{source}: 'names' holds {name!r}; put the name in quotes, YAML reads yes, no, on, off as bool")
+    if "nc" in content and content["nc"] != len(names):
+        raise UserError(f"{source}: 'nc: {content['nc']}' does not agree with the {len(names)} names")
+    return tuple(str(name) for name in names)
+
+
+def _root(source: Path, content: dict[str, Any]) -> Path:
+    given = content.get("path") or "."
+    if not isinstance(given, str):
+        raise UserError(f"{source}: 'path: {given}' should be a folder")
+    path = Path(given).expanduser()
+    beside, here = source.parent / path, Path.cwd() / path
+    return (here if here.is_dir() and not beside.is_dir() else beside).resolve()
+
+
+def _val_fraction(source: Path, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return 0.0
+    if not 0 < value < 1:
+        raise UserError(f"{source}: 'val: {value}' should be a folder, a list file, or a fraction between 0 and 1")
+    return float(value)
+
+
+def _split_paths(source: Path, root: Path, key: str, value: Any) -> tuple[Path, ...]:
+    entries = value if isinstance(value, list) else [value]
+    if not all(isinstance(entry, str) and entry for entry in entries):
+        raise UserError(f"{source}: '{key}: {value}' should be a folder of images, a .txt list, or a list of these")
+    return tuple(_split_path(root, entry) for entry in entries)
+
+
+def _split_path(root: Path, entry: str) -> Path:
+    path = Path(entry).expanduser()
+    # Roboflow writes ../train/images though the folder lies beside the YAML
+    inside = Path(*(part for part in path.parts if part != ".."))
+    candidates = [root / path, root / inside, Path.cwd() / path]
+    return next((candidate for candidate in candidates if candidate.exists()), candidates[0]).resolve()
+
+
+def _whole_number(source: Path, key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{source}: '{key}: {value}' should be a whole number of 1 or more")
+    return value

@@ -1,0 +1,100 @@
+"""Every hyperparameter, declared once: default, domain, evolution gain and bounds, meaning.
+
+`gain`, `low` and `high` serve evolution alone; a run accepts any finite value of the `domain`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from utils.files import nearest_name, read_yaml
+from utils.structures import UserError
+
+
+@dataclass(frozen=True)
+class Gene:
+    """What evolution and validation know of a hyperparameter."""
+
+    gain: float
+    low: float
+    high: float
+    domain: tuple[float, float]
+    meaning: str
+
+
+INFINITY = math.inf
+
+
+def _hyp(default: float | None, gain: float, low: float, high: float, domain: tuple[float, float], meaning: str) -> Any:
+    return field(default=default, metadata={"gene": Gene(gain, low, high, domain, meaning)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """The values of a hyp YAML."""
+
+    lr0: float = _hyp(0.01, 1, 1e-5, 1e-1, (0, INFINITY), "initial learning rate (SGD 1e-2, Adam 1e-3)")
+    lrf: float = _hyp(0.1, 1, 0.01, 1.0, (0, INFINITY), "final learning rate = lr0 * lrf")
+    momentum: float = _hyp(0.937, 0.3, 0.6, 0.98, (0, 1), "SGD momentum, Adam beta1")
+    weight_decay: float = _hyp(0.0005, 1, 0.0, 0.001, (0, INFINITY), "L2 penalty of weights other than batch-norm")
+    warmup_epochs: float = _hyp(3.0, 1, 0.0, 5.0, (0, INFINITY), "fractions allowed")
+    warmup_momentum: float = _hyp(0.8, 1, 0.0, 0.95, (0, 1), "momentum at the first batch")
+    warmup_bias_lr: float = _hyp(0.1, 1, 0.0, 0.2, (0, INFINITY), "learning rate of biases at the first batch")
+    box: float = _hyp(0.05, 1, 0.02, 0.2, (0, INFINITY), "box loss gain")
+    cls: float = _hyp(0.5, 1, 0.2, 4.0, (0, INFINITY), "class loss gain")
+    cls_pw: float = _hyp(1.0, 1, 0.5, 2.0, (0, INFINITY), "class BCE positive weight")
+    obj: float = _hyp(1.0, 1, 0.2, 4.0, (0, INFINITY), "objectness loss gain")
+    obj_pw: float = _hyp(1.0, 1, 0.5, 2.0, (0, INFINITY), "objectness BCE positive weight")
+    iou_t: float = _hyp(0.20, 0, 0.1, 0.7, (0, 1), "kept for compatibility, unused")
+    anchor_t: float = _hyp(4.0, 1, 2.0, 8.0, (1, INFINITY), "largest label/anchor side ratio that still matches")
+    anchors: float | None = _hyp(None, 2, 2.0, 10.0, (1, INFINITY), "anchors per output level; absent: the network's")
+    fl_gamma: float = _hyp(0.0, 0, 0.0, 2.0, (0, INFINITY), "focal loss gamma, 0 = off")
+    hsv_h: float = _hyp(0.015, 1, 0.0, 0.1, (0, 1), "hue gain, +/-")
+    hsv_s: float = _hyp(0.7, 1, 0.0, 0.9, (0, 1), "saturation gain, +/-")
+    hsv_v: float = _hyp(0.4, 1, 0.0, 0.9, (0, 1), "value gain, +/-")
+    degrees: float = _hyp(0.0, 1, 0.0, 45.0, (0, 180), "rotation, +/-")
+    translate: float = _hyp(0.1, 1, 0.0, 0.9, (0, 1), "shift as a fraction of the side, +/-")
+    scale: float = _hyp(0.5, 1, 0.0, 0.9, (0, 0.999), "size gain, +/-")
+    shear: float = _hyp(0.0, 1, 0.0, 10.0, (0, 80), "degrees, +/-")
+    perspective: float = _hyp(0.0, 0, 0.0, 0.001, (0, 0.001), "projective terms per px, +/-")
+    flipud: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability of an upside-down flip")
+    fliplr: float = _hyp(0.5, 0, 0.0, 1.0, (0, 1), "probability of a left-right flip")
+    mosaic: float = _hyp(1.0, 1, 0.0, 1.0, (0, 1), "probability of a mosaic of four")
+    mixup: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability of mixing two mosaics")
+    copy_paste: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability of pasting each polygon again")
+
+
+GENES: dict[str, Gene] = {item.name: item.metadata["gene"] for item in fields(Hyperparameters)}
+
+
+def hyperparameters(values: dict[str, Any], *, source: str) -> Hyperparameters:
+    """Validated hyperparameters from a mapping. Raises UserError that names `source`, the key, and what it takes."""
+    checked = {}
+    for name, value in values.items():
+        if name not in GENES:
+            raise UserError(f"{source}: unknown hyperparameter '{name}: {value}'{nearest_name(str(name), GENES)}")
+        if value is None and name == "anchors":
+            continue
+        checked[name] = _number(name, value, source)
+    return Hyperparameters(**checked)
+
+
+def _number(name: str, value: Any, source: str) -> float:
+    low, high = GENES[name].domain
+    takes = f"a number from {low:g} to {high:g}" if high < INFINITY else f"a number of {low:g} or more"
+    try:
+        # YAML reads 1e-2 as text (it wants 1.0e-2): accept what float() accepts
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (OverflowError, TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        raise UserError(f"{source}: '{name}: {value}' should be {takes} ({GENES[name].meaning})")
+    return number
+
+
+def read_hyp(path: Path) -> Hyperparameters:
+    """The hyperparameters of a YAML file; keys that it leaves out keep their defaults."""
+    return hyperparameters(read_yaml(path, what="--hyp file"), source=str(path))
