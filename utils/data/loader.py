@@ -1,0 +1,177 @@
+"""Batches in order: which images make a batch, and a stream of them from loader processes.
+
+A batch is a pure function of its key, so any number of processes yields the same stream. One stream serves a whole run:
+the processes already work on the next epoch while this one is evaluated.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from utils.data.images import ImageError, base_image
+from utils.data.plan import epoch_order, generator, letterbox_plan, source_to_network, train_plan
+from utils.data.render import render
+from utils.hyp import Hyperparameters
+from utils.structures import Batch, LabelStore, SamplePlan, UserError
+
+_PREFETCH = 4  # batches that each loader process works ahead
+
+
+class Batches(Protocol):
+    """Batches by key."""
+
+    def batch(self, key) -> Batch: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatches:
+    """The augmented batches of a training run, by (epoch, index). The last one of an epoch may be smaller."""
+
+    store: LabelStore
+    imgsz: int
+    batch_size: int
+    hyp: Hyperparameters
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        return -(-len(self.store) // self.batch_size)
+
+    def keys(self, start_epoch: int, end_epoch: int) -> list[tuple[int, int]]:
+        return [(epoch, index) for epoch in range(start_epoch, end_epoch) for index in range(self.per_epoch)]
+
+    def batch(self, key: tuple[int, int]) -> Batch:
+        epoch, index = key
+        start = index * self.batch_size
+        images = _cached_order(self.seed, epoch, len(self.store))[start : start + self.batch_size]
+        plans = [
+            train_plan(
+                self.store, int(image), imgsz=self.imgsz, hyp=self.hyp, rng=generator(self.seed, epoch, start + offset)
+            )
+            for offset, image in enumerate(images)
+        ]
+        return _assemble(plans, images, self.store, self.imgsz)
+
+
+_cached_order = functools.lru_cache(maxsize=2)(epoch_order)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalBatches:
+    """Every image of a split once, letterboxed, by batch index. Images of like aspect share a batch and its shape."""
+
+    store: LabelStore
+    imgsz: int
+    batch_size: int
+    stride: int
+
+    def keys(self) -> list[int]:
+        return list(range(-(-len(self.store) // self.batch_size)))
+
+    def batch(self, key: int) -> Batch:
+        aspect = self.store.sizes[:, 0] / self.store.sizes[:, 1]
+        images = np.argsort(aspect, kind="stable")[key * self.batch_size : (key + 1) * self.batch_size]
+        shape = self._shape(aspect[images])
+        plans = [letterbox_plan(self.store, int(image), shape=shape, imgsz=self.imgsz) for image in images]
+        batch = _assemble(plans, images, self.store, self.imgsz, area=True)
+        placements = np.stack([source_to_network(self.store, plan, self.imgsz) for plan in plans])
+        return Batch(**{**vars(batch), "placements": torch.from_numpy(placements)})
+
+    def _shape(self, aspect: np.ndarray) -> tuple[int, int]:
+        """Height and width that hold images of these ratios height / width, with half a stride or more to spare."""
+        ratios = (min(aspect.max(), 1.0), min(1 / aspect.min(), 1.0))
+        height, width = (int(np.ceil(self.imgsz * ratio / self.stride + 0.5)) * self.stride for ratio in ratios)
+        return height, width
+
+
+def _assemble(
+    plans: Sequence[SamplePlan], images: np.ndarray, store: LabelStore, imgsz: int, *, area: bool = False
+) -> Batch:
+    def load(image: int) -> np.ndarray:
+        path = store.path(image)
+        try:
+            return base_image(path, imgsz, area=area)
+        except ImageError as error:
+            raise UserError(f"{path}: {error}, though it was fine when the data set was scanned") from None
+
+    pixels = np.empty((len(plans), *plans[0].shape, 3), np.uint8)
+    for slot, plan in zip(pixels, plans):
+        slot[:] = render(plan, load)
+    counts = [len(plan.classes) for plan in plans]
+    return Batch(
+        images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # a view: channels last in memory
+        boxes=torch.from_numpy(np.concatenate([plan.boxes for plan in plans])),
+        classes=torch.from_numpy(np.concatenate([plan.classes for plan in plans]).astype(np.int64)),
+        image_of=torch.from_numpy(np.repeat(np.arange(len(plans)), counts)),
+        indices=torch.from_numpy(images.astype(np.int64)),
+    )
+
+
+# ---- stream -------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """Iterating yields the batches of `keys` in order, made by `workers` processes (0: in this one), as often as asked.
+
+    The processes live as long as the stream. Leaves the global random state alone. Raises UserError when an image has
+    vanished since the scan.
+    """
+
+    def __init__(self, batches: Batches, keys: Sequence[Hashable], *, workers: int, pin_memory: bool = False):
+        self._loader = DataLoader(
+            _KeyedBatches(batches),
+            sampler=keys,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=_PREFETCH if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the default draws from the global one
+            collate_fn=_unchanged,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for result in self._loader:
+            if isinstance(result, _Failure):
+                raise UserError(result.message)
+            yield result
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A user's error on its way out of a loader process, which could only hand on a traceback."""
+
+    message: str
+
+
+class _KeyedBatches(Dataset):
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def __getitem__(self, key: Hashable) -> Batch | _Failure:
+        try:
+            return self.batches.batch(key)
+        except UserError as error:
+            return _Failure(str(error))
+
+
+def _start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer, once
+    cv2.setNumThreads(0)
+
+
+def _unchanged(item: Iterable) -> Iterable:
+    return item

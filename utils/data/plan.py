@@ -1,0 +1,230 @@
+"""Every random decision about a sample, and where its boxes land, without touching a pixel.
+
+Randomness is a function of (seed, epoch, position): the generator of a sample is keyed by these three numbers, so the
+batches do not depend on the number of loader processes or on where a run was resumed. Augmentation follows SPEC 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.boxes import box_area, clip_boxes, transform_boxes, transform_points
+from utils.data.images import base_scale, base_shape
+from utils.hyp import Hyperparameters
+from utils.structures import LabelStore, Mix, SamplePlan, Tile
+
+PADDING = 114  # grey level where no image lies
+
+_ORDER_POSITION = 2**32 - 1  # the position whose generator draws the epoch's order
+_MIN_SIDE_PX = 2
+_MIN_AREA_KEPT = 0.1
+_MAX_ASPECT = 100
+_MIXUP_BETA = 32.0
+
+
+def generator(seed: int, epoch: int, position: int) -> np.random.Generator:
+    """The random generator of one sample: counter-based, so any one is made without making those before it."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch << 32 | position], np.uint64)))
+
+
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """(num_images,) the permutation of images that an epoch goes through."""
+    return generator(seed, epoch, _ORDER_POSITION).permutation(num_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Canvas:
+    """Base images laid on a plane, before the random transform."""
+
+    shape: tuple[int, int]
+    placed: tuple[tuple[int, int, int], ...]  # image, x and y of its top left corner
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Warp:
+    """A drawn transform from canvas px to network px."""
+
+    matrix: np.ndarray  # (3, 3)
+    scale: float
+    upright: bool  # only scaled and moved
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scene:
+    tiles: tuple[Tile, ...]
+    boxes: np.ndarray  # (N, 4) f64 network px
+    classes: np.ndarray  # (N,) i32
+
+
+def train_plan(
+    store: LabelStore, image: int, *, imgsz: int, hyp: Hyperparameters, rng: np.random.Generator
+) -> SamplePlan:
+    """The augmented sample that grows out of `image`; the output is imgsz x imgsz."""
+    mix = None
+    if rng.random() < hyp.mosaic:
+        scene = _warped(store, _mosaic(store, image, imgsz, rng), imgsz, hyp, rng)
+        if rng.random() < hyp.mixup:
+            partner = int(rng.integers(len(store)))
+            other = _warped(store, _mosaic(store, partner, imgsz, rng), imgsz, hyp, rng)
+            mix = Mix(tiles=other.tiles, weight=float(rng.beta(_MIXUP_BETA, _MIXUP_BETA)))
+            scene = _Scene(
+                tiles=scene.tiles,
+                boxes=np.concatenate([scene.boxes, other.boxes]),
+                classes=np.concatenate([scene.classes, other.classes]),
+            )
+    else:
+        scene = _warped(store, _letterbox(store, image, (imgsz, imgsz), imgsz), imgsz, hyp, rng)
+    factors = 1 + rng.uniform(-1, 1, 3) * (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v)
+    flip_ud, flip_lr = bool(rng.random() < hyp.flipud), bool(rng.random() < hyp.fliplr)
+    return SamplePlan(
+        shape=(imgsz, imgsz),
+        tiles=scene.tiles,
+        boxes=_flipped(scene.boxes, imgsz, flip_ud=flip_ud, flip_lr=flip_lr).astype(np.float32),
+        classes=scene.classes,
+        hsv=tuple(map(float, factors)) if hyp.hsv_h or hyp.hsv_s or hyp.hsv_v else None,
+        flip_ud=flip_ud,
+        flip_lr=flip_lr,
+        mix=mix,
+    )
+
+
+def letterbox_plan(store: LabelStore, image: int, *, shape: tuple[int, int], imgsz: int) -> SamplePlan:
+    """The base image in the middle of a grey network input of `shape` (height, width); no chance in it."""
+    canvas = _letterbox(store, image, shape, imgsz)
+    scene = _projected(store, canvas, _Warp(matrix=np.eye(3), scale=1.0, upright=True), imgsz, shape)
+    boxes, classes = _canvas_boxes(store, canvas.placed[0], imgsz)  # evaluation leaves out none
+    return SamplePlan(shape=shape, tiles=scene.tiles, boxes=boxes.astype(np.float32), classes=classes)
+
+
+def source_to_network(store: LabelStore, plan: SamplePlan, imgsz: int) -> np.ndarray:
+    """(3, 3) source px -> network px of a plan with one tile."""
+    (tile,) = plan.tiles
+    scale_x, scale_y = base_scale(tuple(store.sizes[tile.image]), imgsz)
+    return tile.matrix @ np.diag([scale_x, scale_y, 1.0])
+
+
+# ---- laying out ---------------------------------------------------------------------------------------------------
+
+
+def _letterbox(store: LabelStore, image: int, shape: tuple[int, int], imgsz: int) -> _Canvas:
+    height, width = base_shape(tuple(store.sizes[image]), imgsz)
+    return _Canvas(shape=shape, placed=((image, (shape[1] - width) // 2, (shape[0] - height) // 2),))
+
+
+def _mosaic(store: LabelStore, image: int, imgsz: int, rng: np.random.Generator) -> _Canvas:
+    """The image and three drawn ones, in shuffled order, meet at a drawn centre of a canvas of twice the size."""
+    centre_x, centre_y = (int(value) for value in rng.uniform(imgsz / 2, 3 * imgsz / 2, 2))
+    images = rng.permutation([image, *rng.integers(len(store), size=3)])
+    placed = []
+    for quadrant, member in enumerate(images):
+        height, width = base_shape(tuple(store.sizes[member]), imgsz)
+        right, below = quadrant % 2, quadrant // 2
+        placed.append((int(member), centre_x - width * (1 - right), centre_y - height * (1 - below)))
+    return _Canvas(shape=(2 * imgsz, 2 * imgsz), placed=tuple(placed))
+
+
+# ---- moving -------------------------------------------------------------------------------------------------------
+
+
+def _warped(store: LabelStore, canvas: _Canvas, imgsz: int, hyp: Hyperparameters, rng: np.random.Generator) -> _Scene:
+    return _projected(store, canvas, _draw_warp(canvas.shape, imgsz, hyp, rng), imgsz, (imgsz, imgsz))
+
+
+def _draw_warp(canvas: tuple[int, int], imgsz: int, hyp: Hyperparameters, rng: np.random.Generator) -> _Warp:
+    """Perspective, rotation, scale and shear about the canvas centre, which then moves near that of the output."""
+    perspective = rng.uniform(-1, 1, 2) * hyp.perspective
+    angle = np.deg2rad(rng.uniform(-1, 1) * hyp.degrees)
+    scale = float(rng.uniform(1 - hyp.scale, 1 + hyp.scale))
+    shear = np.tan(np.deg2rad(rng.uniform(-1, 1, 2) * hyp.shear))
+    centre = (0.5 + rng.uniform(-1, 1, 2) * hyp.translate) * imgsz
+
+    to_origin = np.array([[1, 0, -canvas[1] / 2], [0, 1, -canvas[0] / 2], [0, 0, 1]])
+    project = np.array([[1, 0, 0], [0, 1, 0], [*perspective, 1]])
+    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    rotate = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+    skew = np.array([[1, shear[0], 0], [shear[1], 1, 0], [0, 0, 1]])
+    to_centre = np.array([[1, 0, centre[0]], [0, 1, centre[1]], [0, 0, 1]])
+    return _Warp(
+        matrix=to_centre @ skew @ rotate @ project @ to_origin,
+        scale=scale,
+        upright=not (hyp.degrees or hyp.shear or hyp.perspective),
+    )
+
+
+def _projected(store: LabelStore, canvas: _Canvas, warp: _Warp, imgsz: int, shape: tuple[int, int]) -> _Scene:
+    """Tiles and boxes of a canvas in the network frame; what does not show is left out."""
+    tiles, boxes, classes = [], [np.empty((0, 4))], [np.empty(0, np.int32)]
+    for placed in canvas.placed:
+        visible = _visible_part(store, placed, canvas.shape, imgsz)
+        if visible is None or not _in_front(visible, warp.matrix):
+            continue
+        tile = _tile(placed, visible, warp, shape)
+        if tile is not None:
+            tiles.append(tile)
+        laid, laid_classes = _canvas_boxes(store, placed, imgsz)
+        moved = clip_boxes(transform_boxes(clip_boxes(laid, canvas.shape), warp.matrix), shape)
+        keep = _worth_keeping(moved, box_area(laid) * warp.scale**2)
+        boxes.append(moved[keep])
+        classes.append(laid_classes[keep])
+    return _Scene(tiles=tuple(tiles), boxes=np.concatenate(boxes), classes=np.concatenate(classes))
+
+
+def _visible_part(
+    store: LabelStore, placed: tuple[int, int, int], canvas: tuple[int, int], imgsz: int
+) -> np.ndarray | None:
+    """(4, 2) corners in canvas px, clockwise from the top left, of the part of a placed image inside the canvas."""
+    image, left, top = placed
+    height, width = base_shape(tuple(store.sizes[image]), imgsz)
+    x1, y1 = max(left, 0), max(top, 0)
+    x2, y2 = min(left + width, canvas[1]), min(top + height, canvas[0])
+    if x2 <= x1 or y2 <= y1:
+        return None
+    return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]], np.float64)
+
+
+def _in_front(corners: np.ndarray, matrix: np.ndarray) -> bool:
+    """Whether a strong perspective leaves all corners before the camera; behind it, they would come out mirrored."""
+    return bool((corners @ matrix[2, :2] + matrix[2, 2] > 0.1).all())
+
+
+def _tile(placed: tuple[int, int, int], visible: np.ndarray, warp: _Warp, shape: tuple[int, int]) -> Tile | None:
+    image, left, top = placed
+    corners = transform_points(visible, warp.matrix)
+    if warp.upright:  # neighbours share canvas edges, so rounding leaves neither gap nor overlap
+        corners = np.clip(np.rint(corners), 0, [shape[1], shape[0]])
+    low, high = np.maximum(corners.min(0), 0), np.minimum(corners.max(0), [shape[1], shape[0]])
+    if (high <= low).any():
+        return None
+    place = np.array([[1, 0, left], [0, 1, top], [0, 0, 1]], np.float64)
+    return Tile(image=image, matrix=warp.matrix @ place, corners=corners, upright=warp.upright)
+
+
+def _canvas_boxes(store: LabelStore, placed: tuple[int, int, int], imgsz: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 4) f64 boxes of a placed image in canvas px, and their classes."""
+    image, left, top = placed
+    rows = store.rows(image)
+    scale_x, scale_y = base_scale(tuple(store.sizes[image]), imgsz)
+    boxes = store.boxes[rows] * np.array([scale_x, scale_y, scale_x, scale_y]) + (left, top, left, top)
+    return boxes, np.asarray(store.classes[rows])
+
+
+def _worth_keeping(boxes: np.ndarray, full_area: np.ndarray) -> np.ndarray:
+    """(N,) bool: large enough, not a sliver, and enough left of the `full_area` that the box had before clipping."""
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    aspect = np.maximum(width, height) / np.maximum(np.minimum(width, height), 1e-9)
+    return (
+        (width > _MIN_SIDE_PX)
+        & (height > _MIN_SIDE_PX)
+        & (width * height > _MIN_AREA_KEPT * full_area)
+        & (aspect < _MAX_ASPECT)
+    )
+
+
+def _flipped(boxes: np.ndarray, imgsz: int, *, flip_ud: bool, flip_lr: bool) -> np.ndarray:
+    if flip_ud:
+        boxes = np.stack([boxes[:, 0], imgsz - boxes[:, 3], boxes[:, 2], imgsz - boxes[:, 1]], axis=1)
+    if flip_lr:
+        boxes = np.stack([imgsz - boxes[:, 2], boxes[:, 1], imgsz - boxes[:, 0], boxes[:, 3]], axis=1)
+    return boxes

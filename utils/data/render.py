@@ -1,0 +1,71 @@
+"""Paints a SamplePlan with OpenCV, in a loader process.
+
+A matrix moves points of the plane, where pixel i covers [i, i + 1); OpenCV counts from pixel centres, hence the halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import cv2
+import numpy as np
+
+from utils.data.plan import PADDING
+from utils.structures import SamplePlan, Tile
+
+_HALF_PX = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # pixel-centre coordinates -> points of the plane
+_SUBPIXEL_BITS = 4
+
+
+def render(plan: SamplePlan, base_image_of: Callable[[int], np.ndarray]) -> np.ndarray:
+    """(H, W, 3) u8 RGB. `base_image_of(image)` yields the base image, BGR, of an index into the LabelStore."""
+    picture = _paint(plan.tiles, plan.shape, base_image_of)
+    if plan.mix is not None:
+        other = _paint(plan.mix.tiles, plan.shape, base_image_of)
+        picture = cv2.addWeighted(picture, plan.mix.weight, other, 1 - plan.mix.weight, 0)
+    picture = _to_rgb(picture, plan.hsv)
+    if plan.flip_ud or plan.flip_lr:
+        picture = cv2.flip(picture, -1 if plan.flip_ud and plan.flip_lr else int(plan.flip_lr))
+    return picture
+
+
+def _paint(tiles: Iterable[Tile], shape: tuple[int, int], base_image_of: Callable[[int], np.ndarray]) -> np.ndarray:
+    picture = np.full((*shape, 3), PADDING, np.uint8)
+    for tile in tiles:
+        low = np.clip(np.floor(tile.corners.min(0)), 0, shape[::-1]).astype(int)
+        high = np.clip(np.ceil(tile.corners.max(0)), 0, shape[::-1]).astype(int)
+        region = picture[low[1] : high[1], low[0] : high[0]]  # a view: nothing outside it is computed
+        patch = _patch(base_image_of(tile.image), tile.matrix, low, region.shape[1::-1])
+        if tile.upright:
+            region[:] = patch
+        else:
+            np.copyto(region, patch, where=_inside(tile.corners - low, region.shape[:2])[..., None])
+    return picture
+
+
+def _patch(base: np.ndarray, matrix: np.ndarray, low: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The rectangle of `size` (width, height) at `low` of the moved base image; its edge pixels go on for ever."""
+    move = np.array([[1, 0, -low[0]], [0, 1, -low[1]], [0, 0, 1]])
+    centres = np.linalg.inv(_HALF_PX) @ move @ matrix @ _HALF_PX
+    options = {"flags": cv2.INTER_LINEAR, "borderMode": cv2.BORDER_REPLICATE}
+    if np.array_equal(matrix[2], [0, 0, 1]):
+        return cv2.warpAffine(base, centres[:2], size, **options)
+    return cv2.warpPerspective(base, centres, size, **options)
+
+
+def _inside(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool: pixels with their centre in the convex polygon, edge included, so that neighbours leave no gap."""
+    mask = np.zeros(shape, np.uint8)
+    points = np.rint((corners - 0.5) * 2**_SUBPIXEL_BITS).astype(np.int32)
+    cv2.fillConvexPoly(mask, points, 1, shift=_SUBPIXEL_BITS)
+    return mask.astype(bool)
+
+
+def _to_rgb(picture: np.ndarray, hsv: tuple[float, float, float] | None) -> np.ndarray:
+    if hsv is None:
+        return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+    levels = np.arange(256)
+    hue = levels * hsv[0] % 180  # OpenCV's 8-bit hue counts two degrees
+    saturation, value = (np.clip(levels * factor, 0, 255) for factor in hsv[1:])
+    table = np.stack([hue, saturation, value], axis=-1).astype(np.uint8)[None]  # (1, 256, 3)
+    return cv2.cvtColor(cv2.LUT(cv2.cvtColor(picture, cv2.COLOR_BGR2HSV), table), cv2.COLOR_HSV2RGB)
