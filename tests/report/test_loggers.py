@@ -1,0 +1,312 @@
+import csv
+import io
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.report.loggers import (
+    LOGGERS,
+    RESULT_COLUMNS,
+    TIMING_COLUMNS,
+    Console,
+    CsvTable,
+    EpochSummary,
+    Logger,
+    NullConsole,
+    TensorBoardLogger,
+    format_duration,
+    format_epoch,
+    format_header,
+    format_losses,
+    result_row,
+)
+from utils.structures import LossMeans, Metrics
+
+TITLES = ["epoch", "box", "obj", "cls", "P", "R", "mAP@.5", "mAP@.5:.95", "images/s"]
+COLUMNS = ("epoch", "train/box_loss", "x/lr0")
+LOSSES = LossMeans(box=0.0812345678, objectness=0.03, classification=1e-7)
+METRICS = Metrics(
+    precision=0.5,
+    recall=0.25,
+    map50=0.75,
+    map50_95=0.4,
+    images=1,
+    labels=1,
+    best_confidence=0.3,
+    per_class=(),
+    losses=LOSSES,
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, skipinitialspace=True))
+
+
+def row(epoch):
+    return {"epoch": epoch, "train/box_loss": epoch + 0.123456789, "x/lr0": 1e-5}
+
+
+# ---- CSV
+
+
+def test_rows_have_a_header_six_digits_and_straight_columns(tmp_path):
+    table = CsvTable(tmp_path / "t.csv", COLUMNS)
+    for epoch in (0, 1, 10):
+        table.append(row(epoch))
+    lines = (tmp_path / "t.csv").read_text().splitlines()
+    assert lines[0].replace(" ", "") == ",".join(COLUMNS)
+    assert len({len(line) for line in lines}) == 1
+    assert [line.replace(" ", "") for line in lines[1:]] == ["0,0.123457,1e-05", "1,1.12346,1e-05", "10,10.1235,1e-05"]
+    assert [cells["epoch"] for cells in read(table.path)] == ["0", "1", "10"]
+
+
+def test_a_missing_value_is_an_empty_cell_and_a_strange_one_is_a_bug(tmp_path):
+    table = CsvTable(tmp_path / "t.csv", COLUMNS)
+    table.append({"epoch": 0, "x/lr0": math.nan})
+    assert table.rows() == [{"epoch": "0", "train/box_loss": "", "x/lr0": "nan"}]
+    with pytest.raises(AssertionError):
+        table.append({"epoch": 1, "lr": 1.0})
+
+
+@given(value=st.floats(allow_nan=False, allow_infinity=False))
+def test_values_read_back_to_six_digits(tmp_path_factory, value):
+    table = CsvTable(tmp_path_factory.mktemp("csv") / "t.csv", COLUMNS)
+    table.append({"epoch": 0, "x/lr0": np.float64(value)})
+    assert float(read(table.path)[0]["x/lr0"]) == pytest.approx(value, rel=1e-5)
+
+
+def test_killed_at_any_byte_whole_rows_survive_and_the_next_follows_them(tmp_path):
+    path = tmp_path / "t.csv"
+    table = CsvTable(path, COLUMNS)
+    for epoch in range(3):
+        table.append(row(epoch))
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        expected = max(whole[:size].count(b"\n") - 1, 0)
+        again = CsvTable(path, COLUMNS)
+        again.append(row(expected))
+        assert [int(cells["epoch"]) for cells in read(path)] == list(range(expected + 1))
+
+
+def test_a_table_that_is_whole_is_not_rewritten(tmp_path):
+    table = CsvTable(tmp_path / "t.csv", COLUMNS)
+    table.append(row(0))
+    before = table.path.stat()
+    CsvTable(table.path, COLUMNS).truncate(1)
+    assert table.path.stat().st_ino == before.st_ino and table.path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_resuming_drops_the_epochs_that_come_again(tmp_path):
+    table = CsvTable(tmp_path / "t.csv", COLUMNS)
+    for epoch in range(5):
+        table.append(row(epoch))
+    straight = table.path.read_bytes()
+    table.truncate(3)
+    assert [cells["epoch"] for cells in table.rows()] == ["0", "1", "2"]
+    for epoch in (3, 4):
+        table.append(row(epoch))
+    assert table.path.read_bytes() == straight
+    table.truncate(0)
+    assert table.rows() == [] and table.path.read_text().count("\n") == 1
+    CsvTable(tmp_path / "none.csv", COLUMNS).truncate(0)
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_rows_of_an_older_header_move_below_the_new_one(tmp_path):
+    CsvTable(tmp_path / "t.csv", ("epoch", "gone", "x/lr0")).append({"epoch": 0, "gone": 1, "x/lr0": 0.5})
+    table = CsvTable(tmp_path / "t.csv", COLUMNS)
+    assert read(table.path) == table.rows() == [{"epoch": "0", "train/box_loss": "", "x/lr0": "0.5"}]
+
+
+def test_a_result_row_fills_every_column_of_an_evaluated_epoch():
+    filled = result_row(4, LOSSES, METRICS, [0.1, 0.2, 0.3])
+    assert tuple(filled) == RESULT_COLUMNS
+    assert filled["epoch"] == 4 and filled["metrics/mAP_0.5:0.95"] == 0.4 and filled["x/lr2"] == 0.3
+    assert filled["val/box_loss"] == filled["train/box_loss"] == LOSSES.box
+    skipped = result_row(4, LOSSES, None, [0.1, 0.2, 0.3])
+    assert set(RESULT_COLUMNS) - set(skipped) == {
+        name for name in RESULT_COLUMNS if name.startswith(("metrics", "val"))
+    }
+
+
+# ---- loggers
+
+
+def log_run(folder, epochs, start_epoch=0, **kind):
+    loggers = [make(folder, start_epoch=start_epoch) for make in LOGGERS.values()]
+    for epoch in range(start_epoch, epochs):
+        for logger in loggers:
+            logger.epoch(result_row(epoch, LOSSES, METRICS, [0.1 * epoch] * 3), dict.fromkeys(TIMING_COLUMNS, epoch))
+    for logger in loggers:
+        logger.close()
+
+
+def test_a_resumed_run_leaves_the_csv_files_of_an_uninterrupted_one(tmp_path):
+    for name in ("straight", "resumed"):
+        (tmp_path / name).mkdir()
+    log_run(tmp_path / "straight", 4)
+    log_run(tmp_path / "resumed", 3)
+    log_run(tmp_path / "resumed", 4, start_epoch=2)
+    for name in ("results.csv", "timing.csv"):
+        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+
+
+def test_tensorboard_shows_the_columns_as_tags_and_a_resumed_run_once(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log_run(tmp_path, 3)
+    log_run(tmp_path, 4, start_epoch=2)
+    logger = TensorBoardLogger(tmp_path, start_epoch=4)
+    logger.image("val", np.full((4, 6, 3), 200, np.uint8), 4)
+    logger.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == set(RESULT_COLUMNS) - {"epoch"}
+    assert [event.step for event in events.Scalars("x/lr1")] == [0, 1, 2, 3]
+    assert events.Scalars("metrics/mAP_0.5:0.95")[0].value == pytest.approx(0.4)
+    assert (events.Images("val")[0].width, events.Images("val")[0].height) == (6, 4)
+
+
+def test_without_tensorboard_one_note_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    notes = []
+    logger = TensorBoardLogger(tmp_path, note=notes.append)
+    logger.epoch(result_row(0, LOSSES, METRICS, [0.1]), {})
+    logger.image("val", np.zeros((4, 6, 3), np.uint8), 0)
+    logger.close()
+    assert len(notes) == 1 and "pip install tensorboard" in notes[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", LOGGERS.values())
+def test_every_logger_keeps_the_contract_that_the_null_logger_states(kind):
+    assert issubclass(kind, Logger)
+    Logger().epoch({}, {})
+    Logger().scalars({}, 0)
+    Logger().image("tag", np.zeros((1, 1, 3), np.uint8), 0)
+    Logger().close()
+
+
+# ---- terminal
+
+
+def summary(**changes):
+    fields = {
+        "epoch": 0,
+        "epochs": 30,
+        "losses": LOSSES,
+        "metrics": METRICS,
+        "images_per_s": 123.45,
+        "seconds_left": 3725.4,
+    }
+    return EpochSummary(**fields | changes)
+
+
+def test_an_epoch_is_one_line_below_its_titles():
+    assert format_header(30).split() == [*TITLES, "time", "left"]
+    losses, metrics = ["0.08123", "0.03000", "0.00000"], ["0.5000", "0.2500", "0.7500", "0.4000"]
+    assert format_epoch(summary()).split() == ["1/30", *losses, *metrics, "123.5", "1:02:05"]
+    assert format_epoch(summary(metrics=None)).split()[4:8] == ["-"] * 4
+
+
+@given(
+    epochs=st.integers(1, 100_000),
+    box=st.floats(0, 99),
+    speed=st.floats(0, 99_999),
+    left=st.floats(0, 3.5e6) | st.just(math.inf),
+    metrics=st.sampled_from([METRICS, None]),
+)
+def test_lines_are_as_wide_as_their_titles(epochs, box, speed, left, metrics):
+    line = format_epoch(
+        summary(
+            epoch=epochs - 1,
+            epochs=epochs,
+            losses=LossMeans(box=box, objectness=box, classification=box),
+            metrics=metrics,
+            images_per_s=speed,
+            seconds_left=left,
+        )
+    )
+    assert len(line) == len(format_header(epochs))
+    assert len(line.split()) == 10
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00:00"),
+        (59.6, "0:01:00"),
+        (3599.4, "0:59:59"),
+        (360000, "100:00:00"),
+        (math.nan, "-:--:--"),
+        (-1, "0:00:00"),
+    ],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_a_log_file_gets_the_titles_once_and_one_line_per_epoch():
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    for epoch in range(3):
+        assert list(console.bar(range(4), f"epoch {epoch}")) == [0, 1, 2, 3]
+        console.epoch(summary(epoch=epoch))
+    lines = stream.getvalue().splitlines()
+    assert lines == [format_header(30), *(format_epoch(summary(epoch=epoch)) for epoch in range(3))]
+
+
+def test_every_line_is_flushed(tmp_path):
+    with (tmp_path / "log").open("w") as stream:
+        console = Console(stream=stream)
+        console.note("drawing")
+        console.warn("slow")
+        assert (tmp_path / "log").read_text() == "note: drawing\nwarning: slow\n"
+
+
+def test_on_a_terminal_the_bar_shows_speed_and_losses_and_gives_way_to_the_line():
+    stream = Terminal()
+    console = Console(stream=stream)
+    for step in (bar := console.bar(range(3), "epoch 1/30", images_each=16)):
+        bar.set_postfix_str(format_losses(LOSSES))
+        if step == 1:
+            console.note("in between")
+    console.epoch(summary())
+    drawn = stream.getvalue()
+    assert "epoch 1/30" in drawn and "images/s" in drawn and "box 0.0812" in drawn
+    assert "\rnote: in between\n" in drawn
+    assert drawn.rpartition("\r")[2] == f"{format_header(30)}\n{format_epoch(summary())}\n"
+
+
+def test_a_bar_of_a_total_is_counted_by_hand():
+    stream = Terminal()
+    with Console(stream=stream).bar(40, "drawing") as bar:
+        bar.update(40)
+    assert "drawing" in stream.getvalue()
+
+
+def test_quiet_on_a_terminal_means_lines_without_bars():
+    stream = Terminal()
+    console = Console(quiet=True, stream=stream)
+    with console.bar(10, "drawing") as bar:
+        bar.update(10)
+    console.epoch(summary())
+    assert stream.getvalue() == f"{format_header(30)}\n{format_epoch(summary())}\n"
+
+
+def test_silent_ranks_print_nothing(capsys):
+    console = NullConsole()
+    assert list(console.bar([1, 2], "epoch")) == [1, 2]
+    console.note("a")
+    console.warn("b")
+    console.epoch(summary())
+    assert capsys.readouterr() == ("", "")

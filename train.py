@@ -1,0 +1,32 @@
+"""Train a detector: `python train.py --data my.yaml`, or `import train; train.run(data="my.yaml")`.
+
+Without any flag it trains on the embedded data set. `python train.py --help` lists the flags.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from utils.config import TrainOptions, parse_flags, run_command
+
+if TYPE_CHECKING:
+    from utils.structures import Metrics
+
+
+def run(**options: Any) -> Metrics:
+    """Train with options by the names of the flags, e.g. `run(data="my.yaml", imgsz=320)`; the metrics of best.pt.
+
+    Raises ValueError (structures.UserError) with one line for anything that a user can mend.
+    """
+    from utils.train.build import build_trainer  # torch only now, so that --help is instant
+
+    return build_trainer(options).fit()
+
+
+def main() -> int:
+    return run_command("train.py", lambda: run(**parse_flags(TrainOptions, sys.argv[1:], program="train.py")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Checkpoints: what a run is, in one file of tensors and plain values.
+
+`last.pt` holds all that continues a run; `best.pt` the averaged weights alone, in fp16. Both load with torch's
+`weights_only=True`, so opening a file runs nothing in it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.yolo import DetectionModel
+from utils.files import write_atomic
+from utils.structures import UserError
+
+SCHEMA = 1
+
+Checkpoint = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the files of a run lie."""
+
+    path: Path
+
+    @property
+    def last(self) -> Path:
+        return self.path / "weights" / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "weights" / "best.pt"
+
+    def save(self, checkpoint: Checkpoint, *, best: bool) -> None:
+        """Write last.pt and, where this is the best epoch so far, best.pt."""
+        self.last.parent.mkdir(exist_ok=True)
+        save_checkpoint(self.last, checkpoint)
+        if best:
+            save_checkpoint(self.best, for_inference(checkpoint))
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Replace `path` by the checkpoint, whole or not at all."""
+    write_atomic(path, lambda file: torch.save({"schema": SCHEMA, **checkpoint}, file))
+
+
+def for_inference(checkpoint: Checkpoint) -> Checkpoint:
+    """What detection needs of a checkpoint: averaged weights in fp16, network, names."""
+    kept = ("network", "names", "options", "hyp", "epoch", "best_fitness")
+    weights = {name: _half(tensor) for name, tensor in checkpoint["ema"].items()}
+    return {"ema": weights, **{key: checkpoint[key] for key in kept}}
+
+
+def _half(tensor: Tensor) -> Tensor:
+    """fp16, unless a value is too large for it, as the variance of a wild channel may be."""
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    return half if half.isfinite().all() else tensor
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint of this trainer, tensors on the CPU. Raises UserError for anything else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint not found: {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"checkpoint is a folder, expected a .pt file: {path}") from None
+    except PermissionError:
+        raise UserError(f"checkpoint cannot be read, permission denied: {path}") from None
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError, AttributeError):
+        raise UserError(f"checkpoint cannot be read: {path} is damaged or was not written by this trainer") from None
+    if not isinstance(checkpoint, dict) or not {"schema", "ema", "network", "names"} <= checkpoint.keys():
+        raise UserError(f"checkpoint was not written by this trainer: {path}")
+    if checkpoint["schema"] != SCHEMA:
+        raise UserError(f"checkpoint has format {checkpoint['schema']}, this version reads {SCHEMA}: {path}")
+    return checkpoint
+
+
+def averaged_model(checkpoint: Checkpoint) -> DetectionModel:
+    """The detector of a checkpoint: its averaged weights, in fp32 and eval mode."""
+    model = DetectionModel(checkpoint["network"])
+    model.load_state_dict(checkpoint["ema"])
+    return model.eval().requires_grad_(False)
+
+
+def transfer(model: DetectionModel, weights: Mapping[str, Tensor]) -> int:
+    """Copy the weights that fit by name and shape into `model`, anchors aside; returns how many entries did."""
+    state = model.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name in state and state[name].shape == tensor.shape and not name.endswith(".anchors")
+    }
+    model.load_state_dict({**state, **fitting})
+    return len(fitting)
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The `last.pt` below `folder` that was written last. Raises UserError when there is none."""
+    found = sorted(folder.glob("**/weights/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"--resume: no last.pt below {folder}/; name the checkpoint to continue")
+    return found[-1]

@@ -1,0 +1,67 @@
+"""`val.py`: a checkpoint and a data set in, tables and pictures out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import Checkpoint, averaged_model, load_checkpoint
+from utils.config import ValOptions, validated, whole_strides
+from utils.data.loader import EvalBatches
+from utils.data.scan import open_dataset, scan_split
+from utils.evaluate.evaluator import Evaluator
+from utils.files import new_run_folder
+from utils.hyp import hyperparameters
+from utils.loss import LossGains
+from utils.report.loggers import Console, table
+from utils.report.run_report import PictureFiles, Pictures, write_metrics
+from utils.runtime import choose_runtime
+from utils.structures import Metrics, UserError
+
+_CLASSES_SHOWN = 30  # more, and only --verbose lists them
+
+
+def evaluate(values: Mapping[str, Any]) -> Metrics:
+    """Evaluate for options by name. Raises UserError for what a user can mend."""
+    options = validated(ValOptions, dict(values))
+    console = Console(quiet=options.quiet)
+    runtime = choose_runtime(device=options.device, amp=options.amp, workers=options.workers)
+    checkpoint = load_checkpoint(Path(options.weights))
+    spec = open_dataset(options.data or checkpoint["options"]["data"], note=console.note)
+    if len(spec.names) != len(checkpoint["names"]):
+        raise UserError(
+            f"{options.weights} knows {len(checkpoint['names'])} classes, {spec.source} has {len(spec.names)} names"
+        )
+    store, report = scan_split(spec, options.task, progress=console.bar)
+    for line in report.lines():
+        console.line(line)
+    model = averaged_model(checkpoint)
+    imgsz = whole_strides(options.imgsz or checkpoint["options"]["imgsz"], max(model.head.strides), note=console.note)
+    evaluator = Evaluator(
+        batches=EvalBatches(store=store, imgsz=imgsz, batch_size=options.batch_size, stride=max(model.head.strides)),
+        names=spec.names,
+        runtime=runtime,
+        confidence=options.conf_thres,
+        iou=options.iou_thres,
+        max_detections=options.max_det,
+    )
+    folder = new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
+    pictures = Pictures() if options.noplots else PictureFiles(folder, spec.names, val=store)
+    metrics = evaluator(
+        model.to(runtime.device),
+        gains=_gains(checkpoint, model.head, imgsz),
+        on_batch=pictures.evaluated_batch,
+        watch=lambda batches: console.bar(batches, "Evaluating", images_each=options.batch_size),
+    )
+    write_metrics(folder / "metrics.json", metrics)
+    pictures.finished(metrics)
+    console.line(table(metrics, verbose=options.verbose or len(spec.names) <= _CLASSES_SHOWN))
+    console.line(f"Tables and pictures: {folder}")
+    return metrics
+
+
+def _gains(checkpoint: Checkpoint, head, imgsz: int) -> LossGains:
+    """The losses as the training run counted them."""
+    given = {name: value for name, value in checkpoint["hyp"].items() if value is not None}
+    return LossGains.for_head(hyperparameters(given, source="checkpoint"), head, imgsz)

@@ -1,0 +1,101 @@
+"""Evaluates a model on a split: network, NMS, back to source pixels, matching, metrics.
+
+Works on a fused fp32 copy, so the model that is handed in, and the random state, are the same bytes afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from models.yolo import DetectionModel, decode, fused
+from utils.data.loader import EvalBatches, Stream
+from utils.evaluate.matching import Labels
+from utils.evaluate.metrics import Evidence, collect, compute_metrics, merge
+from utils.evaluate.nms import non_max_suppression
+from utils.loss import LossGains, detection_losses
+from utils.runtime import Runtime
+from utils.structures import Batch, Detections, LossMeans, Metrics
+
+OnBatch = Callable[[int, Batch, list[Detections]], None]  # index, batch, detections in network px
+Watch = Callable[[Iterable], Iterable]  # wraps the batches, as a progress bar does
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Calling it with a model yields Metrics."""
+
+    batches: EvalBatches
+    names: tuple[str, ...]
+    runtime: Runtime
+    confidence: float = 0.001
+    iou: float = 0.6
+    max_detections: int = 300
+    stream: Stream = field(init=False)
+
+    def __post_init__(self) -> None:
+        stream = Stream(
+            self.batches,
+            self.batches.keys(),
+            workers=min(self.runtime.workers, len(self.batches.keys())),
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+        object.__setattr__(self, "stream", stream)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: DetectionModel,
+        *,
+        gains: LossGains | None = None,
+        on_batch: OnBatch | None = None,
+        watch: Watch | None = None,
+    ) -> Metrics:
+        """Metrics on the split; with `gains` the losses too. `on_batch` sees each batch, for pictures."""
+        network = fused(model).to(self.runtime.device, memory_format=torch.channels_last)
+        head = network.head
+        evidence: list[Evidence] = []
+        losses = torch.zeros(3, dtype=torch.float64)
+        for index, batch in enumerate(watch(self.stream) if watch else self.stream):
+            on_device = batch.to(self.runtime.device)
+            with self.runtime.autocast():
+                raw = network(on_device.images.float() / 255)
+            if gains:
+                part = detection_losses(raw, on_device, head, gains)
+                losses += len(batch.images) * torch.stack([part.box, part.objectness, part.classification]).cpu()
+            detections = non_max_suppression(
+                decode(raw, head), confidence=self.confidence, iou=self.iou, max_detections=self.max_detections
+            )
+            if on_batch:
+                on_batch(index, batch, detections)
+            evidence.append(self._collect(batch, detections))
+        box, objectness, classification = (losses / len(self.batches.store)).tolist()
+        means = LossMeans(box=box, objectness=objectness, classification=classification) if gains else None
+        return compute_metrics(merge(evidence), self.names, losses=means)
+
+    def _collect(self, batch: Batch, detections: list[Detections]) -> Evidence:
+        store, images = self.batches.store, batch.indices.tolist()
+        in_source = [
+            to_source(one, placement, tuple(store.sizes[image]))
+            for one, placement, image in zip(detections, batch.placements, images)
+        ]
+        return collect(images, in_source, [Labels.of(store, image) for image in images], len(self.names))
+
+
+def to_source(detections: Detections, placement: torch.Tensor, size: tuple[int, int]) -> Detections:
+    """Detections in network px -> source px, cut to the image of `size` (height, width).
+
+    `placement` (3, 3) moves source px to network px by scale and shift alone.
+    """
+    scale, shift = placement.diagonal()[:2].repeat(2), placement[:2, 2].repeat(2)
+    boxes = (detections.boxes.cpu().double() - shift) / scale
+    height, width = size
+    limit = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+    return replace(
+        detections,
+        boxes=boxes.clamp(min=0).minimum(limit).float(),
+        scores=detections.scores.cpu(),
+        classes=detections.classes.cpu(),
+    )

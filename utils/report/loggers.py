@@ -1,0 +1,338 @@
+"""What writes a run's progress: CSV tables, TensorBoard events, and the terminal.
+
+The surprise: an epoch is one and the same line on a terminal and in a log file; the bar above it lives only meanwhile.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.files import write_text
+from utils.structures import LossMeans, Metrics
+
+RESULT_COLUMNS = (
+    "epoch",
+    "train/box_loss",
+    "train/obj_loss",
+    "train/cls_loss",
+    "metrics/precision",
+    "metrics/recall",
+    "metrics/mAP_0.5",
+    "metrics/mAP_0.5:0.95",
+    "val/box_loss",
+    "val/obj_loss",
+    "val/cls_loss",
+    "x/lr0",
+    "x/lr1",
+    "x/lr2",
+)
+TIMING_COLUMNS = ("epoch", "images_per_s", "epoch_s", "data_wait_s", "train_s", "evaluate_s", "save_s")
+
+Row = Mapping[str, float]  # by column; a column may be missing, and `epoch` counts from 0
+Note = Callable[[str], object]
+
+
+def result_row(
+    epoch: int, losses: LossMeans, metrics: Metrics | None, learning_rates: Iterable[float]
+) -> dict[str, float]:
+    """One epoch by RESULT_COLUMNS. An epoch without evaluation leaves its columns out."""
+    row: dict[str, float] = {"epoch": epoch, **_loss_columns("train", losses)}
+    if metrics is not None:
+        row |= {
+            "metrics/precision": metrics.precision,
+            "metrics/recall": metrics.recall,
+            "metrics/mAP_0.5": metrics.map50,
+            "metrics/mAP_0.5:0.95": metrics.map50_95,
+        }
+        row |= _loss_columns("val", metrics.losses) if metrics.losses is not None else {}
+    return row | {f"x/lr{group}": rate for group, rate in enumerate(learning_rates)}
+
+
+def _loss_columns(split: str, losses: LossMeans) -> dict[str, float]:
+    return {
+        f"{split}/box_loss": losses.box,
+        f"{split}/obj_loss": losses.objectness,
+        f"{split}/cls_loss": losses.classification,
+    }
+
+
+# ---- CSV ----------------------------------------------------------------------------------------------------------
+
+
+class CsvTable:
+    """A CSV file that grows by a row per epoch and survives being killed at any moment.
+
+    Cells are right-aligned with spaces after the comma; read it with `skipinitialspace`, or strip. Opening an existing
+    file keeps its whole rows, moves them below today's columns if those are others, and drops a last row cut short.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
+        self.path, self.columns = path, columns
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != self._text(rows := self.rows()):
+            self._replace(rows)
+
+    def rows(self) -> list[dict[str, str]]:
+        """The complete rows, cells as text without padding."""
+        try:
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        header, *rows = csv.reader(text[: text.rfind("\n") + 1].splitlines() or [""])
+        names = [cell.strip() for cell in header]
+        return [dict(zip(names, map(str.strip, row))) for row in rows if len(row) == len(names)]
+
+    def append(self, row: Row) -> None:
+        """Add one row. A value is rounded to 6 significant digits; a missing one leaves its cell empty."""
+        unknown = set(row) - set(self.columns)
+        assert not unknown, f"{self.path.name} has no column {sorted(unknown)}"
+        cells = {name: _six_digits(value) for name, value in row.items()}
+        with self.path.open(
+            "a", encoding="utf-8", newline=""
+        ) as file:  # one write, so that a kill cuts at most one row
+            file.write(self._line(cells) if file.tell() else self._text([cells]))
+
+    def truncate(self, keep_epochs: int) -> None:
+        """Drop the rows of epochs >= `keep_epochs`, which a resumed run is about to write again."""
+        rows = self.rows()
+        kept = [row for row in rows if _is_below(row.get("epoch", ""), keep_epochs)]
+        if len(kept) < len(rows):
+            self._replace(kept)
+
+    def _replace(self, rows: list[dict[str, str]]) -> None:
+        write_text(self.path, self._text(rows))
+
+    def _text(self, rows: list[dict[str, str]]) -> str:
+        return "".join(map(self._line, [dict(zip(self.columns, self.columns)), *rows]))
+
+    def _line(self, cells: Mapping[str, str]) -> str:
+        return ", ".join(cells.get(name, "").rjust(max(len(name), 11)) for name in self.columns) + "\n"
+
+
+def _six_digits(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{float(value):.6g}"
+
+
+def _is_below(cell: str, epochs: int) -> bool:
+    try:
+        return float(cell) < epochs
+    except ValueError:  # a row that names no epoch belongs to none
+        return False
+
+
+# ---- loggers ------------------------------------------------------------------------------------------------------
+
+
+class Logger:
+    """The contract of a logger, and at once the null object: each method may be called and does nothing.
+
+    Those of LOGGERS are made by `(folder, start_epoch=, note=)`: a resumed run starts above 0 and what an earlier run
+    logged from there on is withdrawn; `note` takes a line for the user.
+    """
+
+    def epoch(self, results: Row, timing: Row) -> None:
+        """An epoch is over: rows by RESULT_COLUMNS and TIMING_COLUMNS."""
+
+    def scalars(self, values: Row, step: int) -> None:
+        """Numbers by tag."""
+
+    def image(self, tag: str, picture: np.ndarray, step: int) -> None:
+        """A (H, W, 3) u8 RGB picture."""
+
+    def close(self) -> None:
+        """Nothing is written afterwards."""
+
+
+class CsvLogger(Logger):
+    """results.csv, which an identical run repeats to the byte, and timing.csv, which no run repeats."""
+
+    def __init__(self, folder: Path, *, start_epoch: int = 0, note: Note = print) -> None:
+        self._results = CsvTable(folder / "results.csv", RESULT_COLUMNS)
+        self._timing = CsvTable(folder / "timing.csv", TIMING_COLUMNS)
+        for table in (self._results, self._timing):
+            table.truncate(start_epoch)
+
+    def epoch(self, results: Row, timing: Row) -> None:
+        self._results.append(results)
+        self._timing.append(timing)
+
+
+class TensorBoardLogger(Logger):
+    """TensorBoard events under the column names of results.csv. Without tensorboard: a note, then nothing."""
+
+    def __init__(self, folder: Path, *, start_epoch: int = 0, note: Note = print) -> None:
+        self._writer = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            note("no TensorBoard events: `pip install tensorboard` to get them")
+            return
+        self._writer = SummaryWriter(str(folder), purge_step=start_epoch or None)
+
+    def epoch(self, results: Row, timing: Row) -> None:
+        self.scalars({tag: value for tag, value in results.items() if tag != "epoch"}, int(results["epoch"]))
+
+    def scalars(self, values: Row, step: int) -> None:
+        if self._writer is None:
+            return
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+        self._writer.flush()
+
+    def image(self, tag: str, picture: np.ndarray, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_image(tag, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+# ---- terminal -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochSummary:
+    """What the line of an epoch shows."""
+
+    epoch: int  # from 0
+    epochs: int
+    losses: LossMeans  # of training
+    metrics: Metrics | None  # None: not evaluated
+    images_per_s: float
+    seconds_left: float
+
+
+def format_header(epochs: int) -> str:
+    """The titles above the lines of `format_epoch`."""
+    return "  ".join(title.rjust(_width(title, epochs)) for title in EPOCH_LINE)
+
+
+def format_epoch(summary: EpochSummary) -> str:
+    """One line, aligned with `format_header`."""
+    cells = ((title, cell(summary)) for title, cell in EPOCH_LINE.items())
+    return "  ".join(text.rjust(_width(title, summary.epochs)) for title, text in cells)
+
+
+def format_losses(losses: LossMeans) -> str:
+    """For a bar."""
+    return f"box {losses.box:.4f}  obj {losses.objectness:.4f}  cls {losses.classification:.4f}"
+
+
+def format_duration(seconds: float) -> str:
+    """h:mm:ss; a time that is not known yet (nan, infinite) has dashes for digits."""
+    if not math.isfinite(seconds):
+        return "-:--:--"
+    minutes, second = divmod(max(round(seconds), 0), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
+def _width(title: str, epochs: int) -> int:
+    return max(len(title), len(f"{epochs}/{epochs}") if title == "epoch" else 8)
+
+
+def _metric(name: str) -> Callable[[EpochSummary], str]:
+    return lambda summary: "-" if summary.metrics is None else f"{getattr(summary.metrics, name):.4f}"
+
+
+def table(metrics: Metrics, verbose: bool) -> str:
+    """The result as aligned text: header, the row 'all' and, with `verbose`, every class that has labels."""
+    rows = [("all", metrics.images, metrics.labels, metrics)]
+    if verbose:
+        rows += [(one.name, one.images, one.labels, one) for one in metrics.per_class if one.labels]
+    width = max(20, *(len(name) for name, *_ in rows))
+    lines = [f"{'Class':>{width}}{'Images':>11}{'Labels':>11}{'P':>11}{'R':>11}{'mAP@.5':>11}{'mAP@.5:.95':>12}"]
+    for name, images, labels, row in rows:
+        figures = f"{row.precision:>11.3f}{row.recall:>11.3f}{row.map50:>11.3f}{row.map50_95:>12.3f}"
+        lines.append(f"{name:>{width}}{images:>11}{labels:>11}{figures}")
+    return "\n".join(lines)
+
+
+class Console:
+    """The terminal side of a run: bars where a person watches, and lines that a log file takes as well.
+
+    `stream` is standard output when not given; bars appear where it is a terminal, unless `quiet`.
+    """
+
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._bars = self._stream.isatty() and not quiet
+        self._headed = False
+
+    def bar(self, items: Iterable | int, description: str, *, images_each: int = 1) -> tqdm:
+        """A bar over an iterable, or of a total that `bar.update(n)` counts up to. It vanishes when it is done.
+
+        `images_each` is the number of images per item, so that the speed is in images/s; `bar.set_postfix_str(text,
+        refresh=False)` adds text such as `format_losses`. Use a bar of a total in a `with`. Without bars it iterates.
+        """
+        total = items if isinstance(items, int) else None
+        return _Bar(
+            None if total is not None else items,
+            total=total,
+            desc=description,
+            file=self._stream,
+            disable=not self._bars,
+            leave=False,
+            dynamic_ncols=True,
+            unit=" images",
+            unit_scale=images_each,
+            bar_format="{desc}  {percentage:3.0f}% {bar} {rate_fmt}  {remaining} left{postfix}",
+        )
+
+    def line(self, text: str) -> None:
+        """A line, above any bar, that is in the log file at once."""
+        tqdm.write(text, file=self._stream)
+        self._stream.flush()
+
+    def note(self, text: str) -> None:
+        self.line(f"note: {text}")
+
+    def warn(self, text: str) -> None:
+        self.line(f"warning: {text}")
+
+    def epoch(self, summary: EpochSummary) -> None:
+        """The line of an epoch, below the titles if it is the first."""
+        if not self._headed:
+            self.line(format_header(summary.epochs))
+            self._headed = True
+        self.line(format_epoch(summary))
+
+
+class NullConsole(Console):
+    """For the ranks that keep silent."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    def line(self, text: str) -> None:
+        pass
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread of tqdm's: loader workers are forked from this process
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+EPOCH_LINE: dict[str, Callable[[EpochSummary], str]] = {  # title: text of the cell
+    "epoch": lambda summary: f"{summary.epoch + 1}/{summary.epochs}",
+    "box": lambda summary: f"{summary.losses.box:.5f}",
+    "obj": lambda summary: f"{summary.losses.objectness:.5f}",
+    "cls": lambda summary: f"{summary.losses.classification:.5f}",
+    "P": _metric("precision"),
+    "R": _metric("recall"),
+    "mAP@.5": _metric("map50"),
+    "mAP@.5:.95": _metric("map50_95"),
+    "images/s": lambda summary: f"{summary.images_per_s:.1f}",
+    "time left": lambda summary: format_duration(summary.seconds_left),
+}
+
+LOGGERS = {"csv": CsvLogger, "tensorboard": TensorBoardLogger}

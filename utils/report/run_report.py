@@ -1,0 +1,206 @@
+"""What a run shows and leaves behind besides its weights: lines, bars, tables, TensorBoard, pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.files import write_text
+from utils.report import plots
+from utils.report.loggers import LOGGERS, Console, EpochSummary, Logger, format_duration, result_row, table
+from utils.structures import Batch, Detections, LabelStore, LossMeans, Metrics
+
+_PICTURED_BATCHES = 3
+
+
+@dataclass
+class Stopwatch:
+    """Adds up the seconds spent in its `with` blocks."""
+
+    seconds: float = 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+
+@dataclass
+class EpochTimes:
+    """Where the time of an epoch went."""
+
+    images: int = 0
+    data: Stopwatch = field(default_factory=Stopwatch)
+    train: Stopwatch = field(default_factory=Stopwatch)
+    evaluate: Stopwatch = field(default_factory=Stopwatch)
+    save: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def total(self) -> float:
+        return sum(watch.seconds for watch in (self.data, self.train, self.evaluate, self.save))
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images / max(self.data.seconds + self.train.seconds, 1e-9)
+
+    def row(self, epoch: int) -> dict[str, float]:
+        return {
+            "epoch": epoch,
+            "images_per_s": self.images_per_s,
+            "epoch_s": self.total,
+            "data_wait_s": self.data.seconds,
+            "train_s": self.train.seconds,
+            "evaluate_s": self.evaluate.seconds,
+            "save_s": self.save.seconds,
+        }
+
+
+class Pictures:
+    """The picture files of a run. This class draws none: it is the null object of `--noplots`."""
+
+    def labels(self) -> None:
+        """The label statistics of the training split."""
+
+    def train_batch(self, index: int, batch: Batch) -> None:
+        """A training batch as the network sees it."""
+
+    def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
+        """A batch of the final evaluation: labels, and detections in network px."""
+
+    def finished(self, metrics: Metrics) -> None:
+        """Curves of the final evaluation, and of the run where there was one."""
+
+
+@dataclass(frozen=True)
+class PictureFiles(Pictures):
+    """Pictures in a folder."""
+
+    folder: Path
+    names: tuple[str, ...]
+    val: LabelStore
+    train: LabelStore | None = None  # where there is no training, there are no pictures of it
+
+    def labels(self) -> None:
+        plots.plot_labels(self.train, self.names, self.folder)
+
+    def train_batch(self, index: int, batch: Batch) -> None:
+        if index < _PICTURED_BATCHES:
+            self._batch(f"train_batch{index}.jpg", batch, self.train)
+
+    def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
+        if index >= _PICTURED_BATCHES:
+            return
+        self._batch(f"val_batch{index}_labels.jpg", batch, self.val)
+        found = replace(
+            batch,
+            boxes=torch.cat([one.boxes.cpu() for one in detections]),
+            classes=torch.cat([one.classes.cpu() for one in detections]),
+            image_of=torch.cat([torch.full((len(one.scores),), image) for image, one in enumerate(detections)]),
+        )
+        scores = torch.cat([one.scores.cpu() for one in detections]).numpy()
+        self._batch(f"val_batch{index}_pred.jpg", found, self.val, scores)
+
+    def finished(self, metrics: Metrics) -> None:
+        labelled = [one.name for one in metrics.per_class if one.labels]
+        plots.plot_curves(metrics.curves, labelled, self.folder)
+        plots.plot_confusion(metrics.confusion, self.names, self.folder / "confusion_matrix.png")
+        if (self.folder / "results.csv").exists():
+            plots.plot_results(self.folder / "results.csv", self.folder / "results.png")
+
+    def _batch(self, name: str, batch: Batch, store: LabelStore, scores: np.ndarray | None = None) -> None:
+        plots.plot_batch(
+            batch.images.numpy(),
+            batch.boxes.numpy(),
+            batch.classes.numpy(),
+            batch.image_of.numpy(),
+            self.names,
+            self.folder / name,
+            scores=scores,
+            captions=[Path(store.path(image)).name for image in batch.indices.tolist()],
+        )
+
+
+class RunReport:
+    """The reporter of a training run."""
+
+    def __init__(
+        self, folder: Path, *, console: Console, pictures: Pictures, epochs: int, batch_size: int, start_epoch: int = 0
+    ):
+        self.folder, self.console, self.pictures = folder, console, pictures
+        self._epochs, self._batch_size = epochs, batch_size
+        self._loggers: list[Logger] = [
+            make(folder, start_epoch=start_epoch, note=console.note) for make in LOGGERS.values()
+        ]
+        self._epoch_seconds: list[float] = []
+        self._started = time.perf_counter()
+        if start_epoch == 0:
+            pictures.labels()
+
+    @contextmanager
+    def training_bar(self, epoch: int, batches: int) -> Iterator:
+        """A bar of one epoch; `update(1)` is true when it was drawn."""
+        with self.console.bar(batches, f"Epoch {epoch + 1}/{self._epochs}", images_each=self._batch_size) as bar:
+            yield bar
+
+    def evaluation_bar(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        return self.console.bar(batches, "Evaluating")
+
+    def train_batch(self, epoch: int, index: int, batch: Batch) -> None:
+        if epoch == 0:
+            self.pictures.train_batch(index, batch)
+
+    def epoch(
+        self, epoch: int, losses: LossMeans, metrics: Metrics, learning_rates: Sequence[float], times: EpochTimes
+    ) -> None:
+        """An epoch is over and saved: its line, its rows, its scalars."""
+        self._epoch_seconds.append(times.total)
+        for logger in self._loggers:
+            logger.epoch(result_row(epoch, losses, metrics, learning_rates), times.row(epoch))
+        recent = self._epoch_seconds[-5:]
+        self.console.epoch(
+            EpochSummary(
+                epoch=epoch,
+                epochs=self._epochs,
+                losses=losses,
+                metrics=metrics,
+                images_per_s=times.images_per_s,
+                seconds_left=sum(recent) / len(recent) * (self._epochs - epoch - 1),
+            )
+        )
+
+    def finished(self, metrics: Metrics, *, best_epoch: int, epochs: int) -> None:
+        """The last words of a run: the table, metrics.json, the pictures, and where everything lies."""
+        for logger in self._loggers:
+            logger.close()
+        write_metrics(self.folder / "metrics.json", metrics)
+        self.pictures.finished(metrics)
+        took = format_duration(time.perf_counter() - self._started)
+        self.console.line(f"\n{epochs} epochs in {took}; best.pt is of epoch {best_epoch + 1}:")
+        self.console.line(table(metrics, verbose=True))
+        self.console.line(f"Weights, tables and pictures: {self.folder}")
+        self.console.line(f"Curves: tensorboard --logdir {self.folder.parent}")
+
+
+def write_metrics(path: Path, metrics: Metrics) -> None:
+    """The figures of an evaluation as JSON, at full precision."""
+    figures = {
+        "fitness": metrics.fitness,
+        "precision": metrics.precision,
+        "recall": metrics.recall,
+        "mAP_0.5": metrics.map50,
+        "mAP_0.5:0.95": metrics.map50_95,
+        "best_confidence": metrics.best_confidence,
+        "images": metrics.images,
+        "labels": metrics.labels,
+        "losses": asdict(metrics.losses) if metrics.losses else None,
+        "per_class": [asdict(one) for one in metrics.per_class],
+    }
+    write_text(path, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")

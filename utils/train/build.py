@@ -1,0 +1,310 @@
+"""Options in, a Trainer out: one named builder per part.
+
+Every mistake of the user is found before the run folder exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.yolo import DetectionModel, count_parameters, gflops, read_network
+from utils.checkpoint import RunFolder, load_checkpoint, newest_checkpoint, transfer
+from utils.config import LATEST, TrainOptions, find_file, validated, whole_strides
+from utils.data.labels import label_path
+from utils.data.loader import EvalBatches, Stream, TrainBatches
+from utils.data.scan import ScanReport, open_dataset, scan_split, write_findings
+from utils.evaluate.evaluator import Evaluator
+from utils.files import new_run_folder, write_yaml
+from utils.hyp import Hyperparameters, hyperparameters, read_hyp
+from utils.loss import LossGains
+from utils.report.loggers import Console
+from utils.report.run_report import PictureFiles, Pictures, RunReport
+from utils.runtime import Runtime, choose_runtime
+from utils.structures import DatasetSpec, LabelStore, UserError
+from utils.train.anchors import choose_anchors
+from utils.train.optim import Schedule, WeightAverage, choose_accumulation, make_optimizer
+from utils.train.trainer import RunState, Trainer
+
+_DEFAULT_EPOCHS = 300
+_DEFAULT_IMGSZ = 640
+_DEFAULT_CFG = "yolov5n.yaml"
+_WITH_RESUME = ("resume", "epochs", "device", "workers", "patience", "quiet")  # options that may accompany --resume
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Split:
+    store: LabelStore
+    report: ScanReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What new and resumed runs have found out before they are put together."""
+
+    options: TrainOptions
+    hyp: Hyperparameters
+    spec: DatasetSpec
+    runtime: Runtime
+    model: DetectionModel
+    train: LabelStore
+    val: LabelStore
+    run: RunFolder
+    console: Console
+
+
+def build_trainer(values: Mapping[str, Any]) -> Trainer:
+    """A trainer, new or resumed, for options by name. Raises UserError before anything is written."""
+    given = validated(TrainOptions, dict(values))
+    console = Console(quiet=given.quiet)
+    if given.resume is not None:
+        return _resumed(values, given, console)
+    hyp = _hyperparameters(given)
+    spec = open_dataset(given.data, note=console.note)
+    runtime = choose_runtime(device=given.device, amp=given.amp, workers=given.workers)
+    model, weights_note = _model(given, hyp, spec)
+    train, val = _scan(spec, "train", console), _scan(spec, "val", console)
+    options = _resolved(given, spec, model, train.store, runtime, console)
+    _choose_anchors(model, options, hyp, train.store, console)
+    folder = new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
+    write_yaml(folder / "hyp.yaml", _without_none(asdict(hyp)))
+    write_yaml(folder / "opt.yaml", asdict(options))
+    if train.report.findings or val.report.findings:
+        write_findings(folder / "scan.csv", [train.report, val.report])
+    for line in weights_note:
+        console.line(line)
+    parts = _Parts(
+        options=options,
+        hyp=hyp,
+        spec=spec,
+        runtime=runtime,
+        model=model,
+        train=train.store,
+        val=val.store,
+        run=RunFolder(folder),
+        console=console,
+    )
+    return _assemble(parts, state=RunState())
+
+
+def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -> Trainer:
+    refused = sorted(set(values) - set(_WITH_RESUME))
+    if refused:
+        allowed = ", ".join("--" + name.replace("_", "-") for name in _WITH_RESUME[1:])
+        raise UserError(
+            f"--resume continues a run as it was; --{refused[0].replace('_', '-')} cannot change, only {allowed}"
+        )
+    path = newest_checkpoint(Path("runs")) if given.resume == LATEST else Path(given.resume)
+    checkpoint = load_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise UserError(
+            f"--resume {path}: holds weights alone; continue from last.pt, or start anew with --weights {path}"
+        )
+    changed = {name: values[name] for name in values if name != "resume" and values[name] is not None}
+    options = validated(TrainOptions, {**checkpoint["options"], **changed})
+    hyp = hyperparameters(_without_none(checkpoint["hyp"]), source=str(path))
+    state = RunState(**{name: checkpoint[name] for name in asdict(RunState())})
+    if state.epoch >= options.epochs:
+        raise UserError(f"--resume {path}: all {state.epoch} epochs are done; extend the run with --epochs")
+    spec = open_dataset(options.data, note=console.note)
+    if list(spec.names) != checkpoint["names"]:
+        raise UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run")
+    runtime = choose_runtime(device=options.device, amp=options.amp, workers=options.workers)
+    model = DetectionModel(checkpoint["network"], seed=options.seed)
+    train, val = _scan(spec, "train", console), _scan(spec, "val", console)
+    console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}")
+    parts = _Parts(
+        options=options,
+        hyp=hyp,
+        spec=spec,
+        runtime=runtime,
+        model=model,
+        train=train.store,
+        val=val.store,
+        run=RunFolder(path.parent.parent),
+        console=console,
+    )
+    trainer = _assemble(parts, state=state, accumulation=checkpoint["accumulation"])
+    trainer.restore(checkpoint)
+    return trainer
+
+
+# ---- parts --------------------------------------------------------------------------------------------------------
+
+
+def _hyperparameters(options: TrainOptions) -> Hyperparameters:
+    hyp = read_hyp(find_file(options.hyp, "data/hyps"))
+    if hyp.copy_paste:
+        raise UserError(
+            f"{options.hyp}: 'copy_paste: {hyp.copy_paste:g}': copy-paste is not available yet, set it to 0"
+        )
+    if hyp.anchors is not None and options.noautoanchor:
+        raise UserError("--noautoanchor keeps the network's anchors, but the hyp file asks for new ones with 'anchors'")
+    return hyp
+
+
+def _model(options: TrainOptions, hyp: Hyperparameters, spec: DatasetSpec) -> tuple[DetectionModel, list[str]]:
+    """The network with the weights to start from, and lines on these for the user."""
+    checkpoint = load_checkpoint(Path(options.weights)) if options.weights else None
+    network = checkpoint["network"] if checkpoint and not options.cfg else read_network(options.cfg or _DEFAULT_CFG)
+    anchors = _placeholder_anchors(network, round(hyp.anchors)) if hyp.anchors is not None else None
+    model = DetectionModel(network, num_classes=len(spec.names), anchors=anchors, seed=options.seed)
+    if checkpoint is None:
+        return model, []
+    total = len(model.state_dict())
+    return model, [f"Weights: {transfer(model, checkpoint['ema'])} of {total} entries from {options.weights}"]
+
+
+def _placeholder_anchors(network: dict[str, Any], per_level: int) -> torch.Tensor:
+    """(L, per_level, 2) px for a head of another width, until autoanchor has found real ones."""
+    first = torch.tensor(network["anchors"], dtype=torch.float32)[:, :2]  # (L, 2)
+    return first[:, None].repeat(1, per_level, 1)
+
+
+def _scan(spec: DatasetSpec, split: str, console: Console) -> _Split:
+    store, report = scan_split(spec, split, progress=console.bar)
+    for line in report.lines():
+        console.line(line)
+    if not report.boxes and split == "train":
+        image = store.path(0)
+        raise UserError(
+            f"{spec.source}: no label found for 'train'; that of {image} should be {label_path(Path(image))}"
+        )
+    if not report.boxes:
+        console.warn(f"no label found for '{split}': its metrics will be 0")
+    return _Split(store=store, report=report)
+
+
+def _resolved(
+    options: TrainOptions,
+    spec: DatasetSpec,
+    model: DetectionModel,
+    store: LabelStore,
+    runtime: Runtime,
+    console: Console,
+) -> TrainOptions:
+    """The options with every `automatic` replaced by what it means for this run."""
+    return replace(
+        options,
+        data=str(spec.source),
+        epochs=options.epochs or spec.epochs or _DEFAULT_EPOCHS,
+        imgsz=whole_strides(options.imgsz or spec.imgsz or _DEFAULT_IMGSZ, max(model.head.strides), note=console.note),
+        batch_size=_batch_size(options.batch_size, store, runtime, console),
+    )
+
+
+def _batch_size(batch_size: int, store: LabelStore, runtime: Runtime, console: Console) -> int:
+    if batch_size == -1:
+        if runtime.device.type != "cpu":
+            raise UserError("--batch-size -1: finding the largest batch is not available yet on a GPU; give a number")
+        batch_size = 16
+    if batch_size > len(store):
+        console.note(f"--batch-size {batch_size} is larger than the {len(store)} training images: using {len(store)}")
+        batch_size = len(store)
+    return batch_size
+
+
+def _choose_anchors(
+    model: DetectionModel, options: TrainOptions, hyp: Hyperparameters, store: LabelStore, console: Console
+) -> None:
+    if options.noautoanchor:
+        return
+    choice = choose_anchors(
+        model.head.anchors.numpy(),
+        store,
+        imgsz=options.imgsz,
+        anchor_t=hyp.anchor_t,
+        seed=options.seed,
+        force=hyp.anchors is not None,
+    )
+    verdict = f"Anchors reach {choice.recall_before:.1%} of the labels"
+    if choice.changed:
+        model.set_anchors(torch.from_numpy(choice.anchors))
+        verdict += f"; new ones, found by k-means and evolution, reach {choice.recall_after:.1%}"
+    console.line(verdict)
+
+
+def _assemble(parts: _Parts, *, state: RunState, accumulation: int | None = None) -> Trainer:
+    options, hyp, runtime = parts.options, parts.hyp, parts.runtime
+    model = parts.model.to(runtime.device, memory_format=torch.channels_last)
+    batches = TrainBatches(
+        store=parts.train, imgsz=options.imgsz, batch_size=options.batch_size, hyp=hyp, seed=options.seed
+    )
+    schedule = _schedule(options, hyp, batches.per_epoch, accumulation)
+    pin_memory = runtime.device.type == "cuda"
+    return Trainer(
+        options=options,
+        hyp=hyp,
+        names=parts.spec.names,
+        runtime=runtime,
+        model=model,
+        average=WeightAverage(model),
+        optimizer=make_optimizer(model, hyp, weight_decay=_weight_decay(options, hyp, schedule.accumulation)),
+        scaler=runtime.grad_scaler(),
+        schedule=schedule,
+        gains=LossGains.for_head(hyp, model.head, options.imgsz, label_smoothing=options.label_smoothing),
+        stream=Stream(
+            batches, batches.keys(state.epoch, options.epochs), workers=runtime.workers, pin_memory=pin_memory
+        ),
+        evaluator=_evaluator(parts),
+        run=parts.run,
+        report=_report(parts, schedule, start_epoch=state.epoch),
+        state=state,
+    )
+
+
+def _schedule(options: TrainOptions, hyp: Hyperparameters, per_epoch: int, accumulation: int | None) -> Schedule:
+    chosen = accumulation or choose_accumulation(
+        options.nominal_batch, batch_size=options.batch_size, batches_per_epoch=per_epoch, epochs=options.epochs
+    )
+    return Schedule(
+        hyp=hyp,
+        epochs=options.epochs,
+        batches_per_epoch=per_epoch,
+        accumulation=chosen,
+        linear=options.linear_lr,
+    )
+
+
+def _weight_decay(options: TrainOptions, hyp: Hyperparameters, accumulation: int) -> float:
+    """Scaled where whole batches cannot make up the nominal batch exactly."""
+    per_update = options.batch_size * accumulation
+    nominal = per_update if options.nominal_batch == "auto" else int(options.nominal_batch)
+    return hyp.weight_decay * per_update / nominal
+
+
+def _evaluator(parts: _Parts) -> Evaluator:
+    options, stride = parts.options, max(parts.model.head.strides)
+    return Evaluator(
+        batches=EvalBatches(store=parts.val, imgsz=options.imgsz, batch_size=2 * options.batch_size, stride=stride),
+        names=parts.spec.names,
+        runtime=replace(parts.runtime, amp_dtype=None),  # a figure must not depend on the precision of training
+    )
+
+
+def _report(parts: _Parts, schedule: Schedule, *, start_epoch: int) -> RunReport:
+    """The reporter, after its first lines: what is trained, on what, and where to."""
+    options, model, folder = parts.options, parts.model, parts.run.path
+    network = Path(options.cfg or options.weights or _DEFAULT_CFG).stem
+    parts.console.line(
+        f"{network}: {count_parameters(model):,} parameters, {gflops(model, options.imgsz):.1f} GFLOPs at "
+        f"{options.imgsz}; batches of {options.batch_size}, {options.batch_size * schedule.accumulation} images per update"
+    )
+    parts.console.line(f"{parts.runtime.description}; writing to {folder}")
+    files = PictureFiles(folder, parts.spec.names, val=parts.val, train=parts.train)
+    return RunReport(
+        folder,
+        console=parts.console,
+        pictures=Pictures() if options.noplots else files,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        start_epoch=start_epoch,
+    )
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
