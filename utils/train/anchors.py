@@ -76,15 +76,29 @@ def _closeness(sizes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
 
 
 def _kmeans(sizes: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
-    """Lloyd's algorithm on sizes scaled to unit spread, started from distinct sizes as far as there are enough."""
+    """Lloyd's algorithm on sizes scaled to unit spread."""
     spread = np.maximum(sizes.std(0), 1e-9)
     points = sizes / spread
-    centres = np.resize(rng.permutation(np.unique(points, axis=0)), (clusters, 2))  # repeats where there are too few
+    centres = _spread_out(points, clusters, rng)
     for _ in range(_KMEANS_ROUNDS):
         nearest = np.square(points[:, None] - centres[None]).sum(2).argmin(1)
         members = [points[nearest == cluster] for cluster in range(clusters)]
         centres = np.stack([group.mean(0) if len(group) else old for group, old in zip(members, centres)])
     return centres * spread
+
+
+def _spread_out(points: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` of the points, each drawn with a weight of its squared distance to the nearest before it.
+
+    Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007. Points repeat where fewer
+    than `count` are distinct.
+    """
+    chosen = points[rng.integers(len(points), size=1)]
+    for _ in range(count - 1):
+        distance = np.square(points[:, None] - chosen[None]).sum(2).min(1)
+        weights = distance / distance.sum() if distance.any() else None
+        chosen = np.concatenate([chosen, points[rng.choice(len(points), size=1, p=weights)]])
+    return chosen
 
 
 def _evolved(anchors: np.ndarray, sizes: np.ndarray, anchor_t: float, rng: np.random.Generator) -> np.ndarray:

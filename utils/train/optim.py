@@ -56,14 +56,23 @@ class Schedule:
     def __call__(self, step: int) -> StepSettings:
         epoch, index = divmod(step, self.batches_per_epoch)
         lr = self.hyp.lr0 * self.factor(epoch)
-        share = min(step / self.warmup_batches, 1.0) if self.warmup_batches else 1.0
-        accumulation = max(round(1 + share * (self.accumulation - 1)), 1)
-        rising, falling = share * lr, self.hyp.warmup_bias_lr + share * (lr - self.hyp.warmup_bias_lr)
+        share = self._warmup_share(step)
+        accumulation = self._accumulation(step)
         return StepSettings(
-            lrs=(rising, rising, falling),
-            momentum=self.hyp.warmup_momentum + share * (self.hyp.momentum - self.hyp.warmup_momentum),
-            update=(index + 1) % accumulation == 0 or index + 1 == self.batches_per_epoch,
+            lrs=(share * lr, share * lr, share * lr + (1 - share) * self.hyp.warmup_bias_lr),
+            momentum=share * self.hyp.momentum + (1 - share) * self.hyp.warmup_momentum,
+            update=(index + 1) % accumulation == 0
+            or self._accumulation(step + 1) > accumulation  # else the next update could hold up to twice as many
+            or index + 1 == self.batches_per_epoch,
         )
+
+    def _warmup_share(self, step: int) -> float:
+        """How much of warm-up lies behind, from 0 to 1."""
+        return min(step / self.warmup_batches, 1.0) if self.warmup_batches else 1.0
+
+    def _accumulation(self, step: int) -> int:
+        """Batches per update at a batch: from 1 up to the final value during warm-up."""
+        return round(1 + self._warmup_share(step) * (self.accumulation - 1))
 
     @property
     def warmup_batches(self) -> int:

@@ -1,0 +1,482 @@
+import errno
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from utils.config import (
+    LATEST,
+    TrainOptions,
+    ValOptions,
+    find_file,
+    parse_flags,
+    read_dataset,
+    run_command,
+    validated,
+    whole_strides,
+)
+from utils.structures import DatasetSpec, RunError, UserError
+
+ROOT = Path(__file__).parents[1]
+
+TRAIN_DEFAULTS = {  # SPEC 1; what None stands for depends on the data set and is the builder's to say
+    "weights": "",
+    "cfg": "",
+    "data": "data/shapes.yaml",
+    "hyp": "data/hyps/hyp.scratch.yaml",
+    "epochs": None,
+    "batch_size": 16,
+    "nominal_batch": "auto",
+    "imgsz": None,
+    "project": "runs/train",
+    "name": "exp",
+    "exist_ok": False,
+    "resume": None,
+    "rect": False,
+    "noautoanchor": False,
+    "multi_scale": False,
+    "label_smoothing": 0.0,
+    "linear_lr": False,
+    "cos_lr": False,
+    "evolve": None,
+    "cache": None,
+    "image_weights": False,
+    "single_cls": False,
+    "optimizer": "SGD",
+    "sync_bn": False,
+    "workers": 8,
+    "device": "",
+    "amp": "auto",
+    "compile": False,
+    "deterministic": False,
+    "nosave": False,
+    "noval": False,
+    "noplots": False,
+    "quiet": False,
+    "quad": False,
+    "freeze": (),
+    "patience": 100,
+    "seed": 0,
+    "save_period": -1,
+    "bucket": "",
+    "local_rank": -1,
+}
+VAL_DEFAULTS = {
+    "weights": "w.pt",
+    "data": "",
+    "batch_size": 32,
+    "imgsz": None,
+    "conf_thres": 0.001,
+    "iou_thres": 0.6,
+    "max_det": 300,
+    "task": "val",
+    "device": "",
+    "amp": "off",
+    "workers": 8,
+    "single_cls": False,
+    "augment": False,
+    "verbose": False,
+    "save_txt": False,
+    "save_conf": False,
+    "save_hybrid": False,
+    "save_json": False,
+    "half": False,
+    "project": "runs/val",
+    "name": "exp",
+    "exist_ok": False,
+    "noplots": False,
+    "quiet": False,
+}
+
+
+def train_options(*argv: str) -> TrainOptions:
+    return validated(TrainOptions, parse_flags(TrainOptions, argv, program="train.py"))
+
+
+def val_options(*argv: str) -> ValOptions:
+    return validated(ValOptions, parse_flags(ValOptions, argv, program="val.py"))
+
+
+# ---- flags --------------------------------------------------------------------------------------------------------
+
+
+def test_no_flags_are_the_defaults():
+    assert parse_flags(TrainOptions, [], program="train.py") == {}
+    assert train_options() == TrainOptions()
+    assert val_options("--weights", "w.pt") == ValOptions(weights="w.pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "defaults"), [(TrainOptions(), TRAIN_DEFAULTS), (ValOptions(weights="w.pt"), VAL_DEFAULTS)]
+)
+def test_every_flag_has_the_default_of_the_contract(options, defaults):
+    declared = vars(options)
+    assert declared == {name: defaults[name] for name in declared}
+
+
+def test_every_flag_is_parsed_and_typed():
+    given = train_options(
+        *"--weights w.pt --cfg c.yaml --data d.yaml --hyp h.yaml --epochs 3 --batch-size 4 --nominal-batch 32".split(),
+        *"--imgsz 320 --project p --name n --exist-ok --resume r.pt --noautoanchor --linear-lr".split(),
+        *"--label-smoothing 0.1 --workers 0 --device cpu --amp bf16 --noplots --quiet --patience 5 --seed 7".split(),
+    )
+    assert given == TrainOptions(
+        weights="w.pt",
+        cfg="c.yaml",
+        data="d.yaml",
+        hyp="h.yaml",
+        epochs=3,
+        batch_size=4,
+        nominal_batch="32",
+        imgsz=320,
+        project="p",
+        name="n",
+        exist_ok=True,
+        resume="r.pt",
+        noautoanchor=True,
+        linear_lr=True,
+        label_smoothing=0.1,
+        workers=0,
+        device="cpu",
+        amp="bf16",
+        noplots=True,
+        quiet=True,
+        patience=5,
+        seed=7,
+    )
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["--batch-size 8", "--batch 8", "--batch_size 8", "--batch-size=8", "--batch_size=8", "--batch=8"],
+)
+def test_spellings_of_the_batch_size(spelling):
+    assert train_options(*spelling.split()).batch_size == 8
+    assert val_options("--weights", "w.pt", *spelling.split()).batch_size == 8
+
+
+@pytest.mark.parametrize("flag", ["--imgsz", "--img", "--img-size", "--img_size"])
+def test_spellings_of_the_image_size(flag):
+    assert train_options(flag, "320").imgsz == 320
+    assert val_options("--weights", "w.pt", f"{flag}=320").imgsz == 320
+
+
+def test_values_keep_their_underscores_and_equal_signs():
+    given = train_options("--name", "my_run=2", "--project=a_b=c")
+    assert (given.name, given.project) == ("my_run=2", "a_b=c")
+
+
+def test_negative_numbers_are_values():
+    assert train_options("--batch-size", "-1").batch_size == -1
+
+
+@pytest.mark.parametrize(("argv", "resume"), [([], None), (["--resume"], LATEST), (["--resume", "a.pt"], "a.pt")])
+def test_resume_takes_a_path_or_none(argv, resume):
+    assert train_options(*argv).resume == resume
+    assert train_options(*argv, "--epochs", "5").resume == resume
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--batchsize 8", "unknown flag '--batchsize'; did you mean '--batch-size'?"),
+        ("--epoch=3", "unknown flag '--epoch=3'; did you mean '--epochs'?"),  # no abbreviations
+        ("--exist_okay", "unknown flag '--exist_okay'; did you mean '--exist-ok'?"),
+        ("--frobnicate", "unknown flag '--frobnicate'"),
+        ("train", "unknown argument 'train'"),
+        ("--epochs three", "--epochs: invalid int value: 'three'"),
+        ("--epochs", "--epochs: expected one argument"),
+        ("--amp fp8", "--amp: invalid choice: 'fp8'"),
+        ("--epochs 0", "--epochs 0: should be 1 or more"),
+        ("--batch-size 0", "--batch-size 0: should be 1 or more, or -1 for the largest that fits"),
+        ("--batch-size -2", "--batch-size -2: should be -1 or more"),
+        ("--workers -1", "--workers -1: should be 0 or more"),
+        ("--label-smoothing 1", "--label-smoothing 1: should be 0 or more and below 1"),
+        ("--label-smoothing nan", "--label-smoothing nan: should be 0 or more"),
+        ("--nominal-batch 0", "--nominal-batch 0: should be auto or a whole number of 1 or more"),
+        ("--nominal-batch large", "--nominal-batch large: should be auto or a whole number of 1 or more"),
+        ("--linear-lr --cos-lr", "--linear-lr and --cos-lr: choose one"),
+        ("--seed 4294967296", "--seed 4294967296: should be below 4294967296"),
+        ("--name a/b", "--name 'a/b': should be one folder name; --project says where it lies"),
+        ("--name ..", "--name '..': should be one folder name"),
+        ("--name .", "--name '.': should be one folder name"),
+        ("--name=", "--name '': should be one folder name"),
+    ],
+)
+def test_bad_usage_is_one_line(argv, message):
+    with pytest.raises(UserError) as error:
+        train_options(*argv.split())
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("", "--weights is missing: name the checkpoint to evaluate"),
+        ("--weights w --conf-thres 1.5", "--conf-thres 1.5: should be between 0 and 1"),
+        ("--weights w --iou-thres -0.1", "--iou-thres -0.1: should be 0 or more"),
+        ("--weights w --task holdout", "--task: invalid choice: 'holdout'"),
+        ("--weights w --batch-size -1", "--batch-size -1: should be 1 or more"),
+    ],
+)
+def test_bad_usage_of_val_is_one_line(argv, message):
+    with pytest.raises(UserError) as error:
+        val_options(*argv.split())
+    assert str(error.value).startswith(message)
+
+
+def test_help_names_every_flag_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_flags(TrainOptions, ["--help"], program="train.py")
+    assert stop.value.code == 0
+    text = "".join(capsys.readouterr().out.split())  # argparse breaks lines at hyphens too
+    for item in fields(TrainOptions):
+        assert "--" + item.name.replace("_", "-") in text
+        assert item.metadata["meaning"].replace(" ", "") in text
+    assert "(default:runs/train)" in text
+
+
+@pytest.mark.parametrize("script", ["train", "val"])
+def test_help_does_not_wait_for_torch(script):
+    code = (
+        f"import sys; sys.argv = ['{script}.py', '--help']; import {script}\n"
+        f"try: {script}.main()\n"
+        "except SystemExit: pass\n"
+        "slow = {'torch', 'torchvision', 'cv2', 'matplotlib', 'tensorboard'} & set(sys.modules)\n"
+        "sys.exit(f'imported {slow}' if slow else 0)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert f"usage: {script}.py" in shown.stdout
+
+
+# ---- options by name ----------------------------------------------------------------------------------------------
+
+
+def test_options_by_name_take_the_aliases_of_the_flags():
+    assert validated(TrainOptions, {"batch": 8, "img": 320}) == TrainOptions(batch_size=8, imgsz=320)
+    assert validated(TrainOptions, {"img_size": 96}) == TrainOptions(imgsz=96)
+
+
+def test_options_by_name_are_mended_where_the_meaning_is_plain():
+    given = {"device": 0, "nominal_batch": 64, "data": Path("a") / "b.yaml", "label_smoothing": 0, "epochs": None}
+    options = validated(TrainOptions, given)
+    assert options == TrainOptions(device="0", nominal_batch="64", data=str(Path("a") / "b.yaml"))
+    assert type(options.label_smoothing) is float
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epoch": 3}, "unknown option 'epoch'; did you mean 'epochs'?"),
+        ({"batchsize": 3}, "unknown option 'batchsize'; did you mean 'batch_size'?"),
+        ({"epochs": "3"}, "--epochs '3': should be int, got str"),
+        ({"epochs": 3.0}, "--epochs 3.0: should be int, got float"),
+        ({"epochs": True}, "--epochs True: should be int, got bool"),
+        ({"quiet": 1}, "--quiet 1: should be bool, got int"),
+        ({"device": True}, "--device True: should be str, got bool"),
+        ({"weights": None}, "--weights None: should be str, got NoneType"),
+        ({"label_smoothing": False}, "--label-smoothing False: should be float, got bool"),
+        ({"amp": "fp8"}, "--amp fp8: should be one of auto, bf16, fp16, off"),
+        ({"imgsz": 0}, "--imgsz 0: should be 1 or more"),
+    ],
+)
+def test_options_of_a_wrong_name_or_type(values, message):
+    with pytest.raises(UserError) as error:
+        validated(TrainOptions, values)
+    assert str(error.value).startswith(message)
+
+
+def test_options_are_frozen_and_valid_again_after_a_round_trip():
+    options = train_options("--epochs", "3", "--resume")
+    assert validated(TrainOptions, vars(options)) == options
+    with pytest.raises(AttributeError):
+        options.epochs = 4
+
+
+@pytest.mark.parametrize(("imgsz", "rounded"), [(640, 640), (641, 672), (1, 32), (639, 640)])
+def test_image_sizes_are_whole_strides(imgsz, rounded):
+    notes = []
+    assert whole_strides(imgsz, 32, note=notes.append) == rounded
+    assert len(notes) == (imgsz != rounded)
+
+
+# ---- exit codes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("--epochs 0: no"), 2, "train.py: error: --epochs 0: no\n"),
+        (RunError("disk full"), 1, "train.py: error: disk full\n"),
+        (OSError(errno.ENOSPC, "No space left", "a.csv"), 1, "train.py: error: No space left: a.csv\n"),
+        (KeyboardInterrupt(), 130, "\ntrain.py: interrupted\n"),
+        (KeyboardInterrupt("continue with --resume"), 130, "\ntrain.py: interrupted; continue with --resume\n"),
+    ],
+)
+def test_exit_codes(capsys, error, code, line):
+    def command():
+        raise error
+
+    assert run_command("train.py", command) == code
+    assert capsys.readouterr() == ("", line)
+
+
+def test_success_is_exit_code_zero_and_our_bugs_keep_their_traceback():
+    assert run_command("train.py", lambda: "metrics") == 0
+    with pytest.raises(ZeroDivisionError):
+        run_command("train.py", lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("script", ["train.py", "val.py"])
+def test_a_wrong_flag_stops_a_script_with_exit_code_two(script):
+    done = subprocess.run([sys.executable, script, "--wieghts", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"{script}: error: unknown flag '--wieghts'; did you mean '--weights'?\n"
+
+
+# ---- data sets ----------------------------------------------------------------------------------------------------
+
+
+def dataset(folder: Path, **changes) -> tuple[DatasetSpec, list[str]]:
+    """Write `data.yaml` into the folder, with keys changed or (None) left out, and read it."""
+    content = {"train": "images/train", "val": "images/val", "names": ["cat", "dog"], **changes}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "data.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+    return read_dataset(str(path))
+
+
+def test_paths_are_relative_to_the_yaml(tmp_path):
+    spec, notes = dataset(tmp_path)
+    assert spec == DatasetSpec(
+        source=tmp_path / "data.yaml",
+        root=tmp_path,
+        train=(tmp_path / "images/train",),
+        val=(tmp_path / "images/val",),
+        names=("cat", "dog"),
+    )
+    assert notes == []
+
+
+def test_path_is_the_root_of_the_splits(tmp_path):
+    spec, _ = dataset(tmp_path / "yamls", path="../pets", test="images/test")
+    assert spec.root == tmp_path / "pets"
+    assert spec.train == (tmp_path / "pets/images/train",)
+    assert spec.test == (tmp_path / "pets/images/test",)
+
+
+def test_path_is_sought_beside_the_yaml_then_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets").mkdir()
+    assert dataset(tmp_path / "yamls", path="pets")[0].root == tmp_path / "pets"
+    (tmp_path / "yamls" / "pets").mkdir()
+    assert dataset(tmp_path / "yamls", path="pets")[0].root == tmp_path / "yamls" / "pets"
+
+
+def test_a_split_may_be_a_list(tmp_path):
+    spec, _ = dataset(tmp_path, train=["a", "b.txt", str(tmp_path / "c")])
+    assert spec.train == (tmp_path / "a", tmp_path / "b.txt", tmp_path / "c")
+
+
+def test_roboflow_names_folders_beside_the_yaml_as_if_they_lay_above(tmp_path):
+    (tmp_path / "export" / "train" / "images").mkdir(parents=True)
+    spec, _ = dataset(tmp_path / "export", train="../train/images", val="../valid/images")
+    assert spec.train == (tmp_path / "export/train/images",)
+    assert spec.val == (tmp_path / "valid/images",)  # neither exists: the path as it was written
+
+
+def test_a_folder_above_the_yaml_goes_first_where_it_exists(tmp_path):
+    for folder in ("train/images", "export/train/images"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert dataset(tmp_path / "export", train="../train/images")[0].train == (tmp_path / "train/images",)
+
+
+def test_names_may_be_a_mapping_in_any_order(tmp_path):
+    assert dataset(tmp_path, names={2: "owl", 0: "cat", 1: 7}, nc=3)[0].names == ("cat", "7", "owl")
+
+
+def test_val_may_be_a_fraction_of_train(tmp_path):
+    spec, _ = dataset(tmp_path, val=0.2)
+    assert (spec.val, spec.val_fraction) == ((), 0.2)
+
+
+def test_defaults_that_a_data_set_asks_for(tmp_path):
+    spec, notes = dataset(tmp_path, imgsz=160, epochs=30, embedded=True)
+    assert (spec.imgsz, spec.epochs, spec.embedded) == (160, 30, True)
+    assert notes == []
+
+
+def test_unknown_keys_are_one_note(tmp_path):
+    _, notes = dataset(tmp_path, roboflow={"license": "CC"}, colours=3)
+    assert notes == ["data.yaml: keys that this trainer does not use: colours, roboflow"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": None}, "'train' is missing; it should be a folder of images or a .txt list of images"),
+        ({"val": None}, "'val' is missing"),
+        ({"val": ""}, "'val' is missing"),
+        ({"train": []}, "'train' is missing"),
+        ({"train": 3}, "'train: 3' should be a folder of images, a .txt list, or a list of these"),
+        ({"train": ["a", 3]}, "'train: ['a', 3]' should be a folder"),
+        ({"test": {"a": 1}}, "'test: {'a': 1}' should be a folder"),
+        ({"val": 1.5}, "'val: 1.5' should be a folder, a list file, or a fraction between 0 and 1"),
+        ({"val": 0}, "'val: 0' should be a folder, a list file, or a fraction between 0 and 1"),
+        ({"val": True}, "'val: True' should be a folder"),
+        ({"path": 3}, "'path: 3' should be a folder"),
+        ({"names": None}, "'names' should be a list of class names or a mapping of index to name"),
+        ({"names": []}, "'names' should be a list of class names"),
+        ({"names": "cat"}, "'names' should be a list of class names"),
+        ({"names": {1: "cat", 2: "dog"}}, "'names' as a mapping should have the keys 0 to 1, each once"),
+        ({"names": {"a": "cat"}}, "'names' as a mapping should have the keys 0 to 0, each once"),
+        ({"names": ["yes", False]}, "'names' holds False: put it in quotes"),
+        ({"names": ["cat", ["dog"]]}, "'names' holds ['dog']"),
+        ({"nc": 3}, "'nc: 3' does not agree with the 2 names"),
+        ({"imgsz": 0}, "'imgsz: 0' should be a whole number of 1 or more"),
+        ({"epochs": "many"}, "'epochs: many' should be a whole number of 1 or more"),
+    ],
+)
+def test_a_data_set_that_cannot_be_used(tmp_path, changes, message):
+    with pytest.raises(UserError) as error:
+        dataset(tmp_path, **changes)
+    assert str(error.value).startswith(f"{tmp_path / 'data.yaml'}: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_data_set_yaml_that_is_missing_or_broken(tmp_path):
+    (tmp_path / "broken.yaml").write_text("names: [cat\n")
+    with pytest.raises(UserError, match=r"^--data file not found: .*missing\.yaml$"):
+        read_dataset(str(tmp_path / "missing.yaml"))
+    with pytest.raises(UserError, match=r"^--data file is not valid YAML: .*broken\.yaml:2: "):
+        read_dataset(str(tmp_path / "broken.yaml"))
+
+
+@pytest.mark.parametrize("given", ["data/shapes.yaml", "shapes.yaml"])
+def test_the_embedded_data_set_is_found_from_anywhere(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    spec, notes = read_dataset(given)
+    assert spec.source == ROOT / "data" / "shapes.yaml"
+    assert (spec.embedded, spec.imgsz, notes) == (True, 160, [])
+    assert spec.train == (ROOT / "data/shapes/images/train",)
+
+
+def test_a_file_of_the_working_directory_goes_before_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_file("yolov5n.yaml", "models") == ROOT / "models" / "yolov5n.yaml"
+    Path("yolov5n.yaml").touch()
+    assert find_file("yolov5n.yaml", "models").resolve() == tmp_path / "yolov5n.yaml"
+    assert find_file("nowhere.yaml", "models") == Path("nowhere.yaml")
+
+
+def test_real_data_sets_are_read_and_their_splits_exist(shared_datasets):
+    sources = sorted(shared_datasets.glob("*/*.yaml"))
+    assert sources
+    for source in sources:
+        spec, _ = read_dataset(str(source))
+        assert all(path.exists() for path in spec.train + spec.val + spec.test), source

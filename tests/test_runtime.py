@@ -1,0 +1,176 @@
+import errno
+import os
+
+import pytest
+import torch
+
+from utils.runtime import Runtime, choose_runtime, mendable_errors
+from utils.structures import RunError, UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with the given devices: machine(cuda=2, capability=(8, 0), mps=False, bf16_cpu=False)."""
+
+    def build(
+        *, cuda: int = 0, capability: tuple[int, int] = (8, 0), mps: bool = False, bf16_cpu: bool = False
+    ) -> None:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16_cpu, raising=False)
+
+    return build
+
+
+def chosen(device: str = "", amp: str = "off", workers: int = 0) -> Runtime:
+    return choose_runtime(device=device, amp=amp, workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("here", "flag", "device"),
+    [
+        ({}, "", "cpu"),
+        ({"mps": True}, "", "mps"),
+        ({"cuda": 2}, "", "cuda:0"),
+        ({"cuda": 2, "mps": True}, "", "cuda:0"),
+        ({"cuda": 2}, "cpu", "cpu"),
+        ({"cuda": 2}, "1", "cuda:1"),
+        ({"cuda": 2}, "cuda:1", "cuda:1"),
+        ({"cuda": 2}, "cuda", "cuda:0"),
+        ({"mps": True}, " MPS ", "mps"),
+        ({"mps": True}, "CPU", "cpu"),
+    ],
+)
+def test_device(machine, here, flag, device):
+    machine(**here)
+    assert chosen(flag).device == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("here", "flag", "message"),
+    [
+        ({}, "0", "--device 0: no such device here; there is: cpu"),
+        ({}, "cuda", "--device cuda: no such device here; there is: cpu"),
+        ({"cuda": 2}, "2", "--device 2: no such device here; there is: 0, 1, cpu"),
+        ({"cuda": 1, "mps": True}, "tpu", "--device tpu: no such device here; there is: 0, mps, cpu"),
+        ({"cuda": 1}, "-1", "--device -1: no such device here; there is: 0, cpu"),
+        ({"cuda": 1}, "cuda:cpu", "--device cuda:cpu: no such device here; there is: 0, cpu"),
+        ({"cuda": 1}, "cuda:", "--device cuda:: no such device here; there is: 0, cpu"),
+        ({"cuda": 2}, "0,1", "--device 0,1: several devices are not supported yet; choose one of: 0, 1, cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_names_those_that_are(machine, here, flag, message):
+    machine(**here)
+    with pytest.raises(UserError) as error:
+        chosen(flag)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("here", "amp", "dtype"),
+    [
+        ({}, "auto", None),
+        ({"bf16_cpu": True}, "auto", torch.bfloat16),
+        ({"cuda": 1, "capability": (9, 0)}, "auto", torch.bfloat16),
+        ({"cuda": 1, "capability": (8, 0)}, "auto", torch.bfloat16),
+        ({"cuda": 1, "capability": (7, 5)}, "auto", torch.float16),
+        ({"cuda": 1, "capability": (7, 5), "bf16_cpu": True}, "auto", torch.float16),
+        ({"mps": True, "bf16_cpu": True}, "auto", None),
+        ({}, "bf16", torch.bfloat16),
+        ({"cuda": 1}, "fp16", torch.float16),
+        ({"cuda": 1}, "off", None),
+        ({"bf16_cpu": True}, "off", None),
+    ],
+)
+def test_mixed_precision(machine, here, amp, dtype):
+    machine(**here)
+    assert chosen(amp=amp).amp_dtype == dtype
+
+
+def test_fp16_on_the_cpu_is_refused(machine):
+    machine(cuda=1)
+    with pytest.raises(UserError, match="--amp fp16: the CPU trains in bf16 or fp32"):
+        chosen("cpu", amp="fp16")
+
+
+def test_a_torch_without_the_private_questions_trains_in_fp32(machine, monkeypatch):
+    machine()
+    for question in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, question)
+    assert chosen(amp="auto").amp_dtype is None
+
+
+def test_workers_are_lowered_to_the_cores_there_are(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5, 6}, raising=False)
+    assert [chosen(workers=count).workers for count in (0, 2, 3, 8)] == [0, 2, 3, 3]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert chosen(workers=8).workers == 4
+
+
+def test_a_launcher_with_several_processes_is_refused_for_now(machine, monkeypatch):
+    machine()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="several processes"):
+        chosen()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert chosen().device == CPU
+
+
+@pytest.mark.parametrize(("dtype", "product"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_autocast_computes_products_in_the_chosen_precision(dtype, product):
+    with Runtime(device=CPU, amp_dtype=dtype, workers=0).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == product
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_losses_are_scaled_for_fp16_alone(dtype):
+    scaler = Runtime(device=CPU, amp_dtype=dtype, workers=0).grad_scaler()
+    assert not scaler.is_enabled()
+    assert scaler.scale(torch.tensor(3.0)) == 3
+    assert Runtime(device=CPU, amp_dtype=torch.float16, workers=0).grad_scaler().is_enabled()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "workers", "phrase"),
+    [
+        ("cpu", None, 0, "CPU (1 thread), fp32, loading in place"),
+        ("cpu", torch.bfloat16, 1, "CPU (1 thread), bf16, 1 loader process"),
+        ("mps", torch.float16, 4, "Apple GPU, fp16, 4 loader processes"),
+    ],
+)
+def test_description(monkeypatch, device, dtype, workers, phrase):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert Runtime(device=torch.device(device), amp_dtype=dtype, workers=workers).description == phrase
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("no labels"), "no labels"),
+        (torch.OutOfMemoryError("CUDA"), "out of memory: lower --batch-size (now 16) or --imgsz (now 640)"),
+        (MemoryError(), "out of memory: lower --batch-size (now 16) or --imgsz (now 640)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory: lower --batch-size"),
+        (RuntimeError("DataLoader worker (pid 3) is killed"), "a loader process died, most likely of lack of memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "last.pt"), "No space left on device: last.pt"),
+        (OSError("broken pipe"), "broken pipe"),
+    ],
+)
+def test_what_a_user_can_mend_in_mid_run_is_one_line(error, line):
+    with pytest.raises(RunError) as caught, mendable_errors(batch_size=16, imgsz=640):
+        raise error
+    assert str(caught.value).startswith(line)
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), KeyboardInterrupt(), AssertionError()])
+def test_our_own_bugs_and_interrupts_pass_as_they_are(error):
+    with pytest.raises(type(error)) as caught, mendable_errors(batch_size=16, imgsz=640):
+        raise error
+    assert caught.value is error
