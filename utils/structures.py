@@ -7,7 +7,8 @@ C classes, K detections. Boxes are xyxy in pixels unless a name says otherwise; 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,13 +114,15 @@ class Batch:
     placements: Tensor | None = None  # (B, 3, 3) f64 source px -> network px, when each image stands alone
 
     def to(self, device: torch.device) -> Batch:
+        """What network and loss work on goes to the device; indices and placements stay."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, move) -> Batch:
-        return Batch(**{name: None if value is None else move(value) for name, value in vars(self).items()})
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        moved = {name: move(getattr(self, name)) for name in ("images", "boxes", "classes", "image_of")}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,8 +164,10 @@ def _projected(store: LabelStore, canvas: _Canvas, warp: _Warp, imgsz: int, shap
         if tile is not None:
             tiles.append(tile)
         laid, laid_classes = _canvas_boxes(store, placed, imgsz)
-        moved = clip_boxes(transform_boxes(clip_boxes(laid, canvas.shape), warp.matrix), shape)
+        shown = clip_boxes(laid, canvas.shape)
+        moved = clip_boxes(transform_boxes(shown, warp.matrix), shape)
         keep = _worth_keeping(moved, box_area(laid) * warp.scale**2)
+        keep &= box_area(shown) > _MIN_AREA_KEPT * box_area(laid)  # tilted, even a line lies in a box with an area
         boxes.append(moved[keep])
         classes.append(laid_classes[keep])
     return _Scene(tiles=tuple(tiles), boxes=np.concatenate(boxes), classes=np.concatenate(classes))

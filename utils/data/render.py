@@ -14,7 +14,7 @@ from utils.data.plan import PADDING
 from utils.structures import SamplePlan, Tile
 
 _HALF_PX = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # pixel-centre coordinates -> points of the plane
-_SUBPIXEL_BITS = 4
+_EDGE_SLACK = 1e-6  # px^2, far above what rounding does to an edge seen from both of its sides
 
 
 def render(plan: SamplePlan, base_image_of: Callable[[int], np.ndarray]) -> np.ndarray:
@@ -54,11 +54,18 @@ def _patch(base: np.ndarray, matrix: np.ndarray, low: np.ndarray, size: tuple[in
 
 
 def _inside(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: pixels with their centre in the convex polygon, edge included, so that neighbours leave no gap."""
-    mask = np.zeros(shape, np.uint8)
-    points = np.rint((corners - 0.5) * 2**_SUBPIXEL_BITS).astype(np.int32)
-    cv2.fillConvexPoly(mask, points, 1, shift=_SUBPIXEL_BITS)
-    return mask.astype(bool)
+    """(H, W) bool: pixels with their centre in the convex polygon, edge included, so that neighbours leave no gap.
+
+    cv2.fillConvexPoly counts in whole rows, and misses pixels where a nearly level edge crosses the border.
+    """
+    edges = np.roll(corners, -1, axis=0) - corners
+    if edges[0, 0] * edges[1, 1] < edges[0, 1] * edges[1, 0]:  # a shear beyond 45 degrees mirrors
+        return _inside(corners[::-1], shape)
+    rows, columns = (np.arange(side) + 0.5 for side in shape)
+    mask = np.ones(shape, bool)
+    for (x, y), (along_x, along_y) in zip(corners, edges):  # a pixel lies to the right of every edge
+        mask &= (along_x * (rows - y) + _EDGE_SLACK)[:, None] >= along_y * (columns - x)
+    return mask
 
 
 def _to_rgb(picture: np.ndarray, hsv: tuple[float, float, float] | None) -> np.ndarray:

@@ -1,0 +1,385 @@
+import csv
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from utils.config import read_dataset
+from utils.data import scan
+from utils.data.labels import Finding
+from utils.data.scan import open_dataset, scan_split, write_findings
+from utils.structures import UserError
+
+ROW = "0 .5 .5 .5 .5\n"
+
+
+@pytest.fixture
+def small(make_dataset):
+    return make_dataset({"train": {"a.png": ROW + "1 .2 .2 .1 .1\n", "b.jpg": None, "c.png": "", "d.png": ROW}})
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    """Call it, and from then on a scan fails the test."""
+
+    def forbid() -> None:
+        monkeypatch.setattr(scan, "decode_image", lambda path: pytest.fail("scanned, though the cache was good"))
+
+    return forbid
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[str]:
+    """The names of the images that scans decode."""
+    names, decode = [], scan.decode_image
+    monkeypatch.setattr(scan, "decode_image", lambda path: names.append(path.name) or decode(path))
+    return names
+
+
+def files_of(root: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in root.rglob("*") if path.is_file()}
+
+
+def assert_same(first, second):
+    (store, report), (other_store, other_report) = first, second
+    assert report == other_report
+    for name, array in vars(store).items():
+        np.testing.assert_array_equal(array, getattr(other_store, name))
+        assert array.dtype == getattr(other_store, name).dtype
+
+
+# ---- report
+
+
+def test_a_clean_split_is_counted(small):
+    store, report = scan_split(small, "train")
+    assert [Path(store.path(image)).name for image in range(4)] == ["a.png", "b.jpg", "c.png", "d.png"]
+    assert store.sizes.tolist() == [list(cv2.imread(store.path(image)).shape[:2]) for image in range(4)]
+    assert np.diff(store.offsets).tolist() == [2, 0, 0, 1]
+    assert report.lines() == ["train: 4 images, 3 boxes, 2 without boxes"]
+
+
+def test_images_that_cannot_be_used_are_named_skipped_and_counted(small):
+    folder = small.root / "images/train"
+    (folder / "a.png").write_bytes(b"")
+    (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:-300])
+    (folder / "c.png").write_bytes(b"not an image")
+    store, report = scan_split(small, "train")
+    assert [Path(store.path(image)).name for image in range(len(store))] == ["d.png"]
+    assert (report.images, report.skipped, report.background, report.boxes) == (1, 3, 0, 1)
+    assert report.findings == (
+        Finding(file=str(folder / "a.png"), line=0, problem="empty file: image skipped"),
+        Finding(file=str(folder / "b.jpg"), line=0, problem="truncated: image skipped"),
+        Finding(file=str(folder / "c.png"), line=0, problem="not an image that OpenCV can decode: image skipped"),
+    )
+    assert report.lines() == [
+        "train: 1 images, 1 boxes, 0 without boxes, 3 skipped",
+        *(f"  {item.file}: {item.problem}" for item in report.findings),
+    ]
+
+
+def test_an_image_on_a_list_that_is_gone_is_named(small):
+    (small.root / "train.txt").write_text("images/train/a.png\nimages/train/gone.png\n")
+    _, report = scan_split(replace(small, train=(small.root / "train.txt",)), "train")
+    (finding,) = report.findings
+    assert finding.file == str(small.root / "images/train/gone.png")
+    assert finding.problem == "No such file or directory: image skipped"
+
+
+def test_many_findings_are_summed_up_on_screen_and_complete_in_the_file(make_dataset, tmp_path):
+    spec = make_dataset({"train": {f"{number}.png": ROW + "0 1\n" + ROW for number in range(5)}})
+    _, report = scan_split(spec, "train")
+    assert len(report.findings) == 10
+    lines = report.lines()
+    assert lines[1].endswith("labels/train/0.txt:2: 2 values, expected 5 (class cx cy w h) or a polygon: dropped")
+    assert len(lines) == 5
+    assert lines[-1].startswith("  10 findings in all: 5 x ")
+    assert "5 x duplicate row: dropped" in lines[-1]
+    write_findings(tmp_path / "findings.csv", [report, report])
+    with (tmp_path / "findings.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["split", "file", "line", "problem"]
+    assert rows[2] == ["train", str(spec.root / "labels/train/0.txt"), "3", "duplicate row: dropped"]
+    assert len(rows) == 21
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")
+def test_a_finding_on_a_name_that_is_not_utf8_can_be_printed_and_saved(make_dataset, tmp_path):
+    spec = make_dataset({"train": {"a.png": ROW}})
+    try:
+        Path(spec.root / "images/train" / os.fsdecode(b"caf\xe9.png")).touch()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    for _ in range(2):  # scanned, then from the cache
+        _, report = scan_split(spec, "train")
+        assert "caf\N{REPLACEMENT CHARACTER}.png: empty file" in "\n".join(report.lines()).encode().decode()
+        write_findings(tmp_path / "findings.csv", [report])
+
+
+def test_progress_sees_each_image_once(small):
+    seen = []
+    scan_split(small, "train", progress=lambda items, text: (seen.append((item.name, text)) or item for item in items))
+    assert seen == [(name, "Scanning train") for name in ("a.png", "b.jpg", "c.png", "d.png")]
+
+
+def test_more_images_than_are_queued_at_a_time_keep_their_order(make_dataset, monkeypatch):
+    spec = make_dataset({"train": {"0.png": None}})
+    data = (spec.root / "images/train/0.png").read_bytes()
+    for number in range(1, 700):
+        (spec.root / f"images/train/{number}.png").write_bytes(data)
+    monkeypatch.setattr(scan, "decode_image", lambda path: np.empty((int(path.stem) + 1, 1, 3)))
+    store, _ = scan_split(spec, "train")
+    assert store.sizes[:, 0].tolist() == [int(Path(store.path(image)).stem) + 1 for image in range(700)]
+
+
+@pytest.mark.parametrize("problem", ["none", "unusable", "class"])
+def test_a_split_that_cannot_be_used_is_one_clear_line_and_leaves_no_cache(problem, make_dataset, home):
+    spec = make_dataset({"train": {"a.png": "0 .5 .5 .1 .1\n3 .5 .5 .1 .1\n"}})
+    image = spec.root / "images/train/a.png"
+    if problem == "none":
+        image.unlink()
+    if problem == "unusable":
+        image.write_bytes(b"x")
+    says = {
+        "none": "no image found for 'train'",
+        "unusable": f"none of the 1 images of 'train' can be read; first: {image}",
+        "class": "labels/train/a.txt:2: class 3 does not exist",
+    }[problem]
+    with pytest.raises(UserError, match=says) as error:
+        scan_split(spec, "train")
+    assert "\n" not in str(error.value)
+    assert not list(spec.root.glob(".*"))
+    assert not list(home.rglob("*"))
+
+
+# ---- cache
+
+
+def test_the_second_time_nothing_is_decoded_and_all_is_the_same(small, no_decoding):
+    (small.root / "images/train/x.png").touch()
+    (small.root / "labels/train/d.txt").write_text("0 2 2\n" + ROW)
+    first = scan_split(small, "train")
+    no_decoding()
+    again = scan_split(small, "train")
+    assert_same(first, again)
+    assert again[1].findings
+    assert not again[0].boxes.flags.writeable
+
+
+def test_a_split_without_any_box_is_cached_too(make_dataset, no_decoding):
+    spec = make_dataset({"train": {"a.png": None}})
+    first = scan_split(spec, "train")
+    no_decoding()
+    assert_same(first, scan_split(spec, "train"))
+
+
+def test_nothing_in_the_users_folder_changes_but_the_cache_file(small):
+    before = files_of(small.root)
+    scan_split(small, "train")
+    scan_split(small, "train")
+    after = files_of(small.root)
+    assert {name: after[name] for name in before} == before
+    assert [Path(name).name for name in after if name not in before] == [".data-train.cache"]
+
+
+def change_a_label(spec):
+    (spec.root / "labels/train/a.txt").write_text("0 .5 .5 .25 .25\n")
+    return spec
+
+
+def add_a_label(spec):
+    (spec.root / "labels/train/b.txt").write_text(ROW)
+    return spec
+
+
+def remove_a_label(spec):
+    (spec.root / "labels/train/a.txt").unlink()
+    return spec
+
+
+def replace_an_image(spec):
+    cv2.imwrite(str(spec.root / "images/train/a.png"), np.zeros((9, 9, 3), np.uint8))
+    return spec
+
+
+def touch_an_image(spec):
+    os.utime(spec.root / "images/train/a.png", ns=(1, 1))
+    return spec
+
+
+def add_an_image(spec):
+    cv2.imwrite(str(spec.root / "images/train/e.png"), np.zeros((9, 9, 3), np.uint8))
+    return spec
+
+
+def remove_an_image(spec):
+    (spec.root / "images/train/a.png").unlink()
+    return spec
+
+
+def move_the_folder(spec):
+    moved = spec.root.rename(spec.root.with_name("moved"))
+    return replace(spec, source=moved / "data.yaml", root=moved, train=(moved / "images/train",))
+
+
+def add_a_name(spec):
+    return replace(spec, names=(*spec.names, "d"))
+
+
+def damage_the_cache(spec):
+    (spec.root / ".data-train.cache").write_bytes(b"YOLOPACK1\n" + b"\x10" * 8 + b"rubbish")
+    return spec
+
+
+def cut_the_cache(spec):
+    cache = spec.root / ".data-train.cache"
+    cache.write_bytes(cache.read_bytes()[:-700])
+    return spec
+
+
+def put_something_else_in_its_place(spec):
+    (spec.root / ".data-train.cache").write_text("mine")
+    return spec
+
+
+def use_an_older_schema(spec):
+    cache = spec.root / ".data-train.cache"
+    cache.write_bytes(cache.read_bytes().replace(b'"boxes"', b'"rects"'))
+    return spec
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_a_label,
+        add_a_label,
+        remove_a_label,
+        replace_an_image,
+        touch_an_image,
+        add_an_image,
+        remove_an_image,
+        move_the_folder,
+        add_a_name,
+        damage_the_cache,
+        cut_the_cache,
+        put_something_else_in_its_place,
+        use_an_older_schema,
+    ],
+)
+def test_any_change_is_seen_and_the_split_scanned_anew(change, small, decoded, no_decoding):
+    scan_split(small, "train")
+    decoded.clear()
+    spec = change(small)
+    store, report = scan_split(spec, "train")
+    names = sorted(path.name for path in (spec.root / "images/train").iterdir())
+    assert sorted(decoded) == names
+    assert [Path(store.path(image)) for image in range(len(store))] == [
+        spec.root / "images/train" / name for name in names
+    ]
+    assert report.images == len(names)
+    no_decoding()
+    assert_same((store, report), scan_split(spec, "train"))
+
+
+@pytest.mark.parametrize("position", range(18, 500, 23))
+def test_a_flipped_byte_in_the_head_of_the_cache_never_stops_a_run(position, small):
+    scan_split(small, "train")
+    cache = small.root / ".data-train.cache"
+    data = bytearray(cache.read_bytes())
+    data[position] ^= 0x15
+    cache.write_bytes(data)
+    scan_split(small, "train")
+
+
+def test_splits_and_descriptions_have_caches_of_their_own(make_dataset, no_decoding):
+    spec = make_dataset({"train": {"a.png": ROW}, "val": {"b.png": ROW}})
+    other = replace(spec, source=spec.root / "other.yaml", names=("x",))
+    wanted = [(spec, "train"), (spec, "val"), (other, "train")]
+    first = [scan_split(*item) for item in wanted]
+    no_decoding()
+    for item, result in zip(wanted, first):
+        assert_same(result, scan_split(*item))
+
+
+def test_where_the_data_cannot_be_written_the_cache_goes_to_the_users_folder(small, home, monkeypatch, no_decoding):
+    write = scan.write_arrays
+
+    def refuse(path, arrays, meta):
+        if path.parent == small.root:
+            raise PermissionError(13, "read-only file system")
+        write(path, arrays, meta)
+
+    monkeypatch.setattr(scan, "write_arrays", refuse)
+    before = files_of(small.root)
+    first = scan_split(small, "train")
+    assert files_of(small.root) == before
+    (cache,) = [path for path in home.rglob("*") if path.is_file()]
+    assert cache.parent == home / ".cache/yolo-trainer"
+    no_decoding()
+    assert_same(first, scan_split(small, "train"))
+
+
+def test_where_no_cache_can_be_written_at_all_the_scan_still_works(small, home, monkeypatch, decoded):
+    def refuse(path, arrays, meta):
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(scan, "write_arrays", refuse)
+    assert_same(scan_split(small, "train"), scan_split(small, "train"))
+    assert len(decoded) == 8
+
+
+def test_a_root_that_is_not_there_is_not_made(small, home):
+    spec = replace(small, root=small.root / "typo/deeper")
+    scan_split(spec, "train")
+    assert not (small.root / "typo").exists()
+    assert [path.suffix for path in home.rglob("*") if path.is_file()] == [".cache"]
+
+
+# ---- whole data sets
+
+
+def test_bccd_is_as_its_readme_says(shared_datasets, monkeypatch):
+    monkeypatch.setattr(scan, "_cache_files", lambda spec, split: [])  # leave the shared folder alone
+    spec, notes = read_dataset(str(shared_datasets / "bccd/bccd.yaml"))
+    assert not notes
+    reports = [scan_split(spec, split)[1] for split in ("train", "val", "test")]
+    assert [report.images for report in reports] == [205, 87, 72]
+    assert [report.boxes for report in reports] == [2805, 1138, 945]
+    assert not any(report.findings for report in reports)
+
+
+def test_a_roboflow_export_works_as_it_comes(shared_datasets, monkeypatch):
+    monkeypatch.setattr(scan, "_cache_files", lambda spec, split: [])
+    notes = []
+    spec = open_dataset(str(shared_datasets / "road_signs/data.yaml"), note=notes.append)
+    results = [scan_split(spec, split) for split in ("train", "val", "test")]
+    assert [len(store) for store, _ in results] == [128, 128, 128]
+    assert sum(report.boxes for _, report in results) == 466
+    assert len(set(np.concatenate([store.classes for store, _ in results]).tolist())) == 8
+    assert len(spec.names) == 21
+    assert all(store.sizes.tolist() == [[640, 640]] * 128 for store, _ in results)
+
+
+def test_a_yaml_is_opened_and_scanned(make_dataset, capsys):
+    root = make_dataset({"train": {"a.png": ROW}, "val": {"b.png": None}}).root
+    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat]\nproject: x\n")
+    notes = []
+    spec = open_dataset(str(root / "data.yaml"), note=notes.append)
+    assert notes == ["data.yaml: keys that this trainer does not use: project"]
+    assert scan_split(spec, "val")[1].lines() == ["val: 1 images, 0 boxes, 1 without boxes"]
+    assert capsys.readouterr().out == ""
+
+
+def test_the_embedded_data_set_is_drawn_where_its_yaml_says(tmp_path, monkeypatch):
+    drawn = tmp_path / "elsewhere"  # a folder that cannot be written makes it draw in another place
+    monkeypatch.setattr(scan, "ensure_shapes", lambda root: drawn)
+    (tmp_path / "data.yaml").write_text(
+        "path: here\ntrain: images/train\nval: images/val\nnames: [a]\nembedded: true\n"
+    )
+    notes = []
+    spec = open_dataset(str(tmp_path / "data.yaml"), note=notes.append)
+    assert (spec.root, spec.train, spec.val) == (drawn, (drawn / "images/train",), (drawn / "images/val",))
+    assert notes == [f"drawing the embedded data set, once, in {tmp_path / 'here'}"]
