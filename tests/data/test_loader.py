@@ -46,7 +46,7 @@ def contents(batches, keys, workers: int) -> list[dict]:
 
 
 def test_any_number_of_workers_gives_identical_batches(batches):
-    keys = batches.keys(0, 2)
+    keys = batches.numbers(0, 2)
     alone = contents(batches, keys, 0)
     assert len(alone) == 6
     for workers in (1, 4):
@@ -56,39 +56,39 @@ def test_any_number_of_workers_gives_identical_batches(batches):
 def test_every_image_starts_one_sample_of_an_epoch_and_the_last_batch_is_smaller(batches):
     assert batches.per_epoch == 3
     for epoch in range(3):
-        seen = [batches.batch(key).indices.tolist() for key in batches.keys(epoch, epoch + 1)]
+        seen = [batches.batch(key).indices.tolist() for key in batches.numbers(epoch, epoch + 1)]
         assert [len(indices) for indices in seen] == [4, 4, 2]
         assert sorted(np.concatenate(seen).tolist()) == list(range(10))
 
 
 def test_epochs_differ_in_order_and_in_augmentation(batches):
-    first, second = (contents(batches, batches.keys(epoch, epoch + 1), 0) for epoch in (0, 1))
+    first, second = (contents(batches, batches.numbers(epoch, epoch + 1), 0) for epoch in (0, 1))
     assert first[0]["indices"] != second[0]["indices"]
     alone = replace(batches, store=batches.store, batch_size=10)
-    images = [batch.images[batch.indices.argsort()] for batch in (alone.batch((0, 0)), alone.batch((1, 0)))]
+    images = [batch.images[batch.indices.argsort()] for batch in (alone.batch(0), alone.batch(alone.per_epoch))]
     assert all(not torch.equal(*pair) for pair in zip(*images))
 
 
 def test_starting_late_gives_the_same_batches(batches):
-    whole = contents(batches, batches.keys(0, 4), 0)
-    assert contents(batches, batches.keys(2, 4), 0) == whole[6:]
-    assert contents(batches, batches.keys(0, 4)[5:], 1) == whole[5:]
+    whole = contents(batches, batches.numbers(0, 4), 0)
+    assert contents(batches, batches.numbers(2, 4), 0) == whole[6:]
+    assert contents(batches, batches.numbers(0, 4)[5:], 1) == whole[5:]
 
 
 def test_a_sample_depends_on_its_place_in_the_epoch_and_not_on_the_batch_size(batches):
     images = [
-        torch.cat([batch.images for batch in Stream(each, each.keys(1, 2), workers=0)])
+        torch.cat([batch.images for batch in Stream(each, each.numbers(1, 2), workers=0)])
         for each in (batches, replace(batches, batch_size=10))
     ]
     assert torch.equal(*images)
 
 
 def test_a_seed_is_a_stream_of_its_own(batches):
-    assert contents(batches, [(0, 0)], 0) != contents(replace(batches, seed=4), [(0, 0)], 0)
+    assert contents(batches, [0], 0) != contents(replace(batches, seed=4), [0], 0)
 
 
 def test_a_training_batch_is_well_formed(batches):
-    batch = batches.batch((0, 0))
+    batch = batches.batch(0)
     assert batch.images.shape == (4, 3, IMGSZ, IMGSZ)
     assert batch.images.dtype == torch.uint8
     assert batch.boxes.dtype == torch.float32
@@ -101,7 +101,7 @@ def test_a_training_batch_is_well_formed(batches):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_are_channels_last_in_memory(workers, batches):
-    for batch in Stream(batches, batches.keys(0, 1), workers=workers):
+    for batch in Stream(batches, batches.numbers(0, 1), workers=workers):
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -112,14 +112,14 @@ def test_images_are_rgb(make_dataset):
     cv2.imwrite(str(spec.root / "images/train/a.png"), red)
     store, _ = scan_split(spec, "train")
     hyp = Hyperparameters(mosaic=0, scale=0, translate=0, hsv_h=0, hsv_s=0, hsv_v=0)
-    batch = TrainBatches(store=store, imgsz=IMGSZ, batch_size=1, hyp=hyp, seed=0).batch((0, 0))
+    batch = TrainBatches(store=store, imgsz=IMGSZ, batch_size=1, hyp=hyp, seed=0).batch(0)
     assert batch.images.amin((0, 2, 3)).tolist() == [255, 0, 0]
     assert batch.images.amax((0, 2, 3)).tolist() == [255, 0, 0]
 
 
 def test_a_set_without_boxes_makes_batches(make_dataset):
     store, _ = scan_split(make_dataset({"train": {"a.png": None, "b.png": None}}), "train")
-    batch = TrainBatches(store=store, imgsz=IMGSZ, batch_size=2, hyp=HYP, seed=0).batch((0, 0))
+    batch = TrainBatches(store=store, imgsz=IMGSZ, batch_size=2, hyp=HYP, seed=0).batch(0)
     assert batch.boxes.shape == (0, 4)
     assert batch.image_of.shape == batch.classes.shape == (0,)
 
@@ -133,7 +133,7 @@ def evaluation(store):
 
 
 def test_evaluation_sees_each_image_once_and_each_box(evaluation, store):
-    found = list(Stream(evaluation, evaluation.keys(), workers=0))
+    found = list(Stream(evaluation, evaluation.numbers(), workers=0))
     assert [len(batch.indices) for batch in found] == [3, 3, 3, 1]
     assert sorted(torch.cat([batch.indices for batch in found]).tolist()) == list(range(10))
     assert sum(len(batch.boxes) for batch in found) == len(store.boxes)
@@ -164,7 +164,7 @@ def test_placements_take_source_pixels_to_the_network_input_and_back(evaluation,
 
 
 def test_evaluation_is_the_same_from_workers(evaluation):
-    assert contents(evaluation, evaluation.keys(), 2) == contents(evaluation, evaluation.keys(), 0)
+    assert contents(evaluation, evaluation.numbers(), 2) == contents(evaluation, evaluation.numbers(), 0)
 
 
 # ---- stream
@@ -173,7 +173,7 @@ def test_evaluation_is_the_same_from_workers(evaluation):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_global_random_states_are_left_alone(workers, batches, random_states):
     before = random_states()
-    for _ in Stream(batches, batches.keys(0, 1), workers=workers):
+    for _ in Stream(batches, batches.numbers(0, 1), workers=workers):
         pass
     assert random_states() == before
 
@@ -182,7 +182,7 @@ def test_the_global_random_states_are_left_alone(workers, batches, random_states
 def test_an_image_that_vanished_after_the_scan_is_named(workers, batches, store):
     gone = Path(store.path(7))
     gone.unlink()
-    stream = Stream(batches, batches.keys(0, 1), workers=workers)
+    stream = Stream(batches, batches.numbers(0, 1), workers=workers)
     says = f"^{re.escape(str(gone))}: No such file or directory, though it was fine when the data set was scanned$"
     with pytest.raises(UserError, match=says):
         list(stream)
@@ -191,9 +191,9 @@ def test_an_image_that_vanished_after_the_scan_is_named(workers, batches, store)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_can_be_left_and_asked_again(workers, evaluation):
     """Sanity checks and the evaluation after each epoch do so; the processes stay."""
-    stream = Stream(evaluation, evaluation.keys(), workers=workers)
+    stream = Stream(evaluation, evaluation.numbers(), workers=workers)
     assert len(stream) == 4
     next(iter(stream))
     whole = [content(batch) for batch in stream]
     assert [content(batch) for batch in stream] == whole
-    assert whole == contents(evaluation, evaluation.keys(), 0)
+    assert whole == contents(evaluation, evaluation.numbers(), 0)

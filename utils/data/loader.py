@@ -1,14 +1,14 @@
 """Batches in order: which images make a batch, and a stream of them from loader processes.
 
-A batch is a pure function of its key, so any number of processes yields the same stream. One stream serves a whole run:
-the processes already work on the next epoch while this one is evaluated.
+A batch is a pure function of its number, so as many processes as you like yield the same stream. One stream serves a
+whole run: the processes already work on the next epoch while this one is evaluated.
 """
 
 from __future__ import annotations
 
 import functools
 import signal
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,14 +27,14 @@ _PREFETCH = 4  # batches that each loader process works ahead
 
 
 class Batches(Protocol):
-    """Batches by key."""
+    """Batches by number."""
 
-    def batch(self, key) -> Batch: ...
+    def batch(self, number: int) -> Batch: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBatches:
-    """The augmented batches of a training run, by (epoch, index). The last one of an epoch may be smaller."""
+    """The augmented batches of a training run, numbered through all epochs. The last one of an epoch may be smaller."""
 
     store: LabelStore
     imgsz: int
@@ -46,11 +46,11 @@ class TrainBatches:
     def per_epoch(self) -> int:
         return -(-len(self.store) // self.batch_size)
 
-    def keys(self, start_epoch: int, end_epoch: int) -> list[tuple[int, int]]:
-        return [(epoch, index) for epoch in range(start_epoch, end_epoch) for index in range(self.per_epoch)]
+    def numbers(self, start_epoch: int, end_epoch: int) -> range:
+        return range(start_epoch * self.per_epoch, end_epoch * self.per_epoch)
 
-    def batch(self, key: tuple[int, int]) -> Batch:
-        epoch, index = key
+    def batch(self, number: int) -> Batch:
+        epoch, index = divmod(number, self.per_epoch)
         start = index * self.batch_size
         images = _cached_order(self.seed, epoch, len(self.store))[start : start + self.batch_size]
         plans = [
@@ -67,19 +67,19 @@ _cached_order = functools.lru_cache(maxsize=2)(epoch_order)
 
 @dataclass(frozen=True, kw_only=True)
 class EvalBatches:
-    """Every image of a split once, letterboxed, by batch index. Images of like aspect share a batch and its shape."""
+    """Every image of a split once, letterboxed. Images of like aspect share a batch and its shape."""
 
     store: LabelStore
     imgsz: int
     batch_size: int
     stride: int
 
-    def keys(self) -> list[int]:
-        return list(range(-(-len(self.store) // self.batch_size)))
+    def numbers(self) -> range:
+        return range(-(-len(self.store) // self.batch_size))
 
-    def batch(self, key: int) -> Batch:
+    def batch(self, number: int) -> Batch:
         aspect = self.store.sizes[:, 0] / self.store.sizes[:, 1]
-        images = np.argsort(aspect, kind="stable")[key * self.batch_size : (key + 1) * self.batch_size]
+        images = np.argsort(aspect, kind="stable")[number * self.batch_size : (number + 1) * self.batch_size]
         shape = self._shape(aspect[images])
         plans = [letterbox_plan(self.store, int(image), shape=shape, imgsz=self.imgsz) for image in images]
         batch = _assemble(plans, images, self.store, self.imgsz, area=True)
@@ -120,16 +120,16 @@ def _assemble(
 
 
 class Stream:
-    """Iterating yields the batches of `keys` in order, made by `workers` processes (0: in this one), as often as asked.
+    """Iterating yields the batches of `numbers` in order, as often as asked, made by `workers` processes (0: in this one).
 
     The processes live as long as the stream. Leaves the global random state alone. Raises UserError when an image has
     vanished since the scan.
     """
 
-    def __init__(self, batches: Batches, keys: Sequence[Hashable], *, workers: int, pin_memory: bool = False):
+    def __init__(self, batches: Batches, numbers: Sequence[int], *, workers: int, pin_memory: bool = False):
         self._loader = DataLoader(
-            _KeyedBatches(batches),
-            sampler=keys,
+            _NumberedBatches(batches),
+            sampler=numbers,
             batch_size=None,
             num_workers=workers,
             prefetch_factor=_PREFETCH if workers else None,
@@ -157,13 +157,13 @@ class _Failure:
     message: str
 
 
-class _KeyedBatches(Dataset):
+class _NumberedBatches(Dataset):
     def __init__(self, batches: Batches):
         self.batches = batches
 
-    def __getitem__(self, key: Hashable) -> Batch | _Failure:
+    def __getitem__(self, number: int) -> Batch | _Failure:
         try:
-            return self.batches.batch(key)
+            return self.batches.batch(number)
         except UserError as error:
             return _Failure(str(error))
 
