@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from utils.files import write_atomic
 from utils.structures import UserError
 
 SCHEMA = 1
+METRICS_FILE = "metrics.json"
 
 Checkpoint = dict[str, Any]
 
@@ -38,17 +39,36 @@ class RunFolder:
     def best(self) -> Path:
         return self.path / "weights" / "best.pt"
 
+    @property
+    def finished(self) -> bool:
+        """Whether the final evaluation is done, too."""
+        return (self.path / METRICS_FILE).exists()
+
     def save(self, checkpoint: Checkpoint, *, best: bool) -> None:
-        """Write last.pt and, where this is the best epoch so far, best.pt."""
+        """Write last.pt and, where this is the best epoch so far, best.pt.
+
+        best.pt goes first: a run that dies in between repeats the epoch, and so never lacks the best.pt it counts on.
+        """
         self.last.parent.mkdir(exist_ok=True)
-        save_checkpoint(self.last, checkpoint)
         if best:
             save_checkpoint(self.best, for_inference(checkpoint))
+        save_checkpoint(self.last, checkpoint)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Replace `path` by the checkpoint, whole or not at all."""
-    write_atomic(path, lambda file: torch.save({"schema": SCHEMA, **checkpoint}, file))
+    """Replace `path` by the checkpoint, whole or not at all. Raises OSError that names it."""
+
+    def write(file: IO[bytes]) -> None:
+        try:
+            torch.save({"schema": SCHEMA, **checkpoint}, file)
+        except RuntimeError as error:  # torch closes its archive and, if cut short, hides what broke the writing
+            raise error.__context__ or error from None
+
+    try:
+        write_atomic(path, write)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def for_inference(checkpoint: Checkpoint) -> Checkpoint:
@@ -69,14 +89,16 @@ def _half(tensor: Tensor) -> Tensor:
 def load_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint of this trainer, tensors on the CPU. Raises UserError for anything else."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's thoughts on foreign formats; what follows says enough
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint not found: {path}") from None
     except IsADirectoryError:
         raise UserError(f"checkpoint is a folder, expected a .pt file: {path}") from None
     except PermissionError:
         raise UserError(f"checkpoint cannot be read, permission denied: {path}") from None
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError, AttributeError):
+    except Exception:  # an unpickler that is fed with noise raises anything
         raise UserError(f"checkpoint cannot be read: {path} is damaged or was not written by this trainer") from None
     if not isinstance(checkpoint, dict) or not {"schema", "ema", "network", "names"} <= checkpoint.keys():
         raise UserError(f"checkpoint was not written by this trainer: {path}")

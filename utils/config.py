@@ -6,6 +6,7 @@ Never imports torch, so that `--help` is instant. A flag is a field here; its ty
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from utils.files import nearest_name, read_yaml
 from utils.structures import DatasetSpec, RunError, UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+_USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 LATEST = "latest"  # what `--resume` without a path means
 
 Amp = Literal["auto", "bf16", "fp16", "off"]
@@ -165,6 +167,11 @@ def run_command(program: str, command: Callable[[], object]) -> int:
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in _USERS_OS_ERRORS:
+            raise
+        print(f"{program}: error: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as interrupt:
         print(f"\n{program}: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return 130
@@ -303,7 +310,7 @@ def _class_names(source: Path, content: dict[str, Any]) -> tuple[str, ...]:
         raise UserError(f"{source}: 'names' should be a list of class names or a mapping of index to name")
     for name in names:
         if isinstance(name, bool) or not isinstance(name, (str, int, float)):
-            raise UserError(f"{source}: 'names' holds {name!r}; put the name in quotes, YAML reads yes, no, on, off as bool")
+            raise UserError(f"{source}: 'names' holds {name!r}: put it in quotes (YAML reads yes, no, on, off as bool)")
     if "nc" in content and content["nc"] != len(names):
         raise UserError(f"{source}: 'nc: {content['nc']}' does not agree with the {len(names)} names")
     return tuple(str(name) for name in names)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from utils.structures import UserError
+from utils.structures import RunError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +67,12 @@ def _available_devices() -> list[str]:
 
 def _choose_device(flag: str) -> torch.device:
     available = _available_devices()
-    name = flag.removeprefix("cuda:") or available[0]
+    spellings = {f"cuda:{name}": name for name in available if name.isdecimal()} | {"cuda": "0", "": available[0]}
+    name = spellings.get(flag, flag)
     if "," in name:
         raise UserError(
             f"--device {flag}: several devices are not supported yet; choose one of: {', '.join(available)}"
         )
-    if name == "cuda":
-        name = "0"
     if name not in available:
         raise UserError(f"--device {flag}: no such device here; there is: {', '.join(available)}")
     return torch.device(f"cuda:{name}" if name.isdecimal() else name)
@@ -96,3 +96,28 @@ def _cpu_computes_bf16() -> bool:
     """Whether bf16 products are instructions of this CPU; torch emulates them elsewhere, slower than fp32."""
     asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # no public question exists up to torch 2.15
     return any(getattr(torch.cpu, question, lambda: False)() for question in asked)
+
+
+@contextlib.contextmanager
+def mendable_errors(*, batch_size: int, imgsz: int) -> Iterator[None]:
+    """What strikes when work is under way and a user can mend becomes a RunError with one line."""
+    remedy = f"lower --batch-size (now {batch_size}) or --imgsz (now {imgsz})"
+    try:
+        yield
+    except UserError as error:
+        raise RunError(str(error)) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RunError(f"out of memory: {remedy}") from error
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        raise RunError(f"{error.strerror or error}{where}") from error
+    except RuntimeError as error:
+        if any(words in str(error) for words in _CPU_OUT_OF_MEMORY):
+            raise RunError(f"out of memory: {remedy}") from error
+        if "DataLoader worker" in str(error):
+            reason = "a loader process died, most likely of lack of memory"
+            raise RunError(f"{reason}: lower --workers, or {remedy}") from error
+        raise
+
+
+_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # torch's CPU allocator has no exception of its own

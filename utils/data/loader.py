@@ -120,7 +120,7 @@ def _assemble(
 
 
 class Stream:
-    """Iterating yields the batches of `numbers` in order, as often as asked, made by `workers` processes (0: in this one).
+    """Iterating yields the batches of `numbers` in order, as often as asked, made by `workers` processes (0: in here).
 
     The processes live as long as the stream. Leaves the global random state alone. Raises UserError when an image has
     vanished since the scan.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import Checkpoint, averaged_model, load_checkpoint
+from utils.checkpoint import METRICS_FILE, Checkpoint, averaged_model, load_checkpoint
 from utils.config import ValOptions, validated, whole_strides
 from utils.data.loader import EvalBatches
 from utils.data.scan import open_dataset, scan_split
@@ -16,7 +16,7 @@ from utils.hyp import hyperparameters
 from utils.loss import LossGains
 from utils.report.loggers import Console, table
 from utils.report.run_report import PictureFiles, Pictures, write_metrics
-from utils.runtime import choose_runtime
+from utils.runtime import choose_runtime, mendable_errors
 from utils.structures import Metrics, UserError
 
 _CLASSES_SHOWN = 30  # more, and only --verbose lists them
@@ -33,6 +33,8 @@ def evaluate(values: Mapping[str, Any]) -> Metrics:
         raise UserError(
             f"{options.weights} knows {len(checkpoint['names'])} classes, {spec.source} has {len(spec.names)} names"
         )
+    if list(spec.names) != checkpoint["names"]:
+        console.warn(f"the names of {spec.source}, or their order, are not those that {options.weights} learned")
     store, report = scan_split(spec, options.task, progress=console.bar)
     for line in report.lines():
         console.line(line)
@@ -48,14 +50,15 @@ def evaluate(values: Mapping[str, Any]) -> Metrics:
     )
     folder = new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
     pictures = Pictures() if options.noplots else PictureFiles(folder, spec.names, val=store)
-    metrics = evaluator(
-        model.to(runtime.device),
-        gains=_gains(checkpoint, model.head, imgsz),
-        on_batch=pictures.evaluated_batch,
-        watch=lambda batches: console.bar(batches, "Evaluating", images_each=options.batch_size),
-    )
-    write_metrics(folder / "metrics.json", metrics)
-    pictures.finished(metrics)
+    with mendable_errors(batch_size=options.batch_size, imgsz=imgsz):
+        metrics = evaluator(
+            model.to(runtime.device),
+            gains=_gains(checkpoint, model.head, imgsz),
+            on_batch=pictures.evaluated_batch,
+            watch=lambda batches: console.bar(batches, "Evaluating", images_each=options.batch_size),
+        )
+        write_metrics(folder / METRICS_FILE, metrics)
+        pictures.finished(metrics)
     console.line(table(metrics, verbose=options.verbose or len(spec.names) <= _CLASSES_SHOWN))
     console.line(f"Tables and pictures: {folder}")
     return metrics
@@ -64,4 +67,5 @@ def evaluate(values: Mapping[str, Any]) -> Metrics:
 def _gains(checkpoint: Checkpoint, head, imgsz: int) -> LossGains:
     """The losses as the training run counted them."""
     given = {name: value for name, value in checkpoint["hyp"].items() if value is not None}
-    return LossGains.for_head(hyperparameters(given, source="checkpoint"), head, imgsz)
+    hyp = hyperparameters(given, source="checkpoint")
+    return LossGains.for_head(hyp, head, imgsz, label_smoothing=checkpoint["options"]["label_smoothing"])

@@ -38,8 +38,8 @@ class Evaluator:
     def __post_init__(self) -> None:
         stream = Stream(
             self.batches,
-            self.batches.keys(),
-            workers=min(self.runtime.workers, len(self.batches.keys())),
+            self.batches.numbers(),
+            workers=min(self.runtime.workers, len(self.batches.numbers())),
             pin_memory=self.runtime.device.type == "cuda",
         )
         object.__setattr__(self, "stream", stream)

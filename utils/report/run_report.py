@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.checkpoint import METRICS_FILE
 from utils.files import write_text
 from utils.report import plots
 from utils.report.loggers import LOGGERS, Console, EpochSummary, Logger, format_duration, result_row, table
@@ -41,7 +42,7 @@ class EpochTimes:
     data: Stopwatch = field(default_factory=Stopwatch)
     train: Stopwatch = field(default_factory=Stopwatch)
     evaluate: Stopwatch = field(default_factory=Stopwatch)
-    save: Stopwatch = field(default_factory=Stopwatch)
+    save: Stopwatch = field(default_factory=Stopwatch)  # the checkpoint of the epoch before
 
     @property
     def total(self) -> float:
@@ -141,6 +142,7 @@ class RunReport:
         ]
         self._epoch_seconds: list[float] = []
         self._started = time.perf_counter()
+        (folder / METRICS_FILE).unlink(missing_ok=True)  # a run that goes on is not finished
         if start_epoch == 0:
             pictures.labels()
 
@@ -160,7 +162,10 @@ class RunReport:
     def epoch(
         self, epoch: int, losses: LossMeans, metrics: Metrics, learning_rates: Sequence[float], times: EpochTimes
     ) -> None:
-        """An epoch is over and saved: its line, its rows, its scalars."""
+        """An epoch is over: its line, its rows, its scalars.
+
+        To be called before its checkpoint is written: a resumed run drops a row too many, but never adds one.
+        """
         self._epoch_seconds.append(times.total)
         for logger in self._loggers:
             logger.epoch(result_row(epoch, losses, metrics, learning_rates), times.row(epoch))
@@ -180,8 +185,8 @@ class RunReport:
         """The last words of a run: the table, metrics.json, the pictures, and where everything lies."""
         for logger in self._loggers:
             logger.close()
-        write_metrics(self.folder / "metrics.json", metrics)
         self.pictures.finished(metrics)
+        write_metrics(self.folder / METRICS_FILE, metrics)  # last, as it marks the run as finished
         took = format_duration(time.perf_counter() - self._started)
         self.console.line(f"\n{epochs} epochs in {took}; best.pt is of epoch {best_epoch + 1}:")
         self.console.line(table(metrics, verbose=True))

@@ -27,7 +27,7 @@ from utils.report.run_report import PictureFiles, Pictures, RunReport
 from utils.runtime import Runtime, choose_runtime
 from utils.structures import DatasetSpec, LabelStore, UserError
 from utils.train.anchors import choose_anchors
-from utils.train.optim import Schedule, WeightAverage, choose_accumulation, make_optimizer
+from utils.train.optim import NOMINAL_BATCH, Schedule, WeightAverage, choose_accumulation, make_optimizer
 from utils.train.trainer import RunState, Trainer
 
 _DEFAULT_EPOCHS = 300
@@ -108,8 +108,14 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     options = validated(TrainOptions, {**checkpoint["options"], **changed})
     hyp = hyperparameters(_without_none(checkpoint["hyp"]), source=str(path))
     state = RunState(**{name: checkpoint[name] for name in asdict(RunState())})
-    if state.epoch >= options.epochs:
+    run = RunFolder(path.resolve().parent.parent)
+    if run.finished and state.epoch >= options.epochs:
         raise UserError(f"--resume {path}: all {state.epoch} epochs are done; extend the run with --epochs")
+    if run.finished and state.out_of_patience(options.patience):
+        raise UserError(
+            f"--resume {path}: stopped after epoch {state.epoch}, {options.patience} epochs without improvement; "
+            "extend the run with --patience"
+        )
     spec = open_dataset(options.data, note=console.note)
     if list(spec.names) != checkpoint["names"]:
         raise UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run")
@@ -125,7 +131,7 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
         model=model,
         train=train.store,
         val=val.store,
-        run=RunFolder(path.parent.parent),
+        run=run,
         console=console,
     )
     trainer = _assemble(parts, state=state, accumulation=checkpoint["accumulation"])
@@ -248,7 +254,7 @@ def _assemble(parts: _Parts, *, state: RunState, accumulation: int | None = None
         schedule=schedule,
         gains=LossGains.for_head(hyp, model.head, options.imgsz, label_smoothing=options.label_smoothing),
         stream=Stream(
-            batches, batches.keys(state.epoch, options.epochs), workers=runtime.workers, pin_memory=pin_memory
+            batches, batches.numbers(state.epoch, options.epochs), workers=runtime.workers, pin_memory=pin_memory
         ),
         evaluator=_evaluator(parts),
         run=parts.run,
@@ -271,9 +277,13 @@ def _schedule(options: TrainOptions, hyp: Hyperparameters, per_epoch: int, accum
 
 
 def _weight_decay(options: TrainOptions, hyp: Hyperparameters, accumulation: int) -> float:
-    """Scaled where whole batches cannot make up the nominal batch exactly."""
+    """Scaled by the images of an update over the nominal batch, where whole batches do not make it up exactly."""
     per_update = options.batch_size * accumulation
-    nominal = per_update if options.nominal_batch == "auto" else int(options.nominal_batch)
+    if options.nominal_batch != "auto":
+        nominal = int(options.nominal_batch)
+    else:  # one that was lowered is lowered to what an update holds
+        lowered = accumulation < round(NOMINAL_BATCH / options.batch_size)
+        nominal = per_update if lowered else NOMINAL_BATCH
     return hyp.weight_decay * per_update / nominal
 
 
@@ -290,9 +300,10 @@ def _report(parts: _Parts, schedule: Schedule, *, start_epoch: int) -> RunReport
     """The reporter, after its first lines: what is trained, on what, and where to."""
     options, model, folder = parts.options, parts.model, parts.run.path
     network = Path(options.cfg or options.weights or _DEFAULT_CFG).stem
+    per_update = options.batch_size * schedule.accumulation
     parts.console.line(
         f"{network}: {count_parameters(model):,} parameters, {gflops(model, options.imgsz):.1f} GFLOPs at "
-        f"{options.imgsz}; batches of {options.batch_size}, {options.batch_size * schedule.accumulation} images per update"
+        f"{options.imgsz}; batches of {options.batch_size}, {per_update} images per update"
     )
     parts.console.line(f"{parts.runtime.description}; writing to {folder}")
     files = PictureFiles(folder, parts.spec.names, val=parts.val, train=parts.train)

@@ -6,10 +6,10 @@ Everything it works with is made by `build.py`. All state that a resumed run nee
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from utils.hyp import Hyperparameters
 from utils.loss import LossGains, detection_losses
 from utils.report.loggers import format_losses
 from utils.report.run_report import EpochTimes, RunReport
-from utils.runtime import Runtime
-from utils.structures import Batch, Losses, LossMeans, Metrics, RunError, UserError
+from utils.runtime import Runtime, mendable_errors
+from utils.structures import Batch, Losses, LossMeans, Metrics, UserError
 from utils.train.optim import Schedule, StepSettings, WeightAverage, apply_settings
 
 _MAX_GRADIENT_NORM = 10.0
@@ -79,17 +79,23 @@ class Trainer:
 
         Raises RunError for what a user can mend: no memory, no disk space, a loss that is no number.
         """
-        with _user_errors(self.options, self.run.last):
+        options = self.options
+        with (
+            _interruptible(self.run, self.state),
+            mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz),
+        ):
             batches = iter(self.stream)
             while not self.finished:
-                self.times = EpochTimes()
                 losses = self.train_epoch(batches)
                 with self.times.evaluate:
                     metrics = self.evaluate()
                 improved = self.state.finish_epoch(metrics)
+                self.report.epoch(self.state.epoch - 1, losses, metrics, self._last_settings().lrs, self.times)
+                self.times = EpochTimes()
                 with self.times.save:
                     self.run.save(self.checkpoint(), best=improved)
-                self.report.epoch(self.state.epoch - 1, losses, metrics, self._last_settings().lrs, self.times)
+            if self.state.epoch < options.epochs:
+                self.report.console.line(f"Stopped early: no improvement in {options.patience} epochs (--patience)")
             return self.finish()
 
     @property
@@ -183,33 +189,15 @@ def _means(sums: torch.Tensor, images: int) -> LossMeans:
 
 
 @contextmanager
-def _user_errors(options: TrainOptions, last: Path) -> Iterator[None]:
-    """What strikes in mid-run and a user can mend becomes a RunError with one line."""
-    remedy = f"lower --batch-size (now {options.batch_size}) or --imgsz (now {options.imgsz})"
+def _interruptible(run: RunFolder, state: RunState) -> Iterator[None]:
+    """Ctrl-C leaves with a line on how to continue."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_continue(last)) from None
-    except UserError as error:
-        raise RunError(str(error)) from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(f"out of memory: {remedy}") from error
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        raise RunError(f"{error.strerror or error}{where}") from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "not enough memory" in str(
-            error
-        ):  # how the CPU's allocator says it
-            raise RunError(f"out of memory: {remedy}") from error
-        if "DataLoader worker" in str(error):
-            raise RunError(
-                f"a loader process died, most likely of lack of memory: lower --workers, or {remedy}"
-            ) from error
-        raise
+        raise KeyboardInterrupt(_how_to_continue(run, state)) from None
 
 
-def _how_to_continue(last: Path) -> str:
-    if not last.exists():
+def _how_to_continue(run: RunFolder, state: RunState) -> str:
+    if state.epoch == 0 or not run.last.exists():  # a last.pt may be of an earlier run, with --exist-ok
         return "no epoch was finished, so there is no checkpoint to continue from"
-    return f"continue with: python train.py --resume {last}"
+    return f"continue with: python train.py --resume {shlex.quote(str(run.last))}"

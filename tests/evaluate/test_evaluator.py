@@ -1,0 +1,243 @@
+"""The evaluator against pycocotools, with a network that claims boxes which the test knows in source pixels."""
+
+import io
+from contextlib import redirect_stdout
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+
+from models.yolo import DetectionModel, read_network
+from utils.data.labels import ImageLabels, build_store
+from utils.data.loader import EvalBatches
+from utils.data.plan import letterbox_plan, source_to_network
+from utils.evaluate.evaluator import Evaluator, to_source
+from utils.hyp import Hyperparameters
+from utils.loss import LossGains
+from utils.runtime import Runtime
+from utils.structures import Detections, HeadSpec
+
+SIZES = ((101, 67), (64, 97), (33, 130), (80, 80), (121, 59), (55, 90), (90, 55))  # height, width
+IMGSZ, STRIDE = 96, 32
+NAMES = ("a", "b", "c")
+CPU = Runtime(device=torch.device("cpu"), amp_dtype=None, workers=0)
+
+
+class Oracle(nn.Module):
+    """Detects what it is told to: `claims[i]` holds (box in source px, class, score) for the image of grey i + 1."""
+
+    def __init__(self, store, claims):
+        super().__init__()
+        self.store, self.claims = store, claims
+        self.head = HeadSpec(strides=(8,), anchors=torch.full((1, 6, 2), 40.0), num_classes=len(NAMES))
+
+    def forward(self, images):
+        """(B, 3, H, W) -> one level (B, 6, H / 8, W / 8, 5 + C): claim k of an image lies on anchor k."""
+        B, _, H, W = images.shape
+        raw = torch.full((B, 6, H // 8, W // 8, 5 + len(NAMES)), -30.0)
+        for slot, grey in zip(raw, (images[:, 0, H // 2, W // 2] * 255).round().int().tolist()):
+            plan = letterbox_plan(self.store, grey - 1, shape=(H, W), imgsz=IMGSZ)
+            (sx, _, tx), (_, sy, ty), _ = source_to_network(self.store, plan, IMGSZ)
+            for anchor, (box, label, score) in enumerate(self.claims[grey - 1]):
+                x1, y1, x2, y2 = np.array(box) * [sx, sy, sx, sy] + [tx, ty, tx, ty]
+                centre, sides = np.array([x1 + x2, y1 + y2]) / 2, np.array([x2 - x1, y2 - y1])
+                cell = np.floor(centre / 8).astype(int)
+                shares = [*(centre / 8 - cell + 0.5) / 2, *np.sqrt(sides / 40) / 2, 1 - 1e-9]
+                slot[anchor, cell[1], cell[0], :5] = torch.tensor(np.log(shares) - np.log1p(-np.array(shares)))
+                slot[anchor, cell[1], cell[0], 5 + label] = float(np.log(score / (1 - score)))
+        return [raw]
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A store of grey images with up to four labels each, and claims: labels shifted a little or much, some wrong."""
+    folder, rng = tmp_path_factory.mktemp("grey"), np.random.default_rng(3)
+    labels, claims, paths = [], [], []
+    scores = iter(rng.permutation(np.linspace(0.05, 0.95, 6 * len(SIZES))))
+    for index, (height, width) in enumerate(SIZES):
+        paths.append(folder / f"{index}.png")
+        assert cv2.imwrite(str(paths[-1]), np.full((height, width, 3), index + 1, np.uint8))
+        corners = np.array([(x, y) for x in (0.06, 0.55) for y in (0.08, 0.54)])[: index % 5]  # the first has none
+        boxes = np.concatenate([corners, corners + np.array([0.35, 0.37])], 1).reshape(-1, 4)
+        kinds = rng.integers(0, len(NAMES), len(boxes))
+        labels.append(ImageLabels(boxes=boxes, classes=kinds))
+        moved = (boxes + rng.normal(0, 0.018, boxes.shape)).clip(0, 1) * [width, height, width, height]
+        told = np.where(rng.random(len(kinds)) < 0.85, kinds, (kinds + 1) % len(NAMES))
+        false_alarm = (np.array([0.3, 0.3, 0.7, 0.6]) * [width, height, width, height], 1)
+        found = [*zip(moved, told), false_alarm]
+        claims.append([(box, int(kind), float(next(scores))) for box, kind in found])
+    return build_store(paths, SIZES, labels), claims
+
+
+def evaluator(store, batch_size, **changes):
+    batches = EvalBatches(store=store, imgsz=IMGSZ, batch_size=batch_size, stride=STRIDE)
+    return Evaluator(batches=batches, names=NAMES, runtime=CPU, **changes)
+
+
+def coco_ap(store, claims) -> tuple[float, float]:
+    """mAP at .5 and at .5:.95 by pycocotools."""
+    boxes, rows = store.boxes.astype(float), np.repeat(np.arange(len(store)), np.diff(store.offsets))
+    truth, found = COCO(), COCO()
+    truth.dataset = {
+        "images": [{"id": index + 1} for index in range(len(store))],
+        "categories": [{"id": index} for index in range(len(NAMES))],
+        "annotations": [
+            annotation(number, rows[number], box, store.classes[number]) for number, box in enumerate(boxes)
+        ],
+    }
+    flat = [(image, *claim) for image, listed in enumerate(claims) for claim in listed]
+    found.dataset = {
+        **truth.dataset,
+        "annotations": [
+            annotation(number, image, box, label) | {"score": score}
+            for number, (image, box, label, score) in enumerate(flat)
+        ],
+    }
+    with redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        found.createIndex()
+        run = COCOeval(truth, found, "bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return run.stats[1], run.stats[0]
+
+
+def annotation(number, image, box, label) -> dict:
+    x1, y1, x2, y2 = map(float, box)
+    sides = [x1, y1, x2 - x1, y2 - y1]
+    area = sides[2] * sides[3]
+    return {
+        "id": number + 1,
+        "image_id": int(image) + 1,
+        "category_id": int(label),
+        "bbox": sides,
+        "area": area,
+        "iscrowd": 0,
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 50])
+def test_average_precision_is_that_of_pycocotools(scene, batch_size):
+    store, claims = scene
+    metrics = evaluator(store, batch_size)(Oracle(store, claims))
+    map50, map50_95 = coco_ap(store, claims)
+    assert 0.2 < map50_95 < map50 <= 1  # the scene is neither trivial nor hopeless
+    assert (metrics.map50, metrics.map50_95) == pytest.approx((map50, map50_95), abs=1e-9)
+    assert (metrics.images, metrics.labels) == (len(SIZES), len(store.boxes))
+
+
+def test_every_image_is_seen_once_and_boxes_land_on_the_picture(scene):
+    store, claims = scene
+    seen = []
+
+    def on_batch(index, batch, detections):
+        seen.extend(batch.indices.tolist())
+        for picture, one in zip(batch.images, detections):
+            _, height, width = picture.shape
+            assert (one.boxes[:, 2:] > one.boxes[:, :2]).all()
+            assert (one.boxes[:, :2] > -1).all()
+            assert (one.boxes[:, 2] < width + 1).all() and (one.boxes[:, 3] < height + 1).all()
+
+    evaluator(store, 3)(Oracle(store, claims), on_batch=on_batch)
+    assert sorted(seen) == list(range(len(SIZES)))
+
+
+def test_watch_sees_every_batch(scene):
+    store, claims = scene
+    seen = []
+    evaluator(store, 2)(Oracle(store, claims), watch=lambda batches: [seen.append(len(batches)), *batches][1:])
+    assert seen == [4]
+
+
+def test_nothing_claimed_is_all_zero(scene):
+    store, _ = scene
+    metrics = evaluator(store, 4)(Oracle(store, [[]] * len(SIZES)))
+    assert (metrics.map50, metrics.map50_95, metrics.precision, metrics.recall) == (0, 0, 0, 0)
+    assert metrics.labels == len(store.boxes)
+
+
+def test_confidence_and_max_detections_drop_the_weakest(scene):
+    store, claims = scene
+    kept = [[claim for claim in listed if claim[2] > 0.5] for listed in claims]
+    fewer = evaluator(store, 4, confidence=0.5)(Oracle(store, claims))
+    assert (fewer.map50, fewer.map50_95) == pytest.approx(coco_ap(store, kept), abs=1e-9)
+    best = [sorted(listed, key=lambda claim: -claim[2])[:1] for listed in claims]
+    one_each = evaluator(store, 4, max_detections=1)(Oracle(store, claims))
+    assert (one_each.map50, one_each.map50_95) == pytest.approx(coco_ap(store, best), abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 700), st.integers(1, 700)),
+    imgsz=st.sampled_from([32, 64, 96, 320, 640]),
+    spare=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    seed=st.integers(0, 2**20),
+)
+def test_to_source_inverts_the_letterbox(size, imgsz, spare, seed):
+    """Any size, odd ones too: a box that went to the network comes back, but for the rounding of f32."""
+    height, width = size
+    store = build_store(["x.png"], [size], [ImageLabels(boxes=np.empty((0, 4)), classes=np.empty(0, np.int64))])
+    shape = tuple(imgsz + 32 * extra for extra in spare)
+    placement = source_to_network(store, letterbox_plan(store, 0, shape=shape, imgsz=imgsz), imgsz)
+    corners = np.random.default_rng(seed).uniform(0, 1, (5, 2, 2)) * [width, height]
+    boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
+    points = np.concatenate([boxes.reshape(-1, 2), np.ones((10, 1))], 1) @ placement.T
+    there = Detections(
+        boxes=torch.tensor(points[:, :2].reshape(-1, 4), dtype=torch.float32),
+        scores=torch.linspace(1, 0, 5),
+        classes=torch.arange(5),
+    )
+    back = to_source(there, torch.from_numpy(placement), size)
+    rounding_px = 1e-4  # of f32 in network px, which an image that was shrunk stretches again
+    np.testing.assert_allclose(back.boxes.numpy(), boxes, atol=rounding_px * max(1, max(size) / imgsz))
+    assert torch.equal(back.scores, there.scores) and torch.equal(back.classes, there.classes)
+
+
+def test_to_source_cuts_boxes_to_the_image():
+    placement = torch.tensor([[2.0, 0, 10], [0, 2.0, 20], [0, 0, 1]], dtype=torch.float64)
+    found = Detections(
+        boxes=torch.tensor([[0.0, 0.0, 500.0, 500.0], [14.0, 24.0, 30.0, 44.0]]),
+        scores=torch.tensor([0.9, 0.8]),
+        classes=torch.tensor([0, 1]),
+    )
+    back = to_source(found, placement, (31, 47))
+    assert back.boxes.tolist() == [[0, 0, 47, 31], [2, 2, 10, 12]]
+
+
+@pytest.fixture
+def network(tiny):
+    return DetectionModel(read_network(str(tiny.cfg)), num_classes=len(NAMES)).train()
+
+
+def test_model_and_random_state_are_the_same_bytes_afterwards(scene, network, random_states):
+    store, _ = scene
+    gains = LossGains.for_head(Hyperparameters(), network.head, IMGSZ)
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    before = random_states()
+
+    first = evaluator(store, 3)(network, gains=gains)
+
+    assert network.training and all(parameter.requires_grad for parameter in network.parameters())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+    assert random_states() == before
+    again = evaluator(store, 3)(network, gains=gains)
+    assert first.losses == again.losses
+
+
+def test_losses_are_means_over_images(scene, network):
+    """Batches of unequal size weigh by their images: the same as the mean of single images of one shape."""
+    store, _ = scene
+    gains = LossGains.for_head(Hyperparameters(box=0, cls=0), network.head, IMGSZ)
+    square = build_store(
+        [store.path(3)] * 5, [SIZES[3]] * 5, [ImageLabels(boxes=np.empty((0, 4)), classes=np.empty(0))] * 5
+    )
+    one, two = (evaluator(square, size)(network, gains=gains).losses.objectness for size in (1, 2))
+    assert one == pytest.approx(two, rel=1e-5)
+    assert evaluator(square, 2)(network).losses is None

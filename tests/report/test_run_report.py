@@ -1,0 +1,232 @@
+"""What a run shows and leaves behind: figures at full precision, rows in order, pictures where they are wanted."""
+
+import io
+import json
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from utils.data.labels import ImageLabels, build_store
+from utils.report.loggers import TIMING_COLUMNS, Console
+from utils.report.run_report import EpochTimes, PictureFiles, Pictures, RunReport, Stopwatch, write_metrics
+from utils.structures import Batch, ClassMetrics, Detections, LossMeans, Metrics
+
+LOSSES = LossMeans(box=0.1, objectness=0.2, classification=0.3)
+METRICS = Metrics(
+    precision=1 / 3,
+    recall=0.5,
+    map50=2 / 3,
+    map50_95=0.1 + 0.2,
+    images=3,
+    labels=4,
+    best_confidence=0.25,
+    per_class=(ClassMetrics(name="größe", images=3, labels=4, precision=1 / 3, recall=0.5, map50=2 / 3, map50_95=0.3),),
+    losses=LOSSES,
+)
+
+
+class Recorded(Pictures):
+    """Takes down what it should have drawn."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def labels(self):
+        self.drawn.append("labels")
+
+    def train_batch(self, index, batch):
+        self.drawn.append(f"train_batch{index}")
+
+    def finished(self, metrics):
+        self.drawn.append("finished")
+
+
+def report(folder: Path, *, pictures=None, start_epoch=0, epochs=3) -> tuple[RunReport, io.StringIO]:
+    stream = io.StringIO()
+    return (
+        RunReport(
+            folder,
+            console=Console(stream=stream),
+            pictures=pictures or Pictures(),
+            epochs=epochs,
+            batch_size=4,
+            start_epoch=start_epoch,
+        ),
+        stream,
+    )
+
+
+def tell(reporter: RunReport, epoch: int) -> None:
+    reporter.epoch(epoch, LOSSES, METRICS, (0.1, 0.1, 0.2), EpochTimes(images=8))
+
+
+# ---- times ----------------------------------------------------------------------------------------------------------
+
+
+def test_stopwatch_adds_up_and_counts_what_fails():
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch:
+            time.sleep(0.01)
+    with pytest.raises(KeyError), watch:
+        time.sleep(0.01)
+        raise KeyError
+    assert 0.03 <= watch.seconds < 1
+
+
+def test_times_of_an_epoch():
+    times = EpochTimes(images=30)
+    for name, seconds in (("data", 1.0), ("train", 2.0), ("evaluate", 3.0), ("save", 4.0)):
+        getattr(times, name).seconds = seconds
+    assert times.total == 10
+    assert times.images_per_s == 10
+    assert tuple(times.row(7)) == TIMING_COLUMNS
+    assert times.row(7)["epoch"] == 7
+    assert EpochTimes().images_per_s == 0
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_file_keeps_every_digit(tmp_path):
+    write_metrics(tmp_path / "metrics.json", METRICS)
+    text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
+    figures = json.loads(text)
+    assert "größe" in text
+    assert figures["mAP_0.5"] == METRICS.map50
+    assert figures["mAP_0.5:0.95"] == 0.1 + 0.2
+    assert figures["fitness"] == METRICS.fitness
+    assert figures["losses"] == {"box": 0.1, "objectness": 0.2, "classification": 0.3}
+    assert figures["per_class"][0]["precision"] == 1 / 3
+
+
+def test_metrics_file_without_losses(tmp_path):
+    bare = Metrics(**{**vars(METRICS), "losses": None})
+    write_metrics(tmp_path / "metrics.json", bare)
+    assert json.loads((tmp_path / "metrics.json").read_text())["losses"] is None
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+def test_story_of_a_run(tmp_path):
+    pictures = Recorded()
+    reporter, stream = report(tmp_path, pictures=pictures)
+    for epoch in range(3):
+        reporter.train_batch(epoch, 0, None)
+        tell(reporter, epoch)
+    reporter.finished(METRICS, best_epoch=1, epochs=3)
+    assert pictures.drawn == ["labels", "train_batch0", "finished"]
+    assert [row.split(",")[0].strip() for row in rows(tmp_path)] == ["epoch", "0", "1", "2"]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+    said = stream.getvalue()
+    assert "3 epochs in 0:00:0" in said and "best.pt is of epoch 2" in said and str(tmp_path) in said
+    assert json.loads((tmp_path / "metrics.json").read_text())["labels"] == 4
+
+
+def rows(folder: Path) -> list[str]:
+    return (folder / "results.csv").read_text().splitlines()
+
+
+def test_a_resumed_run_goes_on_where_it_was(tmp_path):
+    reporter, _ = report(tmp_path)
+    for epoch in range(3):
+        tell(reporter, epoch)
+    pictures = Recorded()
+    reporter, stream = report(tmp_path, pictures=pictures, start_epoch=2, epochs=4)
+    assert pictures.drawn == []
+    assert len(rows(tmp_path)) == 1 + 2
+    reporter.train_batch(2, 0, None)
+    for epoch in (2, 3):
+        tell(reporter, epoch)
+    assert pictures.drawn == []
+    assert [row.split(",")[0].strip() for row in rows(tmp_path)] == ["epoch", "0", "1", "2", "3"]
+    assert "3/4" in stream.getvalue()
+
+
+def test_a_run_that_goes_on_is_not_finished(tmp_path):
+    write_metrics(tmp_path / "metrics.json", METRICS)
+    report(tmp_path, start_epoch=2)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_metrics_are_written_when_all_else_is(tmp_path):
+    """Their file says that the run is finished, so a failing picture must not leave it behind."""
+
+    class Failing(Pictures):
+        def finished(self, metrics):
+            raise OSError("disk full")
+
+    reporter, _ = report(tmp_path, pictures=Failing())
+    with pytest.raises(OSError):
+        reporter.finished(METRICS, best_epoch=0, epochs=1)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_time_left_follows_the_last_epochs(tmp_path):
+    reporter, stream = report(tmp_path, epochs=4)
+    times = EpochTimes(images=8)
+    times.train.seconds = 90.0
+    reporter.epoch(0, LOSSES, METRICS, (0.1, 0.1, 0.2), times)
+    assert stream.getvalue().splitlines()[-1].endswith("0:04:30")
+
+
+def test_bars_stay_away_from_a_log_file(tmp_path):
+    reporter, stream = report(tmp_path)
+    with reporter.training_bar(0, 2) as bar:
+        assert [bar.update(1) for _ in range(2)] == [None, None]  # not drawn: no loss is read back from the device
+    assert list(reporter.evaluation_bar([1, 2])) == [1, 2]
+    assert stream.getvalue() == ""
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def batch_of(store) -> Batch:
+    return Batch(
+        images=torch.full((2, 3, 64, 64), 90, dtype=torch.uint8),
+        boxes=torch.tensor([[8.0, 8, 40, 40]]),
+        classes=torch.tensor([0]),
+        image_of=torch.tensor([1]),
+        indices=torch.arange(len(store)),
+    )
+
+
+@pytest.fixture
+def store():
+    labels = [ImageLabels(boxes=np.array([[0.1, 0.1, 0.6, 0.6]]), classes=np.zeros(1, int))] * 2
+    return build_store([Path("a/one.png"), Path("a/two.png")], [(64, 64)] * 2, labels)
+
+
+def test_three_batches_are_pictured_and_no_more(tmp_path, store):
+    files = PictureFiles(tmp_path, ("thing",), val=store, train=store)
+    nothing = Detections(boxes=torch.empty(0, 4), scores=torch.empty(0), classes=torch.empty(0, dtype=torch.int64))
+    found = Detections(
+        boxes=torch.tensor([[8.0, 8, 40, 40]]), scores=torch.tensor([0.9]), classes=torch.zeros(1, dtype=torch.int64)
+    )
+    for index in range(5):
+        files.train_batch(index, batch_of(store))
+        files.evaluated_batch(index, batch_of(store), [nothing, found])
+    kinds = ("train_batch{}.jpg", "val_batch{}_labels.jpg", "val_batch{}_pred.jpg")
+    expected = {kind.format(index) for kind in kinds for index in range(3)}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert all(cv2.imread(str(path)) is not None for path in tmp_path.iterdir())
+
+
+def test_a_batch_without_any_detection(tmp_path, store):
+    nothing = Detections(boxes=torch.empty(0, 4), scores=torch.empty(0), classes=torch.empty(0, dtype=torch.int64))
+    PictureFiles(tmp_path, ("thing",), val=store).evaluated_batch(0, batch_of(store), [nothing, nothing])
+    assert (tmp_path / "val_batch0_pred.jpg").exists()
+
+
+def test_the_null_object_draws_nothing(tmp_path, store):
+    pictures = Pictures()
+    pictures.labels()
+    pictures.train_batch(0, batch_of(store))
+    pictures.evaluated_batch(0, batch_of(store), [])
+    pictures.finished(METRICS)
+    assert list(tmp_path.iterdir()) == []

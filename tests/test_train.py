@@ -1,0 +1,508 @@
+"""`python train.py` as a user meets it: what it says, what it leaves behind, and how it fails."""
+
+import csv
+import errno
+import fcntl
+import json
+import locale
+import logging
+import multiprocessing
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import train
+from utils.checkpoint import load_checkpoint
+from utils.report.loggers import RESULT_COLUMNS, TIMING_COLUMNS
+from utils.structures import Metrics, UserError
+from utils.train.trainer import Trainer
+
+RUN = Path("runs/train/exp")
+ALWAYS = {"weights", "results.csv", "timing.csv", "hyp.yaml", "opt.yaml", "metrics.json"}
+PICTURES = {
+    *("labels.jpg", "labels_correlogram.jpg", "train_batch0.jpg", "train_batch1.jpg"),
+    *("val_batch0_labels.jpg", "val_batch0_pred.jpg", "results.png", "confusion_matrix.png"),
+    *("F1_curve.png", "P_curve.png", "R_curve.png", "PR_curve.png"),
+}
+
+
+# ---- a run as a process ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, draw_tiny):
+    """A whole run of 2 epochs with pictures, its output in files: (working directory, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("process")
+    tiny = draw_tiny(folder / "set")
+    command = [sys.executable, train.__file__, *tiny.flags(epochs=2, workers=1, noplots=None)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, done.stderr
+
+
+def test_nothing_on_standard_error(finished):
+    assert finished[2] == ""
+
+
+def test_output_without_a_terminal_is_tidy_lines(finished):
+    _, output, _ = finished
+    assert "\r" not in output and "\x1b" not in output and "warning" not in output.lower()
+    epochs = [line for line in output.splitlines() if re.match(r" *\d/2 ", line)]
+    assert [line.split()[0] for line in epochs] == ["1/2", "2/2"]
+    header = next(line for line in output.splitlines() if line.startswith("epoch"))
+    assert {len(line) for line in epochs} == {len(header)}
+    assert "train: 8 images, 8 boxes" in output and "val: 4 images, 4 boxes" in output
+    assert "runs/train/exp" in output
+
+
+def test_all_files_are_there(finished):
+    files = {path.name for path in (finished[0] / RUN).iterdir()}
+    events = {name for name in files if name.startswith("events.out.tfevents.")}
+    assert files - events == ALWAYS | PICTURES
+    assert len(events) == 1
+    assert {path.name for path in (finished[0] / RUN / "weights").iterdir()} == {"last.pt", "best.pt"}
+
+
+@pytest.mark.parametrize("name", sorted(PICTURES))
+def test_pictures_show_something(finished, name):
+    picture = cv2.imread(str(finished[0] / RUN / name))
+    assert picture is not None
+    assert min(picture.shape[:2]) >= 64
+    assert picture.std() > 5
+
+
+def test_tables(finished):
+    for name, columns in (("results.csv", RESULT_COLUMNS), ("timing.csv", TIMING_COLUMNS)):
+        with (finished[0] / RUN / name).open() as file:
+            header, *rows = csv.reader(file, skipinitialspace=True)
+        assert tuple(header) == columns
+        assert [row[0] for row in rows] == ["0", "1"]
+        assert np.isfinite([[float(cell) for cell in row] for row in rows]).all()
+
+
+def test_tensorboard_events_carry_the_columns(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / RUN)).Reload()
+    assert set(events.Tags()["scalars"]) == set(RESULT_COLUMNS) - {"epoch"}
+    with (finished[0] / RUN / "results.csv").open() as file:
+        rows = list(csv.DictReader(file, skipinitialspace=True))
+    for tag in events.Tags()["scalars"]:
+        assert [one.step for one in events.Scalars(tag)] == [0, 1]
+        assert [one.value for one in events.Scalars(tag)] == pytest.approx([float(row[tag]) for row in rows], rel=1e-5)
+
+
+def test_settings_are_written_as_used(finished):
+    folder, _, _ = finished
+    options = yaml.safe_load((folder / RUN / "opt.yaml").read_text())
+    assert (options["imgsz"], options["batch_size"], options["epochs"], options["seed"]) == (64, 4, 2, 0)
+    assert Path(options["data"]).is_absolute()
+    hyp = yaml.safe_load((folder / RUN / "hyp.yaml").read_text())
+    assert (hyp["lr0"], hyp["mosaic"], hyp["fliplr"]) == (0.02, 0, 0.5)
+
+
+def test_metrics_file(finished):
+    metrics = json.loads((finished[0] / RUN / "metrics.json").read_text())
+    assert (metrics["images"], metrics["labels"]) == (4, 4)
+    assert [one["name"] for one in metrics["per_class"]] == ["blue", "red"]
+    assert metrics["fitness"] == pytest.approx(0.1 * metrics["mAP_0.5"] + 0.9 * metrics["mAP_0.5:0.95"])
+
+
+def test_a_run_of_its_own_hyp_file_is_the_same_run(finished, tiny, cli):
+    """hyp.yaml is complete and reads back."""
+    hyp = finished[0] / RUN / "hyp.yaml"
+    code, _, problems = cli(train, *tiny.flags(hyp=hyp))
+    assert (code, problems) == (0, "")
+    assert (RUN / "hyp.yaml").read_bytes() == hyp.read_bytes()
+
+
+def test_a_terminal_gets_bars(tiny, start):
+    terminal, ours = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 30, 120, 0, 0))  # rows, columns
+    process = start("train.py", *tiny.flags(epochs=2), stdout=ours, stderr=subprocess.PIPE)
+    os.close(ours)
+    seen = b""
+    while True:
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError:  # how a pty says that its other end is closed
+            break
+        if not piece:
+            break
+        seen += piece
+    assert process.wait() == 0
+    assert process.stderr.read() == b""
+    shown = seen.decode()
+    assert re.search(r"Epoch 1/2 .*%.* images/s", shown) and "Evaluating" in shown
+    lasting = [line.rsplit("\r", 1)[-1] for line in shown.replace("\r\n", "\n").split("\n")]
+    assert [line.split()[0] for line in lasting if re.match(r" *\d/2 ", line)] == ["1/2", "2/2"]
+
+
+def test_help_is_quick_and_complete(start):
+    process = start("train.py", "--help")
+    output, problems = process.communicate(timeout=60)
+    assert (process.returncode, problems) == (0, b"")
+    for flag in (b"--batch-size", b"--batch", b"--img-size", b"--resume", b"--seed"):
+        assert flag in output
+
+
+# ---- from Python ----------------------------------------------------------------------------------------------------
+
+
+def test_run_returns_metrics_and_changes_nothing_global(tiny, random_states):
+    def world():
+        return {
+            "random": random_states(),
+            "threads": (torch.get_num_threads(), cv2.getNumThreads()),
+            "dtype": torch.get_default_dtype(),
+            "grad": torch.is_grad_enabled(),
+            "deterministic": (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark),
+            "folder": Path.cwd(),
+            "environment": dict(os.environ),
+            "handlers": list(logging.getLogger().handlers),
+            "filters": list(warnings.filters),
+            "printing": str(np.get_printoptions()),
+            "locale": locale.setlocale(locale.LC_ALL),
+            "signals": signal.getsignal(signal.SIGINT),
+            "pyplot": "matplotlib.pyplot" in sys.modules,
+            "children": multiprocessing.active_children(),
+        }
+
+    import torch.utils.tensorboard  # whose own import may change what it likes
+
+    before = world()
+    metrics = train.run(**tiny.options(workers=1, noplots=False))
+    assert isinstance(metrics, Metrics)
+    assert metrics.images == 4
+    assert world() == before
+
+
+def test_spellings_of_python_and_shell_mean_the_same(tiny, cli):
+    short = {"batch_size": None, "imgsz": None}
+    train.run(**tiny.options(**short), batch=4, img=60)
+    assert cli(train, *tiny.flags("--batch=4", "--img-size", "60", "--exist_ok", name="shell", **short))[0] == 0
+    ours, shells = (yaml.safe_load((RUN.parent / name / "opt.yaml").read_text()) for name in ("exp", "shell"))
+    assert shells | {"name": "exp", "exist_ok": False} == ours
+    assert (RUN / "weights/best.pt").stat().st_size > 0
+
+
+def test_mistakes_are_value_errors_from_python(tiny):
+    with pytest.raises(ValueError, match="did you mean 'epochs'"):
+        train.run(**tiny.options(), epoch=3)
+
+
+def test_run_folders_count_up(tiny):
+    for _ in range(2):
+        train.run(**tiny.options())
+    train.run(**tiny.options(exist_ok=True))
+    assert sorted(path.name for path in RUN.parent.iterdir()) == ["exp", "exp2"]
+    assert len((RUN / "results.csv").read_text().splitlines()) == 2
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def data_with(tiny, **changes) -> str:
+    content = yaml.safe_load(tiny.data.read_text()) | changes
+    return write(tiny.folder / "changed.yaml", yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+
+
+# what is wrong: the flags that say so, made from a Tiny; what the line must contain
+MISTAKES = {
+    "unknown flag": (lambda tiny: ["--epoch", "3"], ["--epoch", "did you mean '--epochs'"]),
+    "unknown flag with a value": (lambda tiny: ["--bach-size=3"], ["--bach-size=3", "did you mean '--batch-size'"]),
+    "stray word": (lambda tiny: ["hello"], ["unknown argument 'hello'"]),
+    "no number": (lambda tiny: ["--epochs", "many"], ["--epochs", "many"]),
+    "no epochs": (lambda tiny: ["--epochs", "0"], ["--epochs 0", "1 or more"]),
+    "no batch": (lambda tiny: ["--batch", "0"], ["--batch-size 0"]),
+    "choice": (lambda tiny: ["--amp", "fp8"], ["--amp", "fp8", "bf16"]),
+    "no value": (lambda tiny: ["--data"], ["--data"]),
+    "missing data YAML": (lambda tiny: ["--data", "none.yaml"], ["--data file not found", "none.yaml"]),
+    "folder for data": (lambda tiny: ["--data", str(tiny.folder)], ["is a folder", "/set"]),
+    "binary data YAML": (lambda tiny: ["--data", str(tiny.image("train", 0))], ["0.png", "cannot be read"]),
+    "broken data YAML": (
+        lambda tiny: ["--data", write(tiny.folder / "x.yaml", "train: [a\nval: b")],
+        ["not valid YAML", "x.yaml:2"],
+    ),
+    "list for data YAML": (lambda tiny: ["--data", write(tiny.folder / "x.yaml", "- a")], ["mapping", "x.yaml"]),
+    "empty data YAML": (lambda tiny: ["--data", write(tiny.folder / "x.yaml", "")], ["an empty file", "x.yaml"]),
+    "no train": (lambda tiny: ["--data", data_with(tiny, train=None)], ["'train' is missing"]),
+    "no names": (lambda tiny: ["--data", data_with(tiny, names=None)], ["'names' should be"]),
+    "nc": (lambda tiny: ["--data", data_with(tiny, nc=3)], ["'nc: 3'", "2 names"]),
+    "no such folder": (lambda tiny: ["--data", data_with(tiny, train="pics")], ["'train'", "/set/pics not found"]),
+    "no image": (
+        lambda tiny: ["--data", data_with(tiny, train="labels/train")],
+        ["no image found for 'train'", "/set/labels/train", ".jpg"],
+    ),
+    "no label": (
+        lambda tiny: [str(path.unlink() or "--noplots") for path in (tiny.folder / "labels/train").iterdir()],
+        ["no label found for 'train'", "images/train/0.png", "labels/train/0.txt"],
+    ),
+    "class beyond names": (
+        lambda tiny: [write(tiny.label("train", 3), "0 .5 .5 .2 .2\n2 .5 .5 .2 .2\n") and "--noplots"],
+        ["labels/train/3.txt:2", "class 2 does not exist", "0 to 1"],
+    ),
+    "missing hyp": (lambda tiny: ["--hyp", "none.yaml"], ["--hyp file not found", "none.yaml"]),
+    "hyp key": (
+        lambda tiny: ["--hyp", write(tiny.folder / "h.yaml", "lr_0: 0.1")],
+        ["h.yaml", "'lr_0: 0.1'", "did you mean 'lr0'"],
+    ),
+    "hyp value": (
+        lambda tiny: ["--hyp", write(tiny.folder / "h.yaml", "momentum: high")],
+        ["'momentum: high'", "from 0 to 1"],
+    ),
+    "missing network": (lambda tiny: ["--cfg", "none.yaml"], ["network YAML not found", "none.yaml"]),
+    "broken network": (
+        lambda tiny: ["--cfg", write(tiny.folder / "n.yaml", tiny.cfg.read_text().replace("SPPF", "SPP"))],
+        ["unknown module 'SPP'", "did you mean SPPF", "layer 5"],
+    ),
+    "missing weights": (lambda tiny: ["--weights", "none.pt"], ["checkpoint not found", "none.pt"]),
+    "weights are no checkpoint": (
+        lambda tiny: ["--weights", str(tiny.data)],
+        ["checkpoint cannot be read", "data.yaml"],
+    ),
+    "device": (lambda tiny: ["--device", "7"], ["--device 7", "there is", "cpu"]),
+    "fp16 on the CPU": (lambda tiny: ["--amp", "fp16"], ["--amp fp16", "bf16"]),
+    "file as project": (lambda tiny: ["--project", str(tiny.data)], ["--project", "is a file"]),
+    "file as run": (
+        lambda tiny: ["--exist-ok", "--project", str(tiny.folder), "--name", "data.yaml"],
+        ["--name data.yaml", "is a file"],
+    ),
+    "name with a folder": (lambda tiny: ["--name", "a/b"], ["--name 'a/b'"]),
+    "resume of nothing": (lambda tiny: ["--resume", "none.pt"], ["--resume"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_no_run_folder(tiny, cli, mistake):
+    make_flags, expected = MISTAKES[mistake]
+    flags = make_flags(tiny)
+    code, output, problems = cli(train, *tiny.flags(*flags))
+    assert code == 2
+    assert problems.startswith("train.py: error: ") and problems.count("\n") == 1
+    assert all(part in problems for part in expected), problems
+    assert "Traceback" not in output + problems
+    assert not Path("runs").exists()
+
+
+def test_a_mistake_as_a_process(tiny, start):
+    process = start("train.py", "--epoch", "3")
+    output, problems = process.communicate(timeout=60)
+    assert (process.returncode, output) == (2, b"")
+    assert problems == b"train.py: error: unknown flag '--epoch'; did you mean '--epochs'?\n"
+
+
+def test_notes_on_what_was_adjusted(tiny, cli):
+    code, output, problems = cli(train, *tiny.flags(imgsz=50, batch_size=100))
+    assert (code, problems) == (0, "")
+    notes = [line for line in output.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2
+    assert "--imgsz 50" in notes[0] and "using 64" in notes[0]
+    assert "--batch-size 100" in notes[1] and "using 8" in notes[1]
+
+
+def test_unreadable_images_are_named_and_left_out(tiny, cli):
+    whole = tiny.image("train", 1).read_bytes()
+    tiny.image("train", 1).write_bytes(whole[: len(whole) // 2])
+    tiny.image("train", 2).write_bytes(b"this is no picture")
+    tiny.image("val", 0).write_bytes(b"")
+    code, output, problems = cli(train, *tiny.flags())
+    assert (code, problems) == (0, "")
+    assert "train: 6 images, 6 boxes, 0 without boxes, 2 skipped" in output
+    assert "val: 3 images, 3 boxes, 0 without boxes, 1 skipped" in output
+    for index in (1, 2):
+        assert re.search(rf"images/train/{index}\.png: .*skipped", output)
+    with (RUN / "scan.csv").open() as file:
+        findings = list(csv.DictReader(file))
+    assert [Path(one["file"]).name for one in findings] == ["1.png", "2.png", "0.png"]
+
+
+def test_labels_without_val_boxes_train_with_a_warning(tiny, cli):
+    for index in range(4):
+        tiny.label("val", index).unlink()
+    code, output, problems = cli(train, *tiny.flags())
+    assert (code, problems) == (0, "")
+    assert "warning: no label found for 'val'" in output
+
+
+# ---- accidents ------------------------------------------------------------------------------------------------------
+
+
+def test_images_that_vanish_after_the_scan(tiny, cli):
+    """The second run trusts the cache only if the files are as they were."""
+    assert cli(train, *tiny.flags())[0] == 0
+    tiny.image("train", 5).unlink()
+    code, output, _ = cli(train, *tiny.flags())
+    assert code == 0
+    assert "train: 7 images" in output
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_vanishes_in_mid_run(tiny, cli, monkeypatch, workers):
+    honest = Trainer.train_epoch
+
+    def vanishing(self, batches):
+        if self.state.epoch == 1:
+            for split, count in (("train", 8), ("val", 4)):
+                for index in range(count):
+                    tiny.image(split, index).unlink()
+        return honest(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_epoch", vanishing)
+    code, _, problems = cli(train, *tiny.flags(epochs=20, workers=workers))
+    assert code == 1
+    assert problems.startswith("train.py: error: ") and problems.count("\n") == 1
+    assert re.search(r"images/\w+/\d\.png: No such file", problems)
+    assert load_checkpoint(RUN / "weights/last.pt")["epoch"] == 1
+
+
+def fail_with(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+ACCIDENTS = {
+    "GPU memory": (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        ["--batch-size (now 4)", "--imgsz (now 64)"],
+    ),
+    "CPU memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["--batch-size (now 4)"]),
+    "Python's memory": (MemoryError(), ["--batch-size (now 4)"]),
+    "dead loader": (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal"),
+        ["loader process died", "--workers"],
+    ),
+    "disk": (OSError(errno.ENOSPC, "No space left on device", "x/last.pt"), ["No space left on device: x/last.pt"]),
+}
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS)
+def test_an_accident_in_mid_run_is_one_line(tiny, cli, monkeypatch, accident):
+    error, expected = ACCIDENTS[accident]
+    monkeypatch.setattr("models.yolo.DetectionModel.forward", fail_with(error))
+    code, _, problems = cli(train, *tiny.flags())
+    assert code == 1
+    assert problems.startswith("train.py: error: ") and problems.count("\n") == 1
+    assert all(part in problems for part in expected), problems
+
+
+def test_our_own_bugs_keep_their_traceback(tiny, monkeypatch):
+    monkeypatch.setattr("models.yolo.DetectionModel.forward", fail_with(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train.run(**tiny.options())
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tiny, cli, monkeypatch):
+    import utils.checkpoint as checkpoint
+
+    honest, calls = torch.save, []
+
+    def filling_up(content, file):
+        calls.append(content)
+        if len(calls) > 3:  # best.pt and last.pt of the first epoch, and one of the second
+            file.write(b"half a")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(content, file)
+
+    monkeypatch.setattr(checkpoint.torch, "save", filling_up)
+    code, _, problems = cli(train, *tiny.flags(epochs=5))
+    assert code == 1
+    assert re.fullmatch(r"train\.py: error: No space left on device: \S+\.pt\n", problems)
+    monkeypatch.undo()
+    saved = [content["epoch"] for content in calls[:3] if "optimizer" in content]
+    assert load_checkpoint(tiny.folder.parent / "work" / RUN / "weights/last.pt")["epoch"] == saved[-1]
+    assert not list((tiny.folder.parent / "work" / RUN / "weights").glob(".*"))
+
+
+def test_a_loss_that_is_no_number(tiny, cli):
+    hyp = write(tiny.folder / "wild.yaml", tiny.hyp.read_text().replace("lr0: 0.02", "lr0: 1.0e+30"))
+    code, _, problems = cli(train, *tiny.flags(hyp=hyp, epochs=3))
+    assert code == 1
+    assert "no longer a number" in problems and "lower lr0" in problems
+
+
+# ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_with_loader_processes(tiny, start, cli):
+    process = start("train.py", *tiny.flags(epochs=5000, workers=2))
+    while b" 2/5000 " not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    _, problems = process.communicate(timeout=30)
+    assert process.returncode == 130
+    last = str(RUN / "weights/last.pt")
+    assert problems.decode().strip() == f"train.py: interrupted; continue with: python train.py --resume {last}"
+    assert group_is_empty(process.pid)
+    epoch = load_checkpoint(Path(last))["epoch"]
+    code, output, problems = cli(train, "--resume", last, "--epochs", str(epoch + 1), "--workers", "0")
+    assert (code, problems) == (0, "")
+    assert f"after epoch {epoch} of {epoch + 1}" in output
+    assert len((RUN / "results.csv").read_text().splitlines()) == 1 + epoch + 1
+
+
+def group_is_empty(group: int) -> bool:
+    for _ in range(50):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_ctrl_c_before_the_first_checkpoint(tiny, cli, monkeypatch):
+    """Even where an earlier run has left a last.pt in the folder."""
+    assert cli(train, *tiny.flags())[0] == 0
+    monkeypatch.setattr(Trainer, "evaluate", fail_with(KeyboardInterrupt()))
+    code, _, problems = cli(train, *tiny.flags(exist_ok=True))
+    assert code == 130
+    assert problems.strip() == (
+        "train.py: interrupted; no epoch was finished, so there is no checkpoint to continue from"
+    )
+
+
+def test_ctrl_c_before_training(tiny, cli, monkeypatch):
+    monkeypatch.setattr("utils.train.build.scan_split", fail_with(KeyboardInterrupt()))
+    code, _, problems = cli(train, *tiny.flags())
+    assert (code, problems.strip()) == (130, "train.py: interrupted")
+    assert not Path("runs").exists()
+
+
+def test_ctrl_c_names_a_path_that_the_shell_takes(tiny, cli, monkeypatch):
+    honest = Trainer.train_epoch
+
+    def interrupted(self, batches):
+        if self.state.epoch == 1:
+            raise KeyboardInterrupt
+        return honest(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_epoch", interrupted)
+    _, _, problems = cli(train, *tiny.flags(name="my run", epochs=2))
+    assert problems.strip().endswith("--resume 'runs/train/my run/weights/last.pt'")
+
+
+def test_user_errors_are_value_errors():
+    assert issubclass(UserError, ValueError)

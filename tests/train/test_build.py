@@ -1,0 +1,212 @@
+"""Options to a trainer: what is chosen for the user, what is refused; nothing is written before all is well."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import train
+from utils.checkpoint import load_checkpoint
+from utils.config import TrainOptions
+from utils.structures import UserError
+from utils.train.build import _WITH_RESUME, build_trainer
+
+RUN = Path("runs/train/exp")
+LAST = RUN / "weights/last.pt"
+
+
+def lines(capsys, start: str) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(start)]
+
+
+# ---- what is chosen -------------------------------------------------------------------------------------------------
+
+
+def test_the_data_set_may_ask_for_epochs_and_size(tiny):
+    content = yaml.safe_load(tiny.data.read_text()) | {"epochs": 7, "imgsz": 32}
+    tiny.data.write_text(yaml.safe_dump(content))
+    asked = build_trainer(tiny.options(epochs=None, imgsz=None)).options
+    assert (asked.epochs, asked.imgsz) == (7, 32)
+    told = build_trainer(tiny.options(epochs=2, imgsz=64)).options
+    assert (told.epochs, told.imgsz) == (2, 64)
+
+
+def test_defaults_without_anyone_asking(tiny):
+    options = build_trainer(tiny.options(epochs=None, imgsz=None, batch_size=None)).options
+    assert (options.epochs, options.imgsz) == (300, 640)
+    assert options.batch_size == 8  # 16, but there are 8 images
+    assert Path(options.data).is_absolute()
+
+
+def test_batch_size_minus_one_on_the_cpu(tiny):
+    assert build_trainer(tiny.options(batch_size=-1)).options.batch_size == 8
+
+
+def test_the_head_gets_the_classes_of_the_data_set(tiny):
+    content = yaml.safe_load(tiny.data.read_text()) | {"names": ["blue", "red", "green", "grey"]}
+    tiny.data.write_text(yaml.safe_dump(content))
+    trainer = build_trainer(tiny.options())
+    assert trainer.head.num_classes == 4
+    assert trainer.names == ("blue", "red", "green", "grey")
+    assert trainer.checkpoint()["network"]["nc"] == 4
+
+
+def test_evaluation_stays_in_full_precision(tiny):
+    trainer = build_trainer(tiny.options(amp="bf16"))
+    assert trainer.runtime.amp_dtype == torch.bfloat16
+    assert trainer.evaluator.runtime.amp_dtype is None
+
+
+def test_weight_decay_is_that_of_the_nominal_batch(tiny):
+    """3 images, accumulated to a nominal batch of 8, come to 9: the decay is scaled by 9 / 8."""
+    trainer = build_trainer(tiny.options(batch_size=3, nominal_batch="8"))
+    decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
+    assert decays == [0, pytest.approx(0.0005 * 9 / 8), 0]
+    assert build_trainer(tiny.options(name="auto")).optimizer.param_groups[1]["weight_decay"] == 0.0005
+
+
+def test_label_smoothing_reaches_the_loss(tiny):
+    assert build_trainer(tiny.options(label_smoothing=0.2)).gains.label_smoothing == 0.2
+
+
+# ---- anchors --------------------------------------------------------------------------------------------------------
+
+
+def network_with(tiny, anchors) -> str:
+    content = yaml.safe_load(tiny.cfg.read_text()) | {"anchors": anchors}
+    tiny.cfg.write_text(yaml.safe_dump(content))
+    return str(tiny.cfg)
+
+
+def test_anchors_that_fit_are_kept(tiny, capsys):
+    trainer = build_trainer(tiny.options())
+    assert trainer.head.anchors.tolist() == [[[10, 13], [33, 23]], [[30, 61], [59, 119]]]
+    assert lines(capsys, "Anchors") == ["Anchors reach 100.0% of the labels"]
+
+
+def test_anchors_that_do_not_fit_are_replaced_and_saved(tiny, capsys):
+    cfg = network_with(tiny, [[300, 10, 10, 300], [500, 20, 20, 500]])
+    trainer = build_trainer(tiny.options(cfg=cfg))
+    assert "Anchors reach 0.0% of the labels; new ones" in lines(capsys, "Anchors")[0]
+    found = trainer.head.anchors
+    assert (found < 100).all()
+    assert (found.prod(-1).flatten().diff() >= 0).all()  # small ones to the fine level
+    assert torch.equal(trainer.average.model.head.anchors, found)
+    train.run(**tiny.options(cfg=cfg, name="saved"))
+    network = load_checkpoint(Path("runs/train/saved/weights/best.pt"))["network"]
+    assert torch.equal(torch.tensor(network["anchors"]).view(2, 2, 2), found)
+
+
+def test_noautoanchor_keeps_any(tiny, capsys):
+    given = [[300, 10, 10, 300], [500, 20, 20, 500]]
+    trainer = build_trainer(tiny.options(cfg=network_with(tiny, given), noautoanchor=True))
+    assert trainer.head.anchors.flatten(1).tolist() == given
+    assert lines(capsys, "Anchors") == []
+
+
+def test_the_hyp_file_may_ask_for_a_number_of_anchors(tiny):
+    tiny.hyp.write_text(tiny.hyp.read_text() + "anchors: 3\n")
+    assert build_trainer(tiny.options()).head.anchors.shape == (2, 3, 2)
+    with pytest.raises(UserError, match="--noautoanchor"):
+        build_trainer(tiny.options(noautoanchor=True))
+
+
+# ---- weights to start from ------------------------------------------------------------------------------------------
+
+
+def test_weights_bring_network_and_values(trained, tiny, capsys):
+    weights = trained / "weights/best.pt"
+    trainer = build_trainer(tiny.options(weights=str(weights), cfg=None))
+    entries = trainer.model.state_dict()
+    assert lines(capsys, "Weights:") == [f"Weights: {len(entries) - 1} of {len(entries)} entries from {weights}"]
+    given = load_checkpoint(weights)["ema"]
+    assert all(torch.equal(entries[name], tensor.to(entries[name].dtype)) for name, tensor in given.items())
+    assert trainer.state.epoch == 0
+
+
+def test_weights_of_other_classes_keep_all_but_the_head(trained, tiny):
+    content = yaml.safe_load(tiny.data.read_text()) | {"names": ["blue", "red", "green"]}
+    tiny.data.write_text(yaml.safe_dump(content))
+    given = load_checkpoint(trained / "weights/best.pt")["ema"]
+    entries = build_trainer(tiny.options(weights=str(trained / "weights/best.pt"))).model.state_dict()
+    taken = {name for name in given if entries[name].shape == given[name].shape}
+    assert {name for name in given if name not in taken} == {name for name in given if name.startswith("model.10.m.")}
+    assert all(torch.equal(entries[name], given[name].to(entries[name].dtype)) for name in taken)
+
+
+def test_training_from_weights_starts_better(trained, tiny):
+    fresh = train.run(**tiny.options(name="fresh"))
+    warm = train.run(**tiny.options(name="warm", weights=str(trained / "weights/best.pt")))
+    assert warm.map50 > fresh.map50
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(vars(TrainOptions()).keys() - set(_WITH_RESUME)))
+def test_resume_refuses_other_options(name):
+    with pytest.raises(UserError, match="cannot change") as raised:
+        build_trainer({"resume": "last.pt", name: getattr(TrainOptions(), name)})
+    assert f"--{name.replace('_', '-')} cannot change" in str(raised.value)
+
+
+def test_resume_refuses_what_holds_weights_alone(trained):
+    with pytest.raises(UserError, match="holds weights alone; continue from last"):
+        build_trainer({"resume": str(trained / "weights/best.pt")})
+
+
+def test_resume_refuses_a_finished_run(trained):
+    with pytest.raises(UserError, match="all 20 epochs are done; extend the run with --epochs"):
+        build_trainer({"resume": str(trained / "weights/last.pt")})
+
+
+def test_resume_refuses_other_classes(tiny):
+    train.run(**tiny.options())
+    tiny.data.write_text(tiny.data.read_text().replace("red", "pink"))
+    with pytest.raises(UserError, match="no longer those of the run"):
+        build_trainer({"resume": str(LAST), "epochs": 2})
+
+
+def test_resume_without_any_run(tiny):
+    with pytest.raises(UserError, match="below runs/; name the checkpoint"):
+        build_trainer({"resume": "latest"})
+
+
+def test_resume_keeps_the_updates_of_the_run(tiny):
+    """Batches per update follow from the epochs of the first start, and an extended run goes on with them."""
+    train.run(**tiny.options(epochs=2, nominal_batch="8"))
+    trainer = build_trainer({"resume": str(LAST), "epochs": 3})
+    assert trainer.schedule.accumulation == 2
+    assert trainer.state.epoch == 2
+    assert trainer.average.updates == load_checkpoint(LAST)["ema_updates"]
+
+
+def test_copy_paste_is_refused_until_there_is_one(tiny):
+    tiny.hyp.write_text(tiny.hyp.read_text() + "copy_paste: 0.5\n")
+    with pytest.raises(UserError, match="copy-paste is not available yet"):
+        build_trainer(tiny.options())
+
+
+def test_several_processes_are_refused(tiny, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE"):
+        build_trainer(tiny.options())
+
+
+def test_building_reads_the_data_set_and_writes_the_folder_last(tiny, monkeypatch):
+    """Whatever part fails, no folder is left."""
+    parts = ["read_hyp", "open_dataset", "choose_runtime", "read_network", "scan_split", "choose_anchors"]
+    for part in parts:
+        with monkeypatch.context() as context, pytest.raises(UserError, match=part):
+            context.setattr(f"utils.train.build.{part}", lambda *_, **__: (_ for _ in ()).throw(UserError(part)))  # noqa: B023
+            build_trainer(tiny.options())
+    assert not Path("runs").exists()
+
+
+def test_a_real_data_set(shared_datasets, tiny, monkeypatch):
+    monkeypatch.setattr("utils.data.scan._cache_files", lambda spec, split: [])  # leave the shared folder alone
+    trainer = build_trainer(tiny.options(data=str(shared_datasets / "road_signs/data.yaml")))
+    assert len(trainer.evaluator.batches.store) == 128
+    assert trainer.head.num_classes == 21
+    assert next(iter(trainer.stream)).images.shape == (4, 3, 64, 64)

@@ -1,0 +1,293 @@
+"""Training as a whole: the same bytes from the same seed, an interrupted run equal to an uninterrupted one."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import train
+from utils.checkpoint import RunFolder, averaged_model, load_checkpoint
+from utils.structures import LossMeans, Metrics, RunError, UserError
+from utils.train.build import build_trainer
+from utils.train.optim import Schedule
+from utils.train.trainer import RunState, Trainer
+
+RUNS = Path("runs/train")
+LAST = RUNS / "exp/weights/last.pt"
+
+
+def tensors(value, name="") -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by its path."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {path: tensor for key, item in items for path, tensor in tensors(item, f"{name}/{key}").items()}
+
+
+def same(first: Path, second: Path) -> bool:
+    """Whether two last.pt hold the same run, bit for bit, wherever it lies."""
+    one, two = load_checkpoint(first), load_checkpoint(second)
+    for checkpoint in (one, two):
+        for place in ("project", "name", "workers"):
+            checkpoint["options"].pop(place)
+    ours, theirs = tensors(one), tensors(two)
+    assert len(ours) > 200
+    plain_equal = repr_without_tensors(one) == repr_without_tensors(two)
+    return plain_equal and ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def repr_without_tensors(value) -> str:
+    if isinstance(value, dict):
+        return repr({key: repr_without_tensors(item) for key, item in value.items()})
+    return "tensor" if isinstance(value, torch.Tensor) else repr(value)
+
+
+@pytest.fixture
+def augmented(tiny):
+    """The tiny data set with everything random that there is."""
+    chances = {"mosaic": 0.7, "mixup": 0.5, "degrees": 10, "scale": 0.5, "translate": 0.1, "hsv_h": 0.02, "hsv_s": 0.5}
+    tiny.hyp.write_text(yaml.safe_dump(yaml.safe_load(tiny.hyp.read_text()) | chances | {"warmup_epochs": 1}))
+    return tiny
+
+
+def interrupt(monkeypatch, *, epoch: int, batch: int):
+    """Ctrl-C at a batch of an epoch, both counted from 0."""
+    honest, seen = Trainer.train_batch, []
+
+    def interrupted(self, *args):
+        seen.append(self.state.epoch)
+        if seen.count(epoch) > batch:
+            raise KeyboardInterrupt
+        return honest(self, *args)
+
+    monkeypatch.setattr(Trainer, "train_batch", interrupted)
+
+
+# ---- the same again -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_same_seed_gives_the_same_bytes(augmented, amp, tmp_path, monkeypatch):
+    files = []
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        torch.rand(3)  # the global random state must not matter
+        train.run(**augmented.options(epochs=2, amp=amp, workers=0))
+        names = ("weights/last.pt", "weights/best.pt", "results.csv", "metrics.json", "opt.yaml", "hyp.yaml")
+        files.append({name: (RUNS / "exp" / name).read_bytes() for name in names})
+    assert files[0] == files[1]
+
+
+def test_another_seed_gives_another_network(augmented):
+    for seed in (0, 1):
+        train.run(**augmented.options(name=str(seed), seed=seed))
+    first, second = (load_checkpoint(RUNS / str(seed) / "weights/last.pt")["model"] for seed in (0, 1))
+    weights = [name for name in first if name.endswith("conv.weight")]
+    assert not any(torch.equal(first[name], second[name]) for name in weights)
+
+
+def test_loader_processes_do_not_matter(augmented):
+    for workers in (0, 1, 2):
+        train.run(**augmented.options(name=str(workers), workers=workers, epochs=2))
+    for workers in (1, 2):
+        assert same(RUNS / "0/weights/last.pt", RUNS / f"{workers}/weights/last.pt")
+
+
+def test_training_learns(trained):
+    """From nothing to finding most of four rectangles, in 40 updates."""
+    rows = [line.split(", ") for line in (trained / "results.csv").read_text().splitlines()]
+    box = [float(row[1]) for row in rows[1:]]
+    assert box[-1] < 0.6 * box[0]
+    assert load_checkpoint(trained / "weights/best.pt")["best_fitness"] > 0.1
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(augmented, monkeypatch, batch, amp):
+    train.run(**augmented.options(name="whole", epochs=4, amp=amp))
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt, match="--resume"):
+        interrupt(context, epoch=2, batch=batch)
+        train.run(**augmented.options(epochs=4, amp=amp))
+    assert load_checkpoint(LAST)["epoch"] == 2
+    metrics = train.run(resume=str(LAST))
+    assert same(RUNS / "whole/weights/last.pt", LAST)
+    for name in ("results.csv", "metrics.json"):
+        assert (RUNS / "whole" / name).read_bytes() == (RUNS / "exp" / name).read_bytes()
+    assert metrics.images == 4
+
+
+def test_a_death_before_the_checkpoint_leaves_no_gap_in_the_table(augmented, monkeypatch):
+    """The row is written, the checkpoint is not: the resumed run writes the row anew."""
+    train.run(**augmented.options(name="whole", epochs=3))
+
+    def killed(self, checkpoint, *, best):
+        if checkpoint["epoch"] == 2:
+            raise KeyboardInterrupt
+        honest(self, checkpoint, best=best)
+
+    honest = RunFolder.save
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(RunFolder, "save", killed)
+        train.run(**augmented.options(epochs=3))
+    assert len((RUNS / "exp/results.csv").read_text().splitlines()) == 3
+    assert load_checkpoint(LAST)["epoch"] == 1
+    train.run(resume=str(LAST))
+    assert (RUNS / "whole/results.csv").read_bytes() == (RUNS / "exp/results.csv").read_bytes()
+    assert same(RUNS / "whole/weights/last.pt", LAST)
+
+
+def test_a_run_interrupted_at_its_final_evaluation_is_finished_by_resume(tiny, monkeypatch):
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(Trainer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        train.run(**tiny.options(epochs=2))
+    assert not (RUNS / "exp/metrics.json").exists()
+    train.run(resume=str(LAST))
+    assert (RUNS / "exp/metrics.json").exists()
+    assert len((RUNS / "exp/results.csv").read_text().splitlines()) == 3
+    with pytest.raises(UserError, match="all 2 epochs are done"):
+        train.run(resume=str(LAST))
+
+
+def test_a_finished_run_can_be_extended(tiny):
+    train.run(**tiny.options(epochs=2))
+    train.run(resume=str(LAST), epochs=4)
+    rows = (RUNS / "exp/results.csv").read_text().splitlines()
+    assert [row.split(",")[0].strip() for row in rows] == ["epoch", "0", "1", "2", "3"]
+    assert load_checkpoint(LAST)["options"]["epochs"] == 4
+
+
+def test_resume_from_the_folder_of_the_checkpoint(tiny, monkeypatch):
+    """A relative path such as `last.pt` finds its run as well."""
+    train.run(**tiny.options(epochs=1))
+    run = (RUNS / "exp").resolve()
+    monkeypatch.chdir(run / "weights")
+    train.run(resume="last.pt", epochs=2)
+    assert len((run / "results.csv").read_text().splitlines()) == 3
+    assert {path.name for path in (run / "weights").iterdir()} == {"last.pt", "best.pt"}
+
+
+def test_resume_without_a_path_takes_the_newest_run(tiny, cli):
+    for name in ("one", "two"):
+        train.run(**tiny.options(name=name))
+    code, output, _ = cli(train, "--resume", "--epochs", "2")
+    assert code == 0
+    assert "Resuming runs/train/two/weights/last.pt after epoch 1 of 2" in output
+
+
+def test_a_run_out_of_patience_stops_and_says_so(tiny, cli, monkeypatch):
+    monkeypatch.setattr(Metrics, "fitness", property(lambda self: 0.25))  # never better than in the first epoch
+    code, output, _ = cli(train, *tiny.flags(epochs=50, patience=2))
+    assert code == 0
+    assert len((RUNS / "exp/results.csv").read_text().splitlines()) == 1 + 3
+    assert "no improvement in 2 epochs" in output and "best.pt is of epoch 1" in output
+    with pytest.raises(UserError, match=r"stopped after epoch 3.*--patience"):
+        train.run(resume=str(LAST))
+    train.run(resume=str(LAST), patience=3)
+    assert load_checkpoint(LAST)["epoch"] == 4
+
+
+# ---- the loop's parts -----------------------------------------------------------------------------------------------
+
+
+def metrics_of(fitness: float) -> Metrics:
+    figures = {"precision": 0.0, "recall": 0.0, "best_confidence": 0.0}
+    return Metrics(**figures, map50=fitness, map50_95=fitness, images=1, labels=1, per_class=())
+
+
+def test_state_remembers_the_first_of_equally_good_epochs():
+    state = RunState()
+    assert [state.finish_epoch(metrics_of(fitness)) for fitness in (0.0, 0.3, 0.3, 0.2)] == [True, True, False, False]
+    assert (state.epoch, state.best_epoch, state.best_fitness) == (4, 1, pytest.approx(0.3))
+    assert [state.out_of_patience(patience) for patience in (0, 1, 2, 3)] == [False, True, True, False]
+
+
+def test_evaluation_leaves_the_training_as_it_was(augmented, random_states):
+    """Weights, running averages, gradients, optimizer and random state."""
+    trainer = build_trainer(augmented.options())
+    trainer.train_epoch(iter(trainer.stream))
+
+    def everything():
+        return {key: value.clone() for key, value in tensors(trainer.checkpoint()).items()}
+
+    weights, states = everything(), random_states()
+    first = trainer.evaluate()
+    second = trainer.evaluate()
+    after = everything()
+    assert weights.keys() == after.keys()
+    assert all(torch.equal(weights[key], after[key]) for key in weights)
+    assert random_states() == states
+    assert trainer.model.training
+    assert (first.losses, first.map50_95) == (second.losses, second.map50_95)
+
+
+def test_best_is_the_average_and_not_the_trained_weights(trained):
+    last = load_checkpoint(trained / "weights/last.pt")
+    averaged = averaged_model(last).state_dict()
+    assert all(torch.equal(averaged[name], tensor) for name, tensor in last["ema"].items())
+    assert not all(torch.equal(last["model"][name], tensor) for name, tensor in last["ema"].items())
+
+
+def test_gradients_add_up_over_batches_and_are_clipped(tiny):
+    """Two batches before a step give the sum of their gradients; no step moves along more than norm 10."""
+    trainer = build_trainer(tiny.options())
+    batches = list(trainer.stream)
+    trainer.model.eval()  # so that a batch does not change the next one's normalisation
+    waits = Schedule(hyp=trainer.hyp, epochs=1, batches_per_epoch=3, accumulation=3)(1)
+    assert not waits.update
+
+    def gradients(*listed) -> list[torch.Tensor]:
+        trainer.optimizer.zero_grad()
+        for batch in listed:
+            trainer.train_batch(batch, waits)
+        return [parameter.grad.clone() for parameter in trainer.model.parameters()]
+
+    one, two, both = gradients(batches[0]), gradients(batches[1]), gradients(*batches)
+    for first, second, together in zip(one, two, both):
+        torch.testing.assert_close(first + second, together, rtol=1e-4, atol=1e-6)
+    norms = []
+    trainer.optimizer.step = lambda: norms.append(
+        torch.stack([parameter.grad.norm() for parameter in trainer.model.parameters()]).norm()
+    )
+    for parameter in trainer.model.parameters():
+        parameter.grad.fill_(3.0)
+    steps = Schedule(hyp=trainer.hyp, epochs=1, batches_per_epoch=1, accumulation=1)(0)
+    trainer.train_batch(batches[0], steps)
+    assert norms[0] == pytest.approx(10, rel=1e-3)
+    assert trainer.average.updates == 1
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_losses_of_an_epoch_are_means_over_images(augmented):
+    """The last batch of an epoch is smaller and counts for less."""
+    trainer = build_trainer(augmented.options(batch_size=3))
+    seen, honest = [], trainer.train_batch
+
+    def recorded(batch, settings):
+        losses = honest(batch, settings)
+        seen.append((len(batch.images), losses.box.item(), losses.objectness.item(), losses.classification.item()))
+        return losses
+
+    trainer.train_batch = recorded
+    means = trainer.train_epoch(iter(trainer.stream))
+    assert [row[0] for row in seen] == [3, 3, 2]
+    expected = [sum(row[0] * row[column] for row in seen) / 8 for column in (1, 2, 3)]
+    assert [means.box, means.objectness, means.classification] == pytest.approx(expected, rel=1e-6)
+    assert isinstance(means, LossMeans)
+
+
+def test_frozen_options_reach_the_schedule(tiny):
+    trainer = build_trainer(tiny.options(epochs=5, linear_lr=True, nominal_batch="8", patience=7))
+    assert (trainer.schedule.epochs, trainer.schedule.linear, trainer.schedule.accumulation) == (5, True, 2)
+    assert trainer.options.patience == 7
+
+
+def test_errors_on_the_way_are_run_errors(tiny, monkeypatch):
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: (_ for _ in ()).throw(UserError("a plain mistake")))
+    with pytest.raises(RunError, match=re.escape("a plain mistake")):
+        train.run(**tiny.options())
