@@ -90,7 +90,7 @@ def test_tables(finished):
         with (finished[0] / RUN / name).open() as file:
             header, *rows = csv.reader(file, skipinitialspace=True)
         assert tuple(header) == columns
-        assert [row[0] for row in rows] == ["0", "1"]
+        assert [row[0] for row in rows] == ["1", "2"]
         assert np.isfinite([[float(cell) for cell in row] for row in rows]).all()
 
 
@@ -102,7 +102,7 @@ def test_tensorboard_events_carry_the_columns(finished):
     with (finished[0] / RUN / "results.csv").open() as file:
         rows = list(csv.DictReader(file, skipinitialspace=True))
     for tag in events.Tags()["scalars"]:
-        assert [one.step for one in events.Scalars(tag)] == [0, 1]
+        assert [one.step for one in events.Scalars(tag)] == [1, 2]
         assert [one.value for one in events.Scalars(tag)] == pytest.approx([float(row[tag]) for row in rows], rel=1e-5)
 
 

@@ -109,12 +109,12 @@ def test_a_table_that_is_whole_is_not_rewritten(tmp_path):
 
 def test_resuming_drops_the_epochs_that_come_again(tmp_path):
     table = CsvTable(tmp_path / "t.csv", COLUMNS)
-    for epoch in range(5):
+    for epoch in range(1, 6):
         table.append(row(epoch))
     straight = table.path.read_bytes()
     table.truncate(3)
-    assert [cells["epoch"] for cells in table.rows()] == ["0", "1", "2"]
-    for epoch in (3, 4):
+    assert [cells["epoch"] for cells in table.rows()] == ["1", "2", "3"]
+    for epoch in (4, 5):
         table.append(row(epoch))
     assert table.path.read_bytes() == straight
     table.truncate(0)
@@ -132,7 +132,7 @@ def test_rows_of_an_older_header_move_below_the_new_one(tmp_path):
 def test_a_result_row_fills_every_column_of_an_evaluated_epoch():
     filled = result_row(4, LOSSES, METRICS, [0.1, 0.2, 0.3])
     assert tuple(filled) == RESULT_COLUMNS
-    assert filled["epoch"] == 4 and filled["metrics/mAP_0.5:0.95"] == 0.4 and filled["x/lr2"] == 0.3
+    assert filled["epoch"] == 5 and filled["metrics/mAP_0.5:0.95"] == 0.4 and filled["x/lr2"] == 0.3
     assert filled["val/box_loss"] == filled["train/box_loss"] == LOSSES.box
     skipped = result_row(4, LOSSES, None, [0.1, 0.2, 0.3])
     assert set(RESULT_COLUMNS) - set(skipped) == {
@@ -147,7 +147,9 @@ def log_run(folder, epochs, start_epoch=0, **kind):
     loggers = [make(folder, start_epoch=start_epoch) for make in LOGGERS.values()]
     for epoch in range(start_epoch, epochs):
         for logger in loggers:
-            logger.epoch(result_row(epoch, LOSSES, METRICS, [0.1 * epoch] * 3), dict.fromkeys(TIMING_COLUMNS, epoch))
+            logger.epoch(
+                result_row(epoch, LOSSES, METRICS, [0.1 * epoch] * 3), dict.fromkeys(TIMING_COLUMNS, epoch + 1)
+            )
     for logger in loggers:
         logger.close()
 
@@ -171,7 +173,7 @@ def test_tensorboard_shows_the_columns_as_tags_and_a_resumed_run_once(tmp_path):
     logger.close()
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == set(RESULT_COLUMNS) - {"epoch"}
-    assert [event.step for event in events.Scalars("x/lr1")] == [0, 1, 2, 3]
+    assert [event.step for event in events.Scalars("x/lr1")] == [1, 2, 3, 4]
     assert events.Scalars("metrics/mAP_0.5:0.95")[0].value == pytest.approx(0.4)
     assert (events.Images("val")[0].width, events.Images("val")[0].height) == (6, 4)
 

@@ -85,7 +85,7 @@ def test_times_of_an_epoch():
     assert times.total == 10
     assert times.images_per_s == 10
     assert tuple(times.row(7)) == TIMING_COLUMNS
-    assert times.row(7)["epoch"] == 7
+    assert times.row(7)["epoch"] == 8
     assert EpochTimes().images_per_s == 0
 
 
@@ -121,7 +121,7 @@ def test_story_of_a_run(tmp_path):
         tell(reporter, epoch)
     reporter.finished(METRICS, best_epoch=1, epochs=3)
     assert pictures.drawn == ["labels", "train_batch0", "finished"]
-    assert [row.split(",")[0].strip() for row in rows(tmp_path)] == ["epoch", "0", "1", "2"]
+    assert [row.split(",")[0].strip() for row in rows(tmp_path)] == ["epoch", "1", "2", "3"]
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
     said = stream.getvalue()
     assert "3 epochs in 0:00:0" in said and "best.pt is of epoch 2" in said and str(tmp_path) in said
@@ -144,7 +144,7 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path):
     for epoch in (2, 3):
         tell(reporter, epoch)
     assert pictures.drawn == []
-    assert [row.split(",")[0].strip() for row in rows(tmp_path)] == ["epoch", "0", "1", "2", "3"]
+    assert [row.split(",")[0].strip() for row in rows(tmp_path)] == ["epoch", "1", "2", "3", "4"]
     assert "3/4" in stream.getvalue()
 
 

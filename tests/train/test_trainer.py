@@ -158,7 +158,7 @@ def test_a_finished_run_can_be_extended(tiny):
     train.run(**tiny.options(epochs=2))
     train.run(resume=str(LAST), epochs=4)
     rows = (RUNS / "exp/results.csv").read_text().splitlines()
-    assert [row.split(",")[0].strip() for row in rows] == ["epoch", "0", "1", "2", "3"]
+    assert [row.split(",")[0].strip() for row in rows] == ["epoch", "1", "2", "3", "4"]
     assert load_checkpoint(LAST)["options"]["epochs"] == 4
 
 

@@ -37,15 +37,15 @@ RESULT_COLUMNS = (
 )
 TIMING_COLUMNS = ("epoch", "images_per_s", "epoch_s", "data_wait_s", "train_s", "evaluate_s", "save_s")
 
-Row = Mapping[str, float]  # by column; a column may be missing, and `epoch` counts from 0
+Row = Mapping[str, float]  # by column; a column may be missing, and `epoch` counts from 1 as people do
 Note = Callable[[str], object]
 
 
 def result_row(
     epoch: int, losses: LossMeans, metrics: Metrics | None, learning_rates: Iterable[float]
 ) -> dict[str, float]:
-    """One epoch by RESULT_COLUMNS. An epoch without evaluation leaves its columns out."""
-    row: dict[str, float] = {"epoch": epoch, **_loss_columns("train", losses)}
+    """One epoch by RESULT_COLUMNS; `epoch` counts from 0, its cell from 1. Without evaluation those columns stay out."""
+    row: dict[str, float] = {"epoch": epoch + 1, **_loss_columns("train", losses)}
     if metrics is not None:
         row |= {
             "metrics/precision": metrics.precision,
@@ -101,9 +101,9 @@ class CsvTable:
             file.write(self._line(cells) if file.tell() else self._text([cells]))
 
     def truncate(self, keep_epochs: int) -> None:
-        """Drop the rows of epochs >= `keep_epochs`, which a resumed run is about to write again."""
+        """Drop the rows after the first `keep_epochs` epochs, which a resumed run is about to write again."""
         rows = self.rows()
-        kept = [row for row in rows if _is_below(row.get("epoch", ""), keep_epochs)]
+        kept = [row for row in rows if _is_within(row.get("epoch", ""), keep_epochs)]
         if len(kept) < len(rows):
             self._replace(kept)
 
@@ -121,9 +121,9 @@ def _six_digits(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{float(value):.6g}"
 
 
-def _is_below(cell: str, epochs: int) -> bool:
+def _is_within(cell: str, epochs: int) -> bool:
     try:
-        return float(cell) < epochs
+        return float(cell) <= epochs
     except ValueError:  # a row that names no epoch belongs to none
         return False
 
@@ -175,7 +175,7 @@ class TensorBoardLogger(Logger):
         except ImportError:
             note("no TensorBoard events: `pip install tensorboard` to get them")
             return
-        self._writer = SummaryWriter(str(folder), purge_step=start_epoch or None)
+        self._writer = SummaryWriter(str(folder), purge_step=start_epoch + 1 if start_epoch else None)
 
     def epoch(self, results: Row, timing: Row) -> None:
         self.scalars({tag: value for tag, value in results.items() if tag != "epoch"}, int(results["epoch"]))

@@ -54,7 +54,7 @@ class EpochTimes:
 
     def row(self, epoch: int) -> dict[str, float]:
         return {
-            "epoch": epoch,
+            "epoch": epoch + 1,
             "images_per_s": self.images_per_s,
             "epoch_s": self.total,
             "data_wait_s": self.data.seconds,
