@@ -44,7 +44,7 @@ Note = Callable[[str], object]
 def result_row(
     epoch: int, losses: LossMeans, metrics: Metrics | None, learning_rates: Iterable[float]
 ) -> dict[str, float]:
-    """One epoch by RESULT_COLUMNS; `epoch` counts from 0, its cell from 1. Without evaluation those columns stay out."""
+    """One epoch by RESULT_COLUMNS; `epoch` counts from 0, its cell from 1. Without evaluation those stay empty."""
     row: dict[str, float] = {"epoch": epoch + 1, **_loss_columns("train", losses)}
     if metrics is not None:
         row |= {
