@@ -279,7 +279,6 @@ def test_options_by_name_are_mended_where_the_meaning_is_plain():
         ({"epochs": True}, "--epochs True: should be int, got bool"),
         ({"quiet": 1}, "--quiet 1: should be bool, got int"),
         ({"device": True}, "--device True: should be str, got bool"),
-        ({"weights": None}, "--weights None: should be str, got NoneType"),
         ({"label_smoothing": False}, "--label-smoothing False: should be float, got bool"),
         ({"amp": "fp8"}, "--amp fp8: should be one of auto, bf16, fp16, off"),
         ({"imgsz": 0}, "--imgsz 0: should be 1 or more"),

@@ -1,6 +1,9 @@
+import io
 import json
 import os
 import stat
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +14,10 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from utils.files import (
     cache_folder,
+    from_here,
     nearest_name,
     new_run_folder,
+    printable,
     read_arrays,
     read_yaml,
     write_arrays,
@@ -265,3 +270,22 @@ def test_asking_for_the_cache_folder_makes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     assert tmp_path in cache_folder().parents
     assert not list(tmp_path.iterdir())
+
+
+def test_a_user_without_a_home_has_a_cache_folder(monkeypatch):
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    assert cache_folder().is_relative_to(tempfile.gettempdir())
+
+
+def test_text_is_escaped_where_the_terminal_lacks_its_letters():
+    western = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    assert printable("größe 猫", western) == "größe \\u732b"
+    assert printable("größe 猫", io.StringIO()) == "größe 猫"
+
+
+def test_paths_are_shown_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert from_here(tmp_path / "runs/exp") == Path("runs/exp")
+    assert from_here(tmp_path.parent) == tmp_path.parent

@@ -157,9 +157,12 @@ def test_description(monkeypatch, device, dtype, workers, phrase):
         (torch.OutOfMemoryError("CUDA"), "out of memory: lower --batch-size (now 16) or --imgsz (now 640)"),
         (MemoryError(), "out of memory: lower --batch-size (now 16) or --imgsz (now 640)"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory: lower --batch-size"),
-        (RuntimeError("DataLoader worker (pid 3) is killed"), "a loader process died, most likely of lack of memory"),
+        (
+            RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."),
+            "a loader process died, most likely of lack of memory",
+        ),
         (OSError(errno.ENOSPC, "No space left on device", "last.pt"), "No space left on device: last.pt"),
-        (OSError("broken pipe"), "broken pipe"),
+        (RuntimeError("MPS backend out of memory (9 bytes)"), "out of memory: lower --batch-size"),
     ],
 )
 def test_what_a_user_can_mend_in_mid_run_is_one_line(error, line):
@@ -169,7 +172,15 @@ def test_what_a_user_can_mend_in_mid_run_is_one_line(error, line):
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), KeyboardInterrupt(), AssertionError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Caught RuntimeError in DataLoader worker process 0."),
+        OSError("a bug of ours"),
+        KeyboardInterrupt(),
+        AssertionError(),
+    ],
+)
 def test_our_own_bugs_and_interrupts_pass_as_they_are(error):
     with pytest.raises(type(error)) as caught, mendable_errors(batch_size=16, imgsz=640):
         raise error

@@ -27,6 +27,7 @@ import yaml
 
 import train
 from utils.checkpoint import load_checkpoint
+from utils.files import this_python
 from utils.report.loggers import RESULT_COLUMNS, TIMING_COLUMNS
 from utils.structures import Metrics, UserError
 from utils.train.trainer import Trainer
@@ -256,7 +257,7 @@ MISTAKES = {
     ),
     "no label": (
         lambda tiny: [str(path.unlink() or "--noplots") for path in (tiny.folder / "labels/train").iterdir()],
-        ["no label found for 'train'", "images/train/0.png", "labels/train/0.txt"],
+        ["no usable label for 'train'", "images/train/0.png", "labels/train/0.txt"],
     ),
     "class beyond names": (
         lambda tiny: [write(tiny.label("train", 3), "0 .5 .5 .2 .2\n2 .5 .5 .2 .2\n") and "--noplots"],
@@ -340,9 +341,10 @@ def test_unreadable_images_are_named_and_left_out(tiny, cli):
 def test_labels_without_val_boxes_train_with_a_warning(tiny, cli):
     for index in range(4):
         tiny.label("val", index).unlink()
-    code, output, problems = cli(train, *tiny.flags())
+    code, output, problems = cli(train, *tiny.flags(epochs=3, patience=1))
     assert (code, problems) == (0, "")
     assert "warning: no label found for 'val'" in output
+    assert "best.pt is of epoch 3" in output
 
 
 # ---- accidents ------------------------------------------------------------------------------------------------------
@@ -454,7 +456,9 @@ def test_ctrl_c_with_loader_processes(tiny, start, cli):
     _, problems = process.communicate(timeout=30)
     assert process.returncode == 130
     last = str(RUN / "weights/last.pt")
-    assert problems.decode().strip() == f"train.py: interrupted; continue with: python train.py --resume {last}"
+    assert (
+        problems.decode().strip() == f"train.py: interrupted; continue with: {this_python()} train.py --resume {last}"
+    )
     assert group_is_empty(process.pid)
     epoch = load_checkpoint(Path(last))["epoch"]
     code, output, problems = cli(train, "--resume", last, "--epochs", str(epoch + 1), "--workers", "0")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from utils.files import nearest_name, read_yaml
+from utils.files import nearest_name, printable, read_yaml
 from utils.structures import DatasetSpec, RunError, UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +105,7 @@ class _Parser(argparse.ArgumentParser):
 def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> dict[str, Any]:
     """The options that a command line names, by field name; defaults are left out. Raises UserError for bad usage."""
     parser = _Parser(prog=program, description=kind.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for item, base, _ in _typed_fields(kind):
+    for item, base in _typed_fields(kind):
         meaning = item.metadata["meaning"].replace("%", "%%")
         if item.default not in (None, "", False):
             meaning += f" (default: {item.default})"
@@ -141,16 +141,15 @@ def _underscores_to_dashes(kind: type[Options], argv: Sequence[str]) -> list[str
     return ["=".join([_spelling(head[0][2:]), *head[1:]] if head[0] in known else head) for head in heads]
 
 
-def _typed_fields(kind: type[Options]) -> list[tuple[Any, Any, bool]]:
-    """(field, type without None, may be None) for each field."""
+def _typed_fields(kind: type[Options]) -> list[tuple[Any, Any]]:
+    """(field, type without None) for each field."""
     hints = get_type_hints(kind)
     result = []
     for item in fields(kind):
-        hint, optional = hints[item.name], False
+        hint = hints[item.name]
         if get_origin(hint) in (Union, types.UnionType):
-            optional = type(None) in get_args(hint)
             hint = next(part for part in get_args(hint) if part is not type(None))
-        result.append((item, hint, optional))
+        result.append((item, hint))
     return result
 
 
@@ -162,20 +161,24 @@ def run_command(program: str, command: Callable[[], object]) -> int:
     try:
         command()
     except RunError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        _complain(f"{program}: error: {error}")
         return 1
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        _complain(f"{program}: error: {error}")
         return 2
     except OSError as error:
         if error.errno not in _USERS_OS_ERRORS:
             raise
-        print(f"{program}: error: {error.strerror}: {error.filename}", file=sys.stderr)
+        _complain(f"{program}: error: {error.strerror}: {error.filename}")
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"\n{program}: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
+        _complain(f"\n{program}: interrupted{f'; {interrupt}' if str(interrupt) else ''}")
         return 130
     return 0
+
+
+def _complain(line: str) -> None:
+    print(printable(line, sys.stderr), file=sys.stderr)
 
 
 # ---- validation ---------------------------------------------------------------------------------------------------
@@ -186,14 +189,15 @@ def validated(kind: type[Options], values: dict[str, Any]) -> Options:
     aliases = {
         alias.lstrip("-").replace("-", "_"): item.name for item in fields(kind) for alias in item.metadata["also"]
     }
-    typed = {item.name: (item, base, optional) for item, base, optional in _typed_fields(kind)}
+    typed = {item.name: (item, base) for item, base in _typed_fields(kind)}
     checked = {}
     for given_name, value in values.items():
         name = aliases.get(given_name, given_name)
         if name not in typed:
             raise UserError(f"unknown option '{given_name}'{nearest_name(given_name, [*typed, *aliases])}")
-        item, base, optional = typed[name]
-        checked[name] = value if optional and value is None else _checked(item, base, value)
+        item, base = typed[name]
+        if value is not None:  # None stands for the default, also where a flag has no such value
+            checked[name] = _checked(item, base, value)
     options = kind(**checked)
     if isinstance(options, TrainOptions):
         _check_train(options)
@@ -208,6 +212,8 @@ def _checked(item: Any, base: Any, value: Any) -> Any:
         if value not in get_args(base):
             raise UserError(f"{flag} {value}: should be one of {', '.join(get_args(base))}")
         return value
+    if item.metadata["bare"] is not None and value is True:
+        value = item.metadata["bare"]  # resume=True
     if base is str and isinstance(value, (Path, int)) and not isinstance(value, bool):
         value = str(value)  # device=0, nominal_batch=64, data=Path(...)
     if base is float and isinstance(value, int) and not isinstance(value, bool):

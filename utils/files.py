@@ -9,10 +9,13 @@ import difflib
 import itertools
 import json
 import os
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 import numpy as np
 import yaml
@@ -31,7 +34,8 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
+        with suppress(OSError):  # file systems without permissions, as on memory cards
+            Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -50,13 +54,12 @@ def _umask() -> int:
 
 
 def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":  # Windows has no handle on folders
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with suppress(OSError):  # Windows has no handle on folders, and some network file systems cannot flush them
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def read_yaml(path: Path, *, what: str) -> dict[str, Any]:
@@ -134,7 +137,28 @@ def _mapped(path: Path, start: int, entry: dict[str, Any]) -> np.ndarray:
 
 def cache_folder() -> Path:
     """Where caches go when they cannot lie beside what they describe. May not exist yet."""
-    return Path.home() / ".cache" / "yolo-trainer"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a home, as in some containers
+        home = Path(tempfile.gettempdir())
+    return home / ".cache" / "yolo-trainer"
+
+
+def this_python() -> str:
+    """How to type the running Python in a command."""
+    return shlex.quote(str(from_here(Path(sys.executable))))
+
+
+def from_here(path: Path) -> Path:
+    """An absolute path as a user would type it: relative where it lies below the working directory."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """`text` with escapes for what the encoding of `stream` lacks, as for Chinese names on a Western terminal."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def new_run_folder(project: Path, name: str, *, exist_ok: bool) -> Path:

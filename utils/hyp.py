@@ -59,7 +59,7 @@ class Hyperparameters:
     translate: float = _hyp(0.1, 1, 0.0, 0.9, (0, 1), "shift as a fraction of the side, +/-")
     scale: float = _hyp(0.5, 1, 0.0, 0.9, (0, 0.999), "size gain, +/-")
     shear: float = _hyp(0.0, 1, 0.0, 10.0, (0, 80), "degrees, +/-")
-    perspective: float = _hyp(0.0, 0, 0.0, 0.001, (0, 0.001), "projective terms per px, +/-")
+    perspective: float = _hyp(0.0, 0, 0.0, 0.001, (0, 1), "projective terms per px, +/-")
     flipud: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability of an upside-down flip")
     fliplr: float = _hyp(0.5, 0, 0.0, 1.0, (0, 1), "probability of a left-right flip")
     mosaic: float = _hyp(1.0, 1, 0.0, 1.0, (0, 1), "probability of a mosaic of four")
@@ -76,7 +76,7 @@ def hyperparameters(values: dict[str, Any], *, source: str) -> Hyperparameters:
     for name, value in values.items():
         if name not in GENES:
             raise UserError(f"{source}: unknown hyperparameter '{name}: {value}'{nearest_name(str(name), GENES)}")
-        if value is None and name == "anchors":
+        if name == "anchors" and value in (None, 0):  # 0 is how older files say that there is none
             continue
         checked[name] = _number(name, value, source)
     return Hyperparameters(**checked)

@@ -109,15 +109,19 @@ def mendable_errors(*, batch_size: int, imgsz: int) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunError(f"out of memory: {remedy}") from error
     except OSError as error:
+        if error.strerror is None:  # not from the system: one of our own bugs
+            raise
         where = f": {error.filename}" if error.filename else ""
-        raise RunError(f"{error.strerror or error}{where}") from error
+        raise RunError(f"{error.strerror}{where}") from error
     except RuntimeError as error:
-        if any(words in str(error) for words in _CPU_OUT_OF_MEMORY):
+        if any(words in str(error) for words in _OUT_OF_MEMORY):
             raise RunError(f"out of memory: {remedy}") from error
-        if "DataLoader worker" in str(error):
-            reason = "a loader process died, most likely of lack of memory"
+        if any(words in str(error) for words in _LOADER_DIED):
+            reason = "a loader process died, most likely of lack of memory (in a container: of its --shm-size)"
             raise RunError(f"{reason}: lower --workers, or {remedy}") from error
         raise
 
 
-_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # torch's CPU allocator has no exception of its own
+# How torch says it where it has no exception of its own
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_LOADER_DIED = ("exited unexpectedly", "is killed by signal", "shared memory")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.data.images import IMAGE_SUFFIXES, ImageError, base_image, base_scale, base_shape, decode_image
+from utils.data.images import IMAGE_SUFFIXES, ImageError, base_image, base_scale, base_scales, base_shape, decode_image
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +213,8 @@ def test_rubbish_is_an_image_error_and_nothing_else(tmp_path_factory, data, star
         decode_image(path)
     except ImageError as error:
         assert str(error)
+
+
+def test_scales_of_many_images_are_those_of_each():
+    sizes = np.random.default_rng(0).integers(1, 5000, (500, 2))
+    assert base_scales(sizes, 640).tolist() == [list(base_scale(tuple(size), 640)) for size in sizes.tolist()]

@@ -1,6 +1,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from utils.boxes import transform_boxes
+from utils.data import loader
 from utils.data.loader import EvalBatches, Stream, TrainBatches
 from utils.data.scan import scan_split
 from utils.hyp import Hyperparameters
@@ -197,3 +199,13 @@ def test_a_stream_can_be_left_and_asked_again(workers, evaluation):
     whole = [content(batch) for batch in stream]
     assert [content(batch) for batch in stream] == whole
     assert whole == contents(evaluation, evaluation.numbers(), 0)
+
+
+@pytest.mark.parametrize(
+    ("free_batches", "workers", "expected"),
+    [(1000, 8, (8, 4)), (100, 8, (8, 3)), (16, 8, (4, 1)), (3, 8, (0, None)), (1000, 0, (0, None))],
+)
+def test_small_shared_memory_takes_fewer_processes(monkeypatch, tmp_path, free_batches, workers, expected):
+    monkeypatch.setattr(loader, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: SimpleNamespace(free=free_batches * 1000))
+    assert loader._within_shared_memory(workers, 1000) == expected

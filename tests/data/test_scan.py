@@ -1,6 +1,7 @@
 import csv
 import os
-from dataclasses import replace
+import pickle
+from dataclasses import fields, replace
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,7 @@ from utils.config import read_dataset
 from utils.data import scan
 from utils.data.labels import Finding
 from utils.data.scan import open_dataset, scan_split, write_findings
-from utils.structures import UserError
+from utils.structures import LabelStore, UserError
 
 ROW = "0 .5 .5 .5 .5\n"
 
@@ -46,7 +47,8 @@ def files_of(root: Path) -> dict[str, tuple[bytes, int]]:
 def assert_same(first, second):
     (store, report), (other_store, other_report) = first, second
     assert report == other_report
-    for name, array in vars(store).items():
+    for name in (item.name for item in fields(LabelStore)):
+        array = getattr(store, name)
         np.testing.assert_array_equal(array, getattr(other_store, name))
         assert array.dtype == getattr(other_store, name).dtype
 
@@ -383,3 +385,22 @@ def test_the_embedded_data_set_is_drawn_where_its_yaml_says(tmp_path, monkeypatc
     spec = open_dataset(str(tmp_path / "data.yaml"), note=notes.append)
     assert (spec.root, spec.train, spec.val) == (drawn, (drawn / "images/train",), (drawn / "images/val",))
     assert notes == [f"drawing the embedded data set, once, in {tmp_path / 'here'}"]
+
+
+def test_a_loader_process_that_is_not_forked_maps_the_labels(small, monkeypatch):
+    store, _ = scan_split(small, "train")
+    sent = pickle.dumps(store)
+    assert len(sent) < 1000  # a path, whatever the number of labels
+    received = pickle.loads(sent)
+    assert_same((received, None), (store, None))
+    change_key = replace(store, key="of another scan")
+    with pytest.raises(UserError, match="scanned anew while it was in use"):
+        pickle.loads(pickle.dumps(change_key))
+
+
+def test_opencv_says_nothing_beside_the_finding(small, capfd):
+    image = next(path for folder in small.train for path in sorted(folder.rglob("*")))
+    image.with_suffix(".tif").write_bytes(b"II*\0 no tiff at all")
+    _, report = scan_split(small, "train")
+    assert report.skipped == 1
+    assert capfd.readouterr() == ("", "")

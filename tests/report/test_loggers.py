@@ -16,7 +16,6 @@ from utils.report.loggers import (
     CsvTable,
     EpochSummary,
     Logger,
-    NullConsole,
     TensorBoardLogger,
     format_duration,
     format_epoch,
@@ -303,12 +302,3 @@ def test_quiet_on_a_terminal_means_lines_without_bars():
         bar.update(10)
     console.epoch(summary())
     assert stream.getvalue() == f"{format_header(30)}\n{format_epoch(summary())}\n"
-
-
-def test_silent_ranks_print_nothing(capsys):
-    console = NullConsole()
-    assert list(console.bar([1, 2], "epoch")) == [1, 2]
-    console.note("a")
-    console.warn("b")
-    console.epoch(summary())
-    assert capsys.readouterr() == ("", "")

@@ -175,11 +175,15 @@ def test_time_left_follows_the_last_epochs(tmp_path):
     assert stream.getvalue().splitlines()[-1].endswith("0:04:30")
 
 
+class BatchesOfFour(list):
+    batch_size = 4
+
+
 def test_bars_stay_away_from_a_log_file(tmp_path):
     reporter, stream = report(tmp_path)
     with reporter.training_bar(0, 2) as bar:
         assert [bar.update(1) for _ in range(2)] == [None, None]  # not drawn: no loss is read back from the device
-    assert list(reporter.evaluation_bar([1, 2])) == [1, 2]
+    assert list(reporter.evaluation_bar(BatchesOfFour([1, 2]))) == [1, 2]
     assert stream.getvalue() == ""
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from utils.structures import LabelStore
+from utils.train import anchors as anchors_module
 from utils.train.anchors import best_possible_recall, choose_anchors, label_sizes
 
 ANCHORS = np.array([[[10, 13], [16, 30], [33, 23]], [[30, 61], [62, 45], [59, 119]]], np.float32)
@@ -132,3 +133,11 @@ def test_without_labels_the_anchors_are_kept(force):
     choice = chosen([], force=force)
     assert choice.anchors is ANCHORS
     assert not choice.changed
+
+
+def test_a_large_set_is_searched_by_a_sample_and_counted_whole(monkeypatch):
+    sizes = np.random.default_rng(0).uniform(5, 300, (1000, 2))
+    candidates = np.array([[20.0, 30], [100, 90]])
+    whole = best_possible_recall(sizes, candidates, 2.0)
+    monkeypatch.setattr(anchors_module, "_SAMPLE", 64)
+    assert best_possible_recall(sizes, candidates, 2.0) == whole

@@ -147,13 +147,23 @@ def test_training_from_weights_starts_better(trained, tiny):
 @pytest.mark.parametrize("name", sorted(vars(TrainOptions()).keys() - set(_WITH_RESUME)))
 def test_resume_refuses_other_options(name):
     with pytest.raises(UserError, match="cannot change") as raised:
-        build_trainer({"resume": "last.pt", name: getattr(TrainOptions(), name)})
+        build_trainer({"resume": "last.pt", name: 64 if name == "imgsz" else getattr(TrainOptions(), name)})
     assert f"--{name.replace('_', '-')} cannot change" in str(raised.value)
 
 
 def test_resume_refuses_what_holds_weights_alone(trained):
     with pytest.raises(UserError, match="holds weights alone; continue from last"):
         build_trainer({"resume": str(trained / "weights/best.pt")})
+
+
+def test_resume_refuses_a_copy_outside_its_run(trained, tmp_path):
+    (tmp_path / "downloads").mkdir()
+    copy = tmp_path / "downloads/last.pt"
+    copy.write_bytes((trained / "weights/last.pt").read_bytes())
+    (tmp_path / "metrics.json").write_text("mine")
+    with pytest.raises(UserError, match=r"should be RUN/weights/last\.pt"):
+        build_trainer({"resume": str(copy), "epochs": 30})
+    assert (tmp_path / "metrics.json").read_text() == "mine"
 
 
 def test_resume_refuses_a_finished_run(trained):

@@ -5,6 +5,8 @@ A base image is a decoded image resized so that its long side is imgsz; plans ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -62,6 +64,17 @@ def _jpeg_scan_start(data: bytes) -> int:
     return len(data)
 
 
+@contextmanager
+def quiet_opencv() -> Iterator[None]:
+    """OpenCV's own lines on damaged files are left out: an ImageError says it once, and names the file."""
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+
+
 def base_shape(size: tuple[int, int], imgsz: int) -> tuple[int, int]:
     """Height and width of the base image of an image of `size` (height, width)."""
     height, width = size
@@ -73,6 +86,12 @@ def base_scale(size: tuple[int, int], imgsz: int) -> tuple[float, float]:
     """Factors (x, y) from source px to base-image px. They differ a little, as base images have whole sides."""
     height, width = base_shape(size, imgsz)
     return width / size[1], height / size[0]
+
+
+def base_scales(sizes: np.ndarray, imgsz: int) -> np.ndarray:
+    """`base_scale` of (I, 2) heights and widths at once -> (I, 2) factors for x and y."""
+    ratio = imgsz / sizes.max(1, keepdims=True)
+    return (np.maximum(np.rint(sizes * ratio), 1) / sizes)[:, ::-1]
 
 
 def base_image(path: Path | str, imgsz: int, *, area: bool = False) -> np.ndarray:

@@ -7,9 +7,12 @@ whole run: the processes already work on the next epoch while this one is evalua
 from __future__ import annotations
 
 import functools
+import math
+import shutil
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import cv2
@@ -24,10 +27,14 @@ from utils.hyp import Hyperparameters
 from utils.structures import Batch, LabelStore, SamplePlan, UserError
 
 _PREFETCH = 4  # batches that each loader process works ahead
+_SHARED_MEMORY = Path("/dev/shm")  # Linux; torch hands batches from process to process through it
 
 
 class Batches(Protocol):
-    """Batches by number."""
+    """Batches by number. `batch_bytes` is what the images of one take at most."""
+
+    batch_size: int
+    batch_bytes: int
 
     def batch(self, number: int) -> Batch: ...
 
@@ -41,6 +48,10 @@ class TrainBatches:
     batch_size: int
     hyp: Hyperparameters
     seed: int
+
+    @property
+    def batch_bytes(self) -> int:
+        return self.batch_size * 3 * self.imgsz**2
 
     @property
     def per_epoch(self) -> int:
@@ -74,17 +85,26 @@ class EvalBatches:
     batch_size: int
     stride: int
 
+    @property
+    def batch_bytes(self) -> int:
+        return self.batch_size * 3 * (self.imgsz + 2 * self.stride) ** 2
+
     def numbers(self) -> range:
         return range(-(-len(self.store) // self.batch_size))
 
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        """(I,) images by their ratio of height to width."""
+        return np.argsort(self.store.sizes[:, 0] / self.store.sizes[:, 1], kind="stable")
+
     def batch(self, number: int) -> Batch:
-        aspect = self.store.sizes[:, 0] / self.store.sizes[:, 1]
-        images = np.argsort(aspect, kind="stable")[number * self.batch_size : (number + 1) * self.batch_size]
-        shape = self._shape(aspect[images])
+        images = self._order[number * self.batch_size : (number + 1) * self.batch_size]
+        sizes = self.store.sizes[images]
+        shape = self._shape(sizes[:, 0] / sizes[:, 1])
         plans = [letterbox_plan(self.store, int(image), shape=shape, imgsz=self.imgsz) for image in images]
         batch = _assemble(plans, images, self.store, self.imgsz, area=True)
         placements = np.stack([source_to_network(self.store, plan, self.imgsz) for plan in plans])
-        return Batch(**{**vars(batch), "placements": torch.from_numpy(placements)})
+        return replace(batch, placements=torch.from_numpy(placements))
 
     def _shape(self, aspect: np.ndarray) -> tuple[int, int]:
         """Height and width that hold images of these ratios height / width, with half a stride or more to spare."""
@@ -122,18 +142,20 @@ def _assemble(
 class Stream:
     """Iterating yields the batches of `numbers` in order, as often as asked, made by `workers` processes (0: in here).
 
-    The processes live as long as the stream. Leaves the global random state alone. Raises UserError when an image has
-    vanished since the scan.
+    The processes live as long as the stream; there are fewer where shared memory is too small for the batches they work
+    ahead. Leaves the global random state alone. Raises UserError when an image has vanished since the scan.
     """
 
     def __init__(self, batches: Batches, numbers: Sequence[int], *, workers: int, pin_memory: bool = False):
+        self.batch_size = batches.batch_size
+        self.workers, prefetch = _within_shared_memory(workers, batches.batch_bytes)
         self._loader = DataLoader(
             _NumberedBatches(batches),
             sampler=numbers,
             batch_size=None,
-            num_workers=workers,
-            prefetch_factor=_PREFETCH if workers else None,
-            persistent_workers=workers > 0,
+            num_workers=self.workers,
+            prefetch_factor=prefetch,
+            persistent_workers=self.workers > 0,
             pin_memory=pin_memory,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # the default draws from the global one
@@ -148,6 +170,17 @@ class Stream:
             if isinstance(result, _Failure):
                 raise UserError(result.message)
             yield result
+
+
+def _within_shared_memory(workers: int, batch_bytes: int) -> tuple[int, int | None]:
+    """As many processes, and batches ahead for each, as a quarter of the free shared memory holds.
+
+    A container has 64 MB of it unless told otherwise, and a run has two streams. (0, None) where not even a batch fits.
+    """
+    free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else math.inf
+    slots = free / 4 / batch_bytes
+    workers = int(min(workers, slots))
+    return (workers, int(min(_PREFETCH, slots // workers))) if workers else (0, None)
 
 
 @dataclass(frozen=True)
@@ -166,6 +199,8 @@ class _NumberedBatches(Dataset):
             return self.batches.batch(number)
         except UserError as error:
             return _Failure(str(error))
+        except MemoryError:
+            return _Failure("a loader process is out of memory: lower --workers, --batch-size or --imgsz")
 
 
 def _start_worker(worker: int) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.config import read_dataset
-from utils.data.images import ImageError, decode_image
+from utils.data.images import ImageError, decode_image, quiet_opencv
 from utils.data.labels import Finding, ImageLabels, build_store, label_path, list_images, read_labels, shown_path
 from utils.data.shapes import ensure_shapes
 from utils.files import cache_folder, read_arrays, write_arrays, write_text
@@ -90,7 +90,7 @@ def scan_split(spec: DatasetSpec, split: str, *, progress: Progress | None = Non
         return cached
     store, report = _scan(images, spec, split, progress or (lambda items, description: items))
     _save(spec, split, key, store, report)
-    return store, report
+    return _load(spec, split, key) or (store, report)  # mapped, where it could be saved
 
 
 def write_findings(path: Path, reports: Iterable[ScanReport]) -> None:
@@ -112,7 +112,7 @@ def _scan(images: list[Path], spec: DatasetSpec, split: str, progress: Progress)
         return size, read_labels(label_path(image), spec.names)
 
     usable, sizes, labels, findings = [], [], [], []
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, quiet_opencv():
         seen = _ordered(pool, look, images)
         for image, (size, result) in zip(progress(images, f"Scanning {split}"), seen):
             if size is None:
@@ -178,8 +178,26 @@ def _load(spec: DatasetSpec, split: str, key: str) -> tuple[LabelStore, ScanRepo
             arrays, meta = read_arrays(path)
             if meta["key"] == key:
                 findings = tuple(Finding(**item) for item in meta["report"].pop("findings"))
-                return LabelStore(**arrays), ScanReport(**meta["report"], findings=findings)
+                return _MappedStore(**arrays, file=path, key=key), ScanReport(**meta["report"], findings=findings)
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MappedStore(LabelStore):
+    """A LabelStore whose arrays lie in a file: a loader process that is not forked maps it, and gets no copy."""
+
+    file: Path
+    key: str
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return _map_store, (self.file, self.key)
+
+
+def _map_store(file: Path, key: str) -> _MappedStore:
+    arrays, meta = read_arrays(file)
+    if meta["key"] != key:
+        raise UserError(f"{file}: the data set was scanned anew while it was in use; start again")
+    return _MappedStore(**arrays, file=file, key=key)
 
 
 def _save(spec: DatasetSpec, split: str, key: str, store: LabelStore, report: ScanReport) -> None:

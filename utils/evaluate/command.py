@@ -17,7 +17,7 @@ from utils.loss import LossGains
 from utils.report.loggers import Console, table
 from utils.report.run_report import PictureFiles, Pictures, write_metrics
 from utils.runtime import choose_runtime, mendable_errors
-from utils.structures import Metrics, UserError
+from utils.structures import HeadSpec, Metrics, UserError
 
 _CLASSES_SHOWN = 30  # more, and only --verbose lists them
 
@@ -55,7 +55,7 @@ def evaluate(values: Mapping[str, Any]) -> Metrics:
             model.to(runtime.device),
             gains=_gains(checkpoint, model.head, imgsz),
             on_batch=pictures.evaluated_batch,
-            watch=lambda batches: console.bar(batches, "Evaluating", images_each=options.batch_size),
+            watch=lambda batches: console.bar(batches, "Evaluating", images_each=batches.batch_size),
         )
         write_metrics(folder / METRICS_FILE, metrics)
         pictures.finished(metrics)
@@ -64,8 +64,7 @@ def evaluate(values: Mapping[str, Any]) -> Metrics:
     return metrics
 
 
-def _gains(checkpoint: Checkpoint, head, imgsz: int) -> LossGains:
+def _gains(checkpoint: Checkpoint, head: HeadSpec, imgsz: int) -> LossGains:
     """The losses as the training run counted them."""
-    given = {name: value for name, value in checkpoint["hyp"].items() if value is not None}
-    hyp = hyperparameters(given, source="checkpoint")
+    hyp = hyperparameters(checkpoint["hyp"], source="checkpoint")
     return LossGains.for_head(hyp, head, imgsz, label_smoothing=checkpoint["options"]["label_smoothing"])

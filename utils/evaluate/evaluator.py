@@ -20,7 +20,7 @@ from utils.runtime import Runtime
 from utils.structures import Batch, Detections, LossMeans, Metrics
 
 OnBatch = Callable[[int, Batch, list[Detections]], None]  # index, batch, detections in network px
-Watch = Callable[[Iterable], Iterable]  # wraps the batches, as a progress bar does
+Watch = Callable[[Stream], Iterable[Batch]]  # wraps the batches, as a progress bar does
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import TextIO
 import numpy as np
 from tqdm import tqdm
 
-from utils.files import write_text
+from utils.files import printable, write_text
 from utils.structures import LossMeans, Metrics
 
 RESULT_COLUMNS = (
@@ -175,7 +175,7 @@ class TensorBoardLogger(Logger):
         except ImportError:
             note("no TensorBoard events: `pip install tensorboard` to get them")
             return
-        self._writer = SummaryWriter(str(folder), purge_step=start_epoch + 1 if start_epoch else None)
+        self._writer = SummaryWriter(str(folder), purge_step=start_epoch + 1)
 
     def epoch(self, results: Row, timing: Row) -> None:
         self.scalars({tag: value for tag, value in results.items() if tag != "epoch"}, int(results["epoch"]))
@@ -289,7 +289,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """A line, above any bar, that is in the log file at once."""
-        tqdm.write(text, file=self._stream)
+        tqdm.write(printable(text, self._stream), file=self._stream)
         self._stream.flush()
 
     def note(self, text: str) -> None:
@@ -304,16 +304,6 @@ class Console:
             self.line(format_header(summary.epochs))
             self._headed = True
         self.line(format_epoch(summary))
-
-
-class NullConsole(Console):
-    """For the ranks that keep silent."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-
-    def line(self, text: str) -> None:
-        pass
 
 
 class _Bar(tqdm):

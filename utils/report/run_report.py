@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 
 from utils.checkpoint import METRICS_FILE
-from utils.files import write_text
+from utils.data.loader import Stream
+from utils.files import this_python, write_text
 from utils.report import plots
 from utils.report.loggers import LOGGERS, Console, EpochSummary, Logger, format_duration, result_row, table
 from utils.structures import Batch, Detections, LabelStore, LossMeans, Metrics
@@ -152,8 +154,8 @@ class RunReport:
         with self.console.bar(batches, f"Epoch {epoch + 1}/{self._epochs}", images_each=self._batch_size) as bar:
             yield bar
 
-    def evaluation_bar(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        return self.console.bar(batches, "Evaluating")
+    def evaluation_bar(self, batches: Stream) -> Iterable[Batch]:
+        return self.console.bar(batches, "Evaluating", images_each=batches.batch_size)
 
     def train_batch(self, epoch: int, index: int, batch: Batch) -> None:
         if epoch == 0:
@@ -191,7 +193,8 @@ class RunReport:
         self.console.line(f"\n{epochs} epochs in {took}; best.pt is of epoch {best_epoch + 1}:")
         self.console.line(table(metrics, verbose=True))
         self.console.line(f"Weights, tables and pictures: {self.folder}")
-        self.console.line(f"Curves: tensorboard --logdir {self.folder.parent}")
+        logdir = shlex.quote(str(self.folder.parent))
+        self.console.line(f"Curves: {this_python()} -m tensorboard.main --logdir {logdir}")
 
 
 def write_metrics(path: Path, metrics: Metrics) -> None:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.data.images import base_scale
+from utils.data.images import base_scales
 from utils.structures import LabelStore
 
 _ENOUGH_RECALL = 0.98
 _GENERATIONS = 1000
 _KMEANS_ROUNDS = 30
 _MIN_SIDE_PX = 2.0
+_SAMPLE = 50_000  # labels that the search looks at; recall is counted on all, so many at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,8 @@ def choose_anchors(
     if (before >= _ENOUGH_RECALL and not force) or not len(sizes):
         return kept
     rng = np.random.Generator(np.random.Philox(key=seed))
-    found = _evolved(_kmeans(sizes, levels * per_level, rng), sizes, anchor_t, rng)
+    sample = sizes[:: -(-len(sizes) // _SAMPLE)]
+    found = _evolved(_kmeans(sample, levels * per_level, rng), sample, anchor_t, rng)
     found = found[np.argsort(found.prod(1), kind="stable")]
     after = best_possible_recall(sizes, found, anchor_t)
     if after <= before and not force:
@@ -57,8 +59,8 @@ def choose_anchors(
 
 def label_sizes(store: LabelStore, imgsz: int) -> np.ndarray:
     """(T, 2) width and height of the labels in px of the base images; those too small to train on are left out."""
-    scales = np.array([base_scale(tuple(size), imgsz) for size in store.sizes]).reshape(-1, 2)
-    sizes = (store.boxes[:, 2:] - store.boxes[:, :2]) * np.repeat(scales, np.diff(store.offsets), axis=0)
+    scales = np.repeat(base_scales(store.sizes, imgsz), np.diff(store.offsets), axis=0)  # (T, 2)
+    sizes = (store.boxes[:, 2:] - store.boxes[:, :2]) * scales
     return sizes[(sizes >= _MIN_SIDE_PX).all(1)]
 
 
@@ -66,7 +68,8 @@ def best_possible_recall(sizes: np.ndarray, anchors: np.ndarray, anchor_t: float
     """Share of label sizes (T, 2) that some anchor (N, 2) is within the factor `anchor_t` of; 1 without labels."""
     if not len(sizes):
         return 1.0
-    return float((_closeness(sizes, anchors).max(1) > 1 / anchor_t).mean())
+    parts = np.array_split(sizes, -(-len(sizes) // _SAMPLE))
+    return sum(int((_closeness(part, anchors).max(1) > 1 / anchor_t).sum()) for part in parts) / len(sizes)
 
 
 def _closeness(sizes: np.ndarray, anchors: np.ndarray) -> np.ndarray:

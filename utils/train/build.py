@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 from models.yolo import DetectionModel, count_parameters, gflops, read_network
-from utils.checkpoint import RunFolder, load_checkpoint, newest_checkpoint, transfer
+from utils.checkpoint import Checkpoint, RunFolder, load_checkpoint, newest_checkpoint, transfer
 from utils.config import LATEST, TrainOptions, find_file, validated, whole_strides
 from utils.data.labels import label_path
 from utils.data.loader import EvalBatches, Stream, TrainBatches
 from utils.data.scan import ScanReport, open_dataset, scan_split, write_findings
 from utils.evaluate.evaluator import Evaluator
-from utils.files import new_run_folder, write_yaml
+from utils.files import from_here, new_run_folder, write_yaml
 from utils.hyp import Hyperparameters, hyperparameters, read_hyp
 from utils.loss import LossGains
 from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport
-from utils.runtime import Runtime, choose_runtime
+from utils.runtime import Runtime, choose_runtime, mendable_errors
 from utils.structures import DatasetSpec, LabelStore, UserError
 from utils.train.anchors import choose_anchors
 from utils.train.optim import NOMINAL_BATCH, Schedule, WeightAverage, choose_accumulation, make_optimizer
@@ -42,7 +42,7 @@ class _Split:
     report: ScanReport
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Parts:
     """What new and resumed runs have found out before they are put together."""
 
@@ -61,38 +61,28 @@ def build_trainer(values: Mapping[str, Any]) -> Trainer:
     """A trainer, new or resumed, for options by name. Raises UserError before anything is written."""
     given = validated(TrainOptions, dict(values))
     console = Console(quiet=given.quiet)
-    if given.resume is not None:
-        return _resumed(values, given, console)
+    return _new(given, console) if given.resume is None else _resumed(values, given, console)
+
+
+def _new(given: TrainOptions, console: Console) -> Trainer:
     hyp = _hyperparameters(given)
     spec = open_dataset(given.data, note=console.note)
     runtime = choose_runtime(device=given.device, amp=given.amp, workers=given.workers)
-    model, weights_note = _model(given, hyp, spec)
+    model, lines = _model(given, hyp, spec)
     train, val = _scan(spec, "train", console), _scan(spec, "val", console)
     options = _resolved(given, spec, model, train.store, runtime, console)
-    _choose_anchors(model, options, hyp, train.store, console)
-    folder = new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
-    write_yaml(folder / "hyp.yaml", _without_none(asdict(hyp)))
-    write_yaml(folder / "opt.yaml", asdict(options))
+    lines += _choose_anchors(model, options, hyp, train.store)
+    run = RunFolder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok))
+    write_yaml(run.path / "hyp.yaml", asdict(hyp))
     if train.report.findings or val.report.findings:
-        write_findings(folder / "scan.csv", [train.report, val.report])
-    for line in weights_note:
+        write_findings(run.path / "scan.csv", [train.report, val.report])
+    for line in lines:
         console.line(line)
-    parts = _Parts(
-        options=options,
-        hyp=hyp,
-        spec=spec,
-        runtime=runtime,
-        model=model,
-        train=train.store,
-        val=val.store,
-        run=RunFolder(folder),
-        console=console,
-    )
-    return _assemble(parts, state=RunState())
+    return _assemble(_Parts(options, hyp, spec, runtime, model, train.store, val.store, run, console), RunState())
 
 
 def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -> Trainer:
-    refused = sorted(set(values) - set(_WITH_RESUME))
+    refused = sorted(name for name in values if name not in _WITH_RESUME and values[name] is not None)
     if refused:
         allowed = ", ".join("--" + name.replace("_", "-") for name in _WITH_RESUME[1:])
         raise UserError(
@@ -100,22 +90,11 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
         )
     path = newest_checkpoint(Path("runs")) if given.resume == LATEST else Path(given.resume)
     checkpoint = load_checkpoint(path)
-    if "optimizer" not in checkpoint:
-        raise UserError(
-            f"--resume {path}: holds weights alone; continue from last.pt, or start anew with --weights {path}"
-        )
     changed = {name: values[name] for name in values if name != "resume" and values[name] is not None}
     options = validated(TrainOptions, {**checkpoint["options"], **changed})
-    hyp = hyperparameters(_without_none(checkpoint["hyp"]), source=str(path))
-    state = RunState(**{name: checkpoint[name] for name in asdict(RunState())})
-    run = RunFolder(path.resolve().parent.parent)
-    if run.finished and state.epoch >= options.epochs:
-        raise UserError(f"--resume {path}: all {state.epoch} epochs are done; extend the run with --epochs")
-    if run.finished and state.out_of_patience(options.patience):
-        raise UserError(
-            f"--resume {path}: stopped after epoch {state.epoch}, {options.patience} epochs without improvement; "
-            "extend the run with --patience"
-        )
+    hyp = hyperparameters(checkpoint["hyp"], source=str(path))
+    run = _run_of(path, checkpoint)
+    state = _unfinished_state(path, checkpoint, run, options)
     spec = open_dataset(options.data, note=console.note)
     if list(spec.names) != checkpoint["names"]:
         raise UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run")
@@ -123,20 +102,37 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     model = DetectionModel(checkpoint["network"], seed=options.seed)
     train, val = _scan(spec, "train", console), _scan(spec, "val", console)
     console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}")
-    parts = _Parts(
-        options=options,
-        hyp=hyp,
-        spec=spec,
-        runtime=runtime,
-        model=model,
-        train=train.store,
-        val=val.store,
-        run=run,
-        console=console,
-    )
-    trainer = _assemble(parts, state=state, accumulation=checkpoint["accumulation"])
+    parts = _Parts(options, hyp, spec, runtime, model, train.store, val.store, run, console)
+    trainer = _assemble(parts, state, accumulation=checkpoint["accumulation"])
     trainer.restore(checkpoint)
     return trainer
+
+
+def _run_of(path: Path, checkpoint: Checkpoint) -> RunFolder:
+    """The folder that a last.pt continues to fill. Raises UserError for a file that is not in its place."""
+    run = RunFolder(from_here(path.resolve().parent.parent))
+    if "optimizer" not in checkpoint:
+        raise UserError(
+            f"--resume {path}: holds weights alone; continue from last.pt, or start anew with --weights {path}"
+        )
+    if path.resolve() != run.last.resolve():
+        raise UserError(f"--resume {path}: a run continues in its folder, so the file should be RUN/weights/last.pt")
+    if checkpoint["best_epoch"] >= 0 and not run.best.exists():
+        raise UserError(f"--resume {path}: best.pt is missing beside it; put it back, or start anew with --weights")
+    return run
+
+
+def _unfinished_state(path: Path, checkpoint: Checkpoint, run: RunFolder, options: TrainOptions) -> RunState:
+    """Where the run stands. Raises UserError when there is nothing left to do."""
+    state = RunState(**{name: checkpoint[name] for name in asdict(RunState())})
+    if run.finished and state.epoch >= options.epochs:
+        raise UserError(f"--resume {path}: all {state.epoch} epochs are done; extend the run with --epochs")
+    if run.finished and state.out_of_patience(options.patience):
+        raise UserError(
+            f"--resume {path}: stopped after epoch {state.epoch}, {options.patience} epochs without improvement; "
+            "extend the run with --patience"
+        )
+    return state
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------
@@ -156,7 +152,8 @@ def _hyperparameters(options: TrainOptions) -> Hyperparameters:
 def _model(options: TrainOptions, hyp: Hyperparameters, spec: DatasetSpec) -> tuple[DetectionModel, list[str]]:
     """The network with the weights to start from, and lines on these for the user."""
     checkpoint = load_checkpoint(Path(options.weights)) if options.weights else None
-    network = checkpoint["network"] if checkpoint and not options.cfg else read_network(options.cfg or _DEFAULT_CFG)
+    cfg = str(find_file(options.cfg or _DEFAULT_CFG, "models"))
+    network = checkpoint["network"] if checkpoint and not options.cfg else read_network(cfg)
     anchors = _placeholder_anchors(network, round(hyp.anchors)) if hyp.anchors is not None else None
     model = DetectionModel(network, num_classes=len(spec.names), anchors=anchors, seed=options.seed)
     if checkpoint is None:
@@ -176,13 +173,17 @@ def _scan(spec: DatasetSpec, split: str, console: Console) -> _Split:
     for line in report.lines():
         console.line(line)
     if not report.boxes and split == "train":
-        image = store.path(0)
-        raise UserError(
-            f"{spec.source}: no label found for 'train'; that of {image} should be {label_path(Path(image))}"
-        )
+        raise UserError(f"{spec.source}: no usable label for 'train'; {_why_no_label(store, report)}")
     if not report.boxes:
-        console.warn(f"no label found for '{split}': its metrics will be 0")
+        console.warn(f"no label found for '{split}': metrics will be 0, so best.pt is simply the last epoch")
     return _Split(store=store, report=report)
+
+
+def _why_no_label(store: LabelStore, report: ScanReport) -> str:
+    if report.findings:
+        return "every row was dropped; boxes should be `class cx cy width height` as fractions of the image, not pixels"
+    image = Path(store.path(0))
+    return f"that of {image} should be {label_path(image)}"
 
 
 def _resolved(
@@ -214,11 +215,10 @@ def _batch_size(batch_size: int, store: LabelStore, runtime: Runtime, console: C
     return batch_size
 
 
-def _choose_anchors(
-    model: DetectionModel, options: TrainOptions, hyp: Hyperparameters, store: LabelStore, console: Console
-) -> None:
+def _choose_anchors(model: DetectionModel, options: TrainOptions, hyp: Hyperparameters, store: LabelStore) -> list[str]:
+    """Give the model anchors that reach the labels; a line for the user."""
     if options.noautoanchor:
-        return
+        return []
     choice = choose_anchors(
         model.head.anchors.numpy(),
         store,
@@ -231,12 +231,14 @@ def _choose_anchors(
     if choice.changed:
         model.set_anchors(torch.from_numpy(choice.anchors))
         verdict += f"; new ones, found by k-means and evolution, reach {choice.recall_after:.1%}"
-    console.line(verdict)
+    return [verdict]
 
 
-def _assemble(parts: _Parts, *, state: RunState, accumulation: int | None = None) -> Trainer:
+def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None) -> Trainer:
     options, hyp, runtime = parts.options, parts.hyp, parts.runtime
-    model = parts.model.to(runtime.device, memory_format=torch.channels_last)
+    with mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz):
+        model = parts.model.to(runtime.device, memory_format=torch.channels_last)
+    write_yaml(parts.run.path / "opt.yaml", asdict(options))
     batches = TrainBatches(
         store=parts.train, imgsz=options.imgsz, batch_size=options.batch_size, hyp=hyp, seed=options.seed
     )
@@ -315,7 +317,3 @@ def _report(parts: _Parts, schedule: Schedule, *, start_epoch: int) -> RunReport
         batch_size=options.batch_size,
         start_epoch=start_epoch,
     )
-
-
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}

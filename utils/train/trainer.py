@@ -19,6 +19,7 @@ from utils.checkpoint import RunFolder, averaged_model, load_checkpoint
 from utils.config import TrainOptions
 from utils.data.loader import Stream
 from utils.evaluate.evaluator import Evaluator
+from utils.files import this_python
 from utils.hyp import Hyperparameters
 from utils.loss import LossGains, detection_losses
 from utils.report.loggers import format_losses
@@ -39,8 +40,8 @@ class RunState:
     best_epoch: int = -1
 
     def finish_epoch(self, metrics: Metrics) -> bool:
-        """Count the epoch; whether it is the best so far."""
-        improved = metrics.fitness > self.best_fitness
+        """Count the epoch; whether it is the best so far, as each is where there is no label to score it by."""
+        improved = metrics.fitness > self.best_fitness or metrics.labels == 0
         if improved:
             self.best_fitness, self.best_epoch = metrics.fitness, self.epoch
         self.epoch += 1
@@ -120,7 +121,8 @@ class Trainer:
                 if bar.update(1):  # the bar was drawn: only now are losses read back from the device
                     bar.set_postfix_str("  " + format_losses(_means(sums, images)), refresh=False)
         self.times.images = images
-        means = _means(sums, images)
+        with self.times.train:  # waits for what the device has not done yet
+            means = _means(sums, images)
         if not all(map(math.isfinite, asdict(means).values())):
             raise UserError(f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (now {self.hyp.lr0:g})")
         return means
@@ -200,4 +202,4 @@ def _interruptible(run: RunFolder, state: RunState) -> Iterator[None]:
 def _how_to_continue(run: RunFolder, state: RunState) -> str:
     if state.epoch == 0 or not run.last.exists():  # a last.pt may be of an earlier run, with --exist-ok
         return "no epoch was finished, so there is no checkpoint to continue from"
-    return f"continue with: python train.py --resume {shlex.quote(str(run.last))}"
+    return f"continue with: {this_python()} train.py --resume {shlex.quote(str(run.last))}"
