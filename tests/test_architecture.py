@@ -127,3 +127,9 @@ def test_tests_mirror_the_tree():
     homes = {path.relative_to(ROOT).parent.as_posix().removeprefix("utils").strip("/") for path in SOURCES}
     for test in ROOT.glob("tests/*/test_*.py"):
         assert test.parent.name in homes
+
+
+def test_pictures_of_the_pages_exist():
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)|\]\((docs/[^)]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / "".join(target)).is_file(), target

@@ -273,9 +273,10 @@ def test_asking_for_the_cache_folder_makes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_user_without_a_home_has_a_cache_folder(monkeypatch):
-    monkeypatch.setattr(
-        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
-    )
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
     assert cache_folder().is_relative_to(tempfile.gettempdir())
 
 
