@@ -76,7 +76,7 @@ def ciou_parts(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     import torch
 
-    tiny = torch.finfo(boxes.dtype).tiny  # makes 0 / 0 a 0 and changes no other quotient
+    tiny = _tiny(boxes)
     size, target_size = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
     top_left = torch.maximum(boxes[:, :2], targets[:, :2])
     bottom_right = torch.minimum(boxes[:, 2:], targets[:, 2:])
@@ -87,16 +87,22 @@ def ciou_parts(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = (boxes[:, :2] + boxes[:, 2:] - targets[:, :2] - targets[:, 2:]) / 2
     distance = offset.square().sum(1) / (hull.square().sum(1) + tiny)
 
-    angle = torch.atan2(target_size[:, 0], target_size[:, 1]) - torch.atan2(size[:, 0], size[:, 1])
+    width, height = size.clamp(min=tiny).unbind(1)  # a box that is a point has no angle to turn
+    angle = torch.atan2(target_size[:, 0], target_size[:, 1]) - torch.atan2(width, height)
     aspect = (2 / math.pi * angle).square()
     return iou, distance, aspect
 
 
-def ciou_factor(iou: Tensor, aspect: Tensor) -> Tensor:
-    """CIoU's trade-off factor v / (1 - IoU + v), equation 11, 0 for equal boxes; a constant for the gradient."""
+def _tiny(like: Tensor) -> float:
+    """Makes 0 / 0 a 0, in the gradient too, where its square must not vanish; changes no other quotient."""
     import torch
 
-    return (aspect / (1 - iou + aspect + torch.finfo(iou.dtype).tiny)).detach()
+    return torch.finfo(like.dtype).tiny ** 0.5
+
+
+def ciou_factor(iou: Tensor, aspect: Tensor) -> Tensor:
+    """CIoU's trade-off factor v / (1 - IoU + v), equation 11, 0 for equal boxes; a constant for the gradient."""
+    return (aspect / (1 - iou + aspect + _tiny(iou))).detach()
 
 
 def ciou(parts: tuple[Tensor, Tensor, Tensor], factor: Tensor) -> Tensor:
