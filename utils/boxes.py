@@ -87,9 +87,8 @@ def ciou_parts(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = (boxes[:, :2] + boxes[:, 2:] - targets[:, :2] - targets[:, 2:]) / 2
     distance = offset.square().sum(1) / (hull.square().sum(1) + tiny)
 
-    width, height = size.clamp(min=tiny).unbind(1)  # a box that is a point has no angle to turn
-    angle = torch.atan2(target_size[:, 0], target_size[:, 1]) - torch.atan2(width, height)
-    aspect = (2 / math.pi * angle).square()
+    turned, target_turned = (torch.atan2(*sides.clamp(min=tiny).unbind(1)) for sides in (size, target_size))
+    aspect = (2 / math.pi * (target_turned - turned)).square()  # a point has no angle, hence the clamp
     return iou, distance, aspect
 
 
