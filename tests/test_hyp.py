@@ -120,12 +120,15 @@ def test_a_bad_key_or_value_is_one_line(values, message):
 
 def test_anchors_may_be_absent_in_words():
     assert hyperparameters({"anchors": None}, source="a.yaml").anchors is None
+    assert hyperparameters({"anchors": 0}, source="a.yaml").anchors is None
     assert hyperparameters({"anchors": 4}, source="a.yaml").anchors == 4
 
 
 @given(st.sampled_from(sorted(GENES)), st.floats())
 def test_a_value_is_taken_as_it_is_or_refused(name, value):
     low, high = GENES[name].domain
+    if name == "anchors" and value == 0:
+        return
     if low <= value <= high and abs(value) != float("inf"):
         assert getattr(hyperparameters({name: value}, source="a.yaml"), name) == value
     else:

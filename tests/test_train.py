@@ -343,7 +343,7 @@ def test_labels_without_val_boxes_train_with_a_warning(tiny, cli):
         tiny.label("val", index).unlink()
     code, output, problems = cli(train, *tiny.flags(epochs=3, patience=1))
     assert (code, problems) == (0, "")
-    assert "warning: no label found for 'val'" in output
+    assert "warning: no usable label for 'val'" in output
     assert "best.pt is of epoch 3" in output
 
 

@@ -93,7 +93,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             warnings.simplefilter("ignore")  # torch's thoughts on foreign formats; what follows says enough
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"checkpoint not found: {path}") from None
+        raise UserError(f"checkpoint not found: {path}; weights are never downloaded") from None
     except IsADirectoryError:
         raise UserError(f"checkpoint is a folder, expected a .pt file: {path}") from None
     except PermissionError:
@@ -114,16 +114,15 @@ def averaged_model(checkpoint: Checkpoint) -> DetectionModel:
     return model.eval().requires_grad_(False)
 
 
-def transfer(model: DetectionModel, weights: Mapping[str, Tensor]) -> int:
-    """Copy the weights that fit by name and shape into `model`, anchors aside; returns how many entries did."""
-    state = model.state_dict()
-    fitting = {
-        name: tensor
-        for name, tensor in weights.items()
-        if name in state and state[name].shape == tensor.shape and not name.endswith(".anchors")
-    }
-    model.load_state_dict({**state, **fitting})
-    return len(fitting)
+def transfer(model: DetectionModel, weights: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Copy the weights that fit by name and shape into `model`; how many entries did, and how many there are.
+
+    Anchors are left aside: they belong to the network that the model was built from, and to autoanchor.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".anchors")}
+    fitting = {name: tensor for name, tensor in weights.items() if name in state and state[name].shape == tensor.shape}
+    model.load_state_dict(fitting, strict=False)
+    return len(fitting), len(state)
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -58,7 +58,7 @@ class TrainOptions:
     cos_lr: bool = _flag(False, "accepted; the one-cycle cosine is the default")
     label_smoothing: float = _flag(0.0, "class targets 1 - eps/2 and eps/2", low=0)
     workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
-    device: str = _flag("", "cpu, 0, mps; default: the best there is")
+    device: str = _flag("", "cpu, 0 (the first GPU), mps; default: the best there is")
     amp: Amp = _flag("auto", "mixed precision: auto picks bf16 or fp16 where the device computes it fast")
     noplots: bool = _flag(False, "draw no pictures")
     quiet: bool = _flag(False, "no progress bars")
@@ -80,7 +80,7 @@ class ValOptions:
     iou_thres: float = _flag(0.6, "IoU above which NMS drops the weaker detection of a class", low=0)
     max_det: int = _flag(300, "most detections per image", low=1)
     task: Task = _flag("val", "split to evaluate")
-    device: str = _flag("", "cpu, 0, mps; default: the best there is")
+    device: str = _flag("", "cpu, 0 (the first GPU), mps; default: the best there is")
     amp: Amp = _flag("off", "mixed precision; off gives the exact figures")
     workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
     verbose: bool = _flag(False, "results per class, whatever the number of classes")
@@ -125,6 +125,8 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         hint = nearest_name(unknown[0].split("=")[0], flags)
+        if unknown[0].endswith((".yaml", ".yml")):
+            hint = f"; did you mean '--data {unknown[0]}'?"
         raise UserError(f"unknown {'flag' if unknown[0].startswith('-') else 'argument'} '{unknown[0]}'{hint}")
     return vars(values)
 

@@ -124,7 +124,7 @@ def test_story_of_a_run(tmp_path):
     assert [row.split(",")[0].strip() for row in rows(tmp_path)] == ["epoch", "1", "2", "3"]
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
     said = stream.getvalue()
-    assert "3 epochs in 0:00:0" in said and "best.pt is of epoch 2" in said and str(tmp_path) in said
+    assert "Epochs 1 to 3 in 0:00:0" in said and "best.pt is of epoch 2" in said and str(tmp_path) in said
     assert json.loads((tmp_path / "metrics.json").read_text())["labels"] == 4
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from utils.data.images import IMAGE_SUFFIXES
 from utils.structures import DatasetSpec, LabelStore, UserError
 
+OUTSIDE = "outside the image: dropped"
+
 _EDGE_TOLERANCE = 1e-4  # of the image: rounding in label files, not worth a finding
 
 
@@ -159,13 +161,15 @@ def _parse_row(fields: list[str], names: Sequence[str], *, where: str) -> tuple[
         return None, "not a finite number: dropped"
     label, coordinates = values[0], values[1:]
     if label != int(label) or not 0 <= label < len(names):
-        raise UserError(f"{where}: class {fields[0]} does not exist; names has classes 0 to {len(names) - 1}")
+        raise UserError(
+            f"{where}: class {fields[0]} does not exist; names has classes 0 to {len(names) - 1}, counted from 0"
+        )
     x1, y1, x2, y2 = _corners(coordinates)
     if x2 < x1 or y2 < y1:
         return None, "negative width or height: dropped"
     inside = tuple(min(max(value, 0.0), 1.0) for value in (x1, y1, x2, y2))
     if inside[2] <= inside[0] or inside[3] <= inside[1]:
-        return None, ("zero area" if x2 <= x1 or y2 <= y1 else "outside the image") + ": dropped"
+        return None, "zero area: dropped" if x2 <= x1 or y2 <= y1 else OUTSIDE
     clipped = max(-x1, -y1, x2 - 1, y2 - 1) > _EDGE_TOLERANCE
     return (label, *inside), "reaches outside the image: clipped" if clipped else ""
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -21,13 +20,22 @@ import numpy as np
 
 from utils.config import read_dataset
 from utils.data.images import ImageError, decode_image, quiet_opencv
-from utils.data.labels import Finding, ImageLabels, build_store, label_path, list_images, read_labels, shown_path
+from utils.data.labels import (
+    OUTSIDE,
+    Finding,
+    ImageLabels,
+    build_store,
+    label_path,
+    list_images,
+    read_labels,
+    shown_path,
+)
 from utils.data.shapes import ensure_shapes
 from utils.files import cache_folder, read_arrays, write_arrays, write_text
 from utils.structures import DatasetSpec, LabelStore, UserError
 
 _SCHEMA = 1  # raise it when LabelStore or the checks change
-_EXAMPLES = 3  # findings shown on screen
+_KINDS_SHOWN = 8  # kinds of findings on screen
 
 Progress = Callable[[Iterable, str], Iterable]  # (items, description) -> the same items
 
@@ -44,18 +52,23 @@ class ScanReport:
     findings: tuple[Finding, ...]
 
     def lines(self) -> list[str]:
-        """The report as a user reads it: counts, the first findings, and how many there are of each kind."""
+        """The report as a user reads it: counts, and of each kind of finding how many there are, with an example."""
         counts = f"{self.split}: {self.images} images, {self.boxes} boxes, {self.background} without boxes"
         if self.skipped:
             counts += f", {self.skipped} skipped"
-        lines = [counts]
-        shown = self.findings[:_EXAMPLES]
-        lines += [f"  {_where(finding)}: {finding.problem}" for finding in shown]
-        if len(self.findings) > len(shown):
-            kinds = Counter(finding.problem for finding in self.findings)
-            summary = "; ".join(f"{count} x {problem}" for problem, count in kinds.most_common(4))
-            lines.append(f"  {len(self.findings)} findings in all: {summary}")
-        return lines
+        kinds: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            kinds.setdefault(finding.problem, []).append(finding)
+        often = sorted(kinds.values(), key=len, reverse=True)
+        lines = [_first_of(alike) for alike in often[:_KINDS_SHOWN]]
+        if len(often) > _KINDS_SHOWN:
+            lines.append(f"  {sum(map(len, often[_KINDS_SHOWN:]))} other findings")
+        return [counts, *lines]
+
+
+def _first_of(alike: Sequence[Finding]) -> str:
+    more = f" (and {len(alike) - 1} more like it)" if len(alike) > 1 else ""
+    return f"  {_where(alike[0])}: {alike[0].problem}{more}"
 
 
 def _where(finding: Finding) -> str:
@@ -125,6 +138,12 @@ def _scan(images: list[Path], spec: DatasetSpec, split: str, progress: Progress)
     if not usable:
         raise UserError(f"{spec.source}: none of the {len(images)} images of '{split}' can be read; first: {images[0]}")
     store = build_store(usable, sizes, labels)
+    outside = [finding for finding in findings if finding.problem == OUTSIDE]
+    if len(outside) > len(store.boxes):
+        raise UserError(
+            f"{spec.source}: {len(outside)} of {len(outside) + len(store.boxes)} boxes of '{split}' lie outside their "
+            f"images, e.g. {_where(outside[0])}; boxes should be fractions of the image: are these pixels?"
+        )
     report = ScanReport(
         split=split,
         images=len(usable),

@@ -284,7 +284,7 @@ class Console:
             dynamic_ncols=True,
             unit=" images",
             unit_scale=images_each,
-            bar_format="{desc}  {percentage:3.0f}% {bar} {rate_fmt}  {remaining} left{postfix}",
+            bar_format="{desc}  {percentage:3.0f}% {bar} {rate_noinv_fmt}  {remaining} left{postfix}",
         )
 
     def line(self, text: str) -> None:

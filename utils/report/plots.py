@@ -493,15 +493,14 @@ def plot_curves(curves: Curves, names: Sequence[str], folder: Path) -> None:
         "P": (curves.precision, "Precision"),
         "R": (curves.recall, "Recall"),
     }
+    best = int(curves.f1.mean(0).argmax()) if len(curves.f1) else 0
     for prefix, (values, title) in over_confidence.items():
-        best = values.mean(0).argmax() if len(values) else 0
-        at = curves.confidence[best]
         _plot_classes(
             (curves.confidence, "Confidence"),
             (values, title),
             names,
-            legend=lambda name, line, best=best: f"{name}  {line[best]:.2f}",
-            title=f"{title} over confidence: best mean at {at:.3f}",
+            legend=lambda name, line: f"{name}  {line[best]:.2f}",
+            title=f"{title} over confidence at IoU .5; legend: at {curves.confidence[best]:.3f}, the best mean F1",
             path=folder / f"{prefix}_curve.png",
         )
     _plot_classes(
@@ -554,7 +553,7 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> N
     figure = _figure(side * 1.08, side)
     axes = figure.subplots()
     image = axes.imshow(shares, cmap=_blues(), vmin=0, vmax=1, interpolation="none")
-    _dress(axes, "Confusion: share of each true class", "True", "Predicted")
+    _dress(axes, "Share of each true class at confidence above 0.25, IoU above 0.45", "True", "Predicted")
     for axis in (axes.xaxis, axes.yaxis):
         _name_ticks(axis, [*names, "background"], 0.8 * side)
     axes.spines[:].set_visible(False)

@@ -127,7 +127,7 @@ class PictureFiles(Pictures):
             self.names,
             self.folder / name,
             scores=scores,
-            captions=[Path(store.path(image)).name for image in batch.indices.tolist()],
+            captions=None if batch.placements is None else [store.path(image) for image in batch.indices.tolist()],
         )
 
 
@@ -138,7 +138,7 @@ class RunReport:
         self, folder: Path, *, console: Console, pictures: Pictures, epochs: int, batch_size: int, start_epoch: int = 0
     ):
         self.folder, self.console, self.pictures = folder, console, pictures
-        self._epochs, self._batch_size = epochs, batch_size
+        self._epochs, self._batch_size, self._start_epoch = epochs, batch_size, start_epoch
         self._loggers: list[Logger] = [
             make(folder, start_epoch=start_epoch, note=console.note) for make in LOGGERS.values()
         ]
@@ -190,7 +190,8 @@ class RunReport:
         self.pictures.finished(metrics)
         write_metrics(self.folder / METRICS_FILE, metrics)  # last, as it marks the run as finished
         took = format_duration(time.perf_counter() - self._started)
-        self.console.line(f"\n{epochs} epochs in {took}; best.pt is of epoch {best_epoch + 1}:")
+        trained = f"Epochs {self._start_epoch + 1} to {epochs}" if epochs > 1 else "One epoch"
+        self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
         self.console.line(table(metrics, verbose=True))
         self.console.line(f"Weights, tables and pictures: {self.folder}")
         logdir = shlex.quote(str(self.folder.parent))

@@ -76,6 +76,7 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
     write_yaml(run.path / "hyp.yaml", asdict(hyp))
     if train.report.findings or val.report.findings:
         write_findings(run.path / "scan.csv", [train.report, val.report])
+        lines.append(f"All findings in the data: {run.path / 'scan.csv'}")
     for line in lines:
         console.line(line)
     return _assemble(_Parts(options, hyp, spec, runtime, model, train.store, val.store, run, console), RunState())
@@ -158,8 +159,8 @@ def _model(options: TrainOptions, hyp: Hyperparameters, spec: DatasetSpec) -> tu
     model = DetectionModel(network, num_classes=len(spec.names), anchors=anchors, seed=options.seed)
     if checkpoint is None:
         return model, []
-    total = len(model.state_dict())
-    return model, [f"Weights: {transfer(model, checkpoint['ema'])} of {total} entries from {options.weights}"]
+    fitting, total = transfer(model, checkpoint["ema"])
+    return model, [f"Weights: {fitting} of {total} entries of {options.weights} fit this network"]
 
 
 def _placeholder_anchors(network: dict[str, Any], per_level: int) -> torch.Tensor:
@@ -175,7 +176,7 @@ def _scan(spec: DatasetSpec, split: str, console: Console) -> _Split:
     if not report.boxes and split == "train":
         raise UserError(f"{spec.source}: no usable label for 'train'; {_why_no_label(store, report)}")
     if not report.boxes:
-        console.warn(f"no label found for '{split}': metrics will be 0, so best.pt is simply the last epoch")
+        console.warn(f"no usable label for '{split}': metrics will be 0, so best.pt is simply the last epoch")
     return _Split(store=store, report=report)
 
 
@@ -301,7 +302,7 @@ def _evaluator(parts: _Parts) -> Evaluator:
 def _report(parts: _Parts, schedule: Schedule, *, start_epoch: int) -> RunReport:
     """The reporter, after its first lines: what is trained, on what, and where to."""
     options, model, folder = parts.options, parts.model, parts.run.path
-    network = Path(options.cfg or options.weights or _DEFAULT_CFG).stem
+    network = f"Network of {options.weights}" if options.weights and not options.cfg else options.cfg or _DEFAULT_CFG
     per_update = options.batch_size * schedule.accumulation
     parts.console.line(
         f"{network}: {count_parameters(model):,} parameters, {gflops(model, options.imgsz):.1f} GFLOPs at "

@@ -119,7 +119,7 @@ class Trainer:
                 images += len(batch.images)
                 self.report.train_batch(epoch, index, batch)
                 if bar.update(1):  # the bar was drawn: only now are losses read back from the device
-                    bar.set_postfix_str("  " + format_losses(_means(sums, images)), refresh=False)
+                    bar.set_postfix_str(format_losses(_means(sums, images)), refresh=False)
         self.times.images = images
         with self.times.train:  # waits for what the device has not done yet
             means = _means(sums, images)
