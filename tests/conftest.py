@@ -119,12 +119,12 @@ def tiny(tmp_path, monkeypatch) -> Tiny:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """The folder of a finished run of 20 epochs on a tiny data set, which found most objects. Read only."""
+    """The folder of a finished run of 60 epochs on a tiny data set, which found most objects. Read only."""
     import train
 
     folder = tmp_path_factory.mktemp("trained")
     tiny = _draw(folder / "set")
-    train.run(**tiny.options(project=str(folder), name="run", epochs=20, nominal_batch="4", quiet=True))
+    train.run(**tiny.options(project=str(folder), name="run", epochs=60, nominal_batch="4", quiet=True))
     return folder / "run"
 
 

@@ -48,7 +48,7 @@ def test_files_of_a_run_hold_plain_values_only(trained, name):
 def test_last_holds_all_of_a_run_and_best_half_the_weights(trained):
     last, best = (load_checkpoint(trained / "weights" / name) for name in ("last.pt", "best.pt"))
     assert {"model", "ema", "optimizer", "scaler", "ema_updates", "epoch", "options", "hyp"} <= last.keys()
-    assert last["epoch"] == 20
+    assert last["epoch"] == 60
     assert last["names"] == best["names"] == ["blue", "red"]
     assert not {"model", "optimizer"} & best.keys()
     assert {tensor.dtype for tensor in best["ema"].values()} == {torch.float16, torch.int64}

@@ -273,8 +273,10 @@ def test_numbers_are_parsed_in_float64(parse):
     assert parse(row).boxes[0, 0] == 0.123456789012345 - 0.1 / 2
 
 
-corner = st.floats(0, 1)
-box = st.tuples(corner, corner, corner, corner).filter(lambda box: box[2] - box[0] > 1e-9 and box[3] - box[1] > 1e-9)
+start, share = st.floats(0, 0.99), st.floats(1e-5, 1)  # of a side: where a box begins, how much of the rest it takes
+box = st.tuples(start, start, share, share).map(
+    lambda box: (box[0], box[1], box[0] + (1 - box[0]) * box[2], box[1] + (1 - box[1]) * box[3])
+)
 
 
 @settings(max_examples=50, deadline=None)

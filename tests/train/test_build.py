@@ -163,12 +163,12 @@ def test_resume_refuses_a_copy_outside_its_run(trained, tmp_path):
     copy.write_bytes((trained / "weights/last.pt").read_bytes())
     (tmp_path / "metrics.json").write_text("mine")
     with pytest.raises(UserError, match=r"should be RUN/weights/last\.pt"):
-        build_trainer({"resume": str(copy), "epochs": 30})
+        build_trainer({"resume": str(copy), "epochs": 90})
     assert (tmp_path / "metrics.json").read_text() == "mine"
 
 
 def test_resume_refuses_a_finished_run(trained):
-    with pytest.raises(UserError, match="all 20 epochs are done; extend the run with --epochs"):
+    with pytest.raises(UserError, match="all 60 epochs are done; extend the run with --epochs"):
         build_trainer({"resume": str(trained / "weights/last.pt")})
 
 

@@ -97,7 +97,7 @@ def test_loader_processes_do_not_matter(augmented):
 
 
 def test_training_learns(trained):
-    """From nothing to finding most of four rectangles, in 40 updates."""
+    """From nothing to finding most of four rectangles, in 120 updates."""
     rows = [line.split(", ") for line in (trained / "results.csv").read_text().splitlines()]
     box = [float(row[1]) for row in rows[1:]]
     assert box[-1] < 0.6 * box[0]

@@ -175,7 +175,7 @@ class TensorBoardLogger(Logger):
         except ImportError:
             note("no TensorBoard events: `pip install tensorboard` to get them")
             return
-        self._writer = SummaryWriter(str(folder), purge_step=start_epoch + 1)
+        self._writer = SummaryWriter(str(folder.resolve()), purge_step=start_epoch + 1)
 
     def epoch(self, results: Row, timing: Row) -> None:
         self.scalars({tag: value for tag, value in results.items() if tag != "epoch"}, int(results["epoch"]))
