@@ -183,7 +183,7 @@ def test_a_run_resumed_to_be_evaluated_alone_has_no_time_to_account_for(tmp_path
 
 def test_time_left_follows_the_last_epochs(tmp_path):
     reporter, stream = report(tmp_path, epochs=4)
-    reporter.epoch(0, LOSSES, METRICS, (0.1, 0.1, 0.2), took(90.0, forward=45.0))
+    reporter.epoch(0, LOSSES, METRICS, (0.1, 0.1, 0.2), took(120.0, forward=70.0, evaluate=20.0))
     assert stream.getvalue().splitlines()[-1].endswith("0:04:30")
 
 

@@ -205,14 +205,15 @@ def test_two_updates_equal_nesterov_by_hand():
     assert model.weight.item() == pytest.approx(weight, rel=1e-12)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
-def test_without_the_compiler_an_optimizer_is_the_same(kind):
+def test_without_the_compiler_an_optimizer_is_the_same(kind, fused):
     """Updates to the bit, state there and back, hooks, and the step's need of no gradient."""
     ours, theirs = Small(), Small()
     ours.load_state_dict(theirs.state_dict())
     steps = []
     pair = [(ours, without_compiler(kind)), (theirs, kind)]
-    optimizers = [made(model.parameters(), lr=0.1, weight_decay=0.01) for model, made in pair]
+    optimizers = [made(model.parameters(), lr=0.1, weight_decay=0.01, fused=fused) for model, made in pair]
     optimizers[0].register_step_post_hook(lambda *arguments: steps.append(1))
     for seed in range(3):
         for model, optimizer in zip((ours, theirs), optimizers):

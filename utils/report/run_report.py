@@ -139,7 +139,7 @@ class RunReport:
         self._times.append(times)
         for logger in self._loggers:
             logger.epoch(result_row(epoch, losses, metrics, learning_rates), timing_row(epoch, times))
-        recent = [one.wall for one in self._times[-5:]]
+        recent = [one.wall - one.rest for one in self._times[-5:]]  # pictures are drawn once
         self.console.epoch(
             EpochSummary(
                 epoch=epoch,
