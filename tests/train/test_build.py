@@ -220,4 +220,4 @@ def test_a_real_data_set(shared_datasets, tiny, monkeypatch):
     trainer = build_trainer(tiny.options(data=str(shared_datasets / "road_signs/data.yaml")))
     assert len(trainer.evaluator.batches.store) == 128
     assert trainer.head.num_classes == 21
-    assert next(iter(trainer.stream)).images.shape == (4, 3, 64, 64)
+    assert next(trainer.stream.epoch(0)).images.shape == (4, 3, 64, 64)

@@ -126,10 +126,10 @@ def test_a_death_before_the_checkpoint_leaves_no_gap_in_the_table(augmented, mon
     """The row is written, the checkpoint is not: the resumed run writes the row anew."""
     train.run(**augmented.options(name="whole", epochs=3))
 
-    def killed(self, checkpoint, *, best):
+    def killed(self, checkpoint, **choices):
         if checkpoint["epoch"] == 2:
             raise KeyboardInterrupt
-        honest(self, checkpoint, best=best)
+        honest(self, checkpoint, **choices)
 
     honest = RunFolder.save
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
@@ -210,7 +210,7 @@ def test_state_remembers_the_first_of_equally_good_epochs():
 def test_evaluation_leaves_the_training_as_it_was(augmented, random_states):
     """Weights, running averages, gradients, optimizer and random state."""
     trainer = build_trainer(augmented.options())
-    trainer.train_epoch(iter(trainer.stream))
+    trainer.train_epoch()
 
     def everything():
         return {key: value.clone() for key, value in tensors(trainer.checkpoint()).items()}
@@ -236,7 +236,7 @@ def test_best_is_the_average_and_not_the_trained_weights(trained):
 def test_gradients_add_up_over_batches_and_are_clipped(tiny):
     """Two batches before a step give the sum of their gradients; no step moves along more than norm 10."""
     trainer = build_trainer(tiny.options())
-    batches = list(trainer.stream)
+    batches = list(trainer.stream.epoch(0))
     trainer.model.eval()  # so that a batch does not change the next one's normalisation
     waits = Schedule(hyp=trainer.hyp, epochs=1, batches_per_epoch=3, accumulation=3)(1)
     assert not waits.update
@@ -274,7 +274,7 @@ def test_losses_of_an_epoch_are_means_over_images(augmented):
         return losses
 
     trainer.train_batch = recorded
-    means = trainer.train_epoch(iter(trainer.stream))
+    means = trainer.train_epoch()
     assert [row[0] for row in seen] == [3, 3, 2]
     expected = [sum(row[0] * row[column] for row in seen) / 8 for column in (1, 2, 3)]
     assert [means.box, means.objectness, means.classification] == pytest.approx(expected, rel=1e-6)
