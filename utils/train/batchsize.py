@@ -138,7 +138,8 @@ class Rehearsal:
 
     def batch(self, batch_size: int) -> Batch:
         """Noise with the labels of the densest images, as many as mosaics and mixup can bring together."""
-        side = self.options.imgsz * (2 if self.options.quad else 1)
+        stride = max(self.model.head.strides)
+        side = (self.options.imgsz + (stride if self.options.rect else 0)) * (2 if self.options.quad else 1)
         inputs = -(-batch_size // 4) if self.options.quad else batch_size
         device = self.runtime.device
         noise = torch.Generator(device).manual_seed(self.options.seed)
