@@ -98,12 +98,9 @@ def covering_rows() -> list[frozenset[str]]:
         return frozenset(row)
 
     impossible = {(a, True, b, True) for a, b in itertools.combinations(names, 2) if frozenset((a, b)) in apart}
-    unseen = set(
-        (a, first, b, second)
-        for a, b in itertools.combinations(names, 2)
-        for first in (False, True)
-        for second in (False, True)
-    ) - impossible
+    ways = list(itertools.product((False, True), repeat=2))
+    all_pairs = {(a, first, b, second) for a, b in itertools.combinations(names, 2) for first, second in ways}
+    unseen = all_pairs - impossible
     rows = []
     while unseen:
         rows.append(max((drawn() for _ in range(100)), key=lambda row: len(unseen & shown(row))))

@@ -87,11 +87,21 @@ def choose_runtime(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes (WORLD_SIZE > 1) are not supported yet; start train.py without the launcher")
     chosen = _choose_device(device.strip().lower())
+    if compile:
+        _check_compiler()
     if deterministic:
         _be_deterministic()
     return Runtime(
         device=chosen, amp_dtype=_choose_amp(amp, chosen), workers=min(workers, _usable_cores()), compile=compile
     )
+
+
+def _check_compiler() -> None:
+    """Raises UserError where torch says that it does not compile on this platform; the rest shows at the first step."""
+    try:
+        torch.compile(nn.Identity())
+    except RuntimeError as error:
+        raise UserError(f"--compile: {_first_line(error)}; leave it out") from error
 
 
 def _be_deterministic() -> None:
@@ -179,9 +189,10 @@ def _is_of_compiler(error: RuntimeError) -> bool:
 
 
 def _first_line(error: RuntimeError) -> str:
-    """What went wrong in the words of the innermost error, e.g. `InvalidCxxCompiler: No working C++ compiler found`."""
+    """What went wrong, in torch's words; a first line such as `backend='inductor' raised:` only says who speaks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".:;") if lines else type(error).__name__
+    telling = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
+    return telling.rstrip(".:;")
 
 
 # How torch says it where it has no exception of its own
