@@ -6,10 +6,12 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
+from utils.clock import EventClock, StepClock
 from utils.structures import RunError, UserError
 
 
@@ -55,6 +57,14 @@ class Runtime:
             peak.bytes = torch.cuda.max_memory_reserved(self.device) - before
         except torch.OutOfMemoryError:
             peak.bytes = None
+
+    def step_clock(self) -> StepClock:
+        """Tells where the time goes, by the device's clock on CUDA. MPS is timed as it is queued, by the host's."""
+        if self.device.type != "cuda":
+            return StepClock()
+        return EventClock(
+            partial(torch.cuda.Event, enable_timing=True), partial(torch.cuda.current_stream, self.device)
+        )
 
     @property
     def description(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,18 +155,20 @@ def _sgd(groups: list[dict[str, Any]], hyp: Hyperparameters, **way: bool) -> tor
 
     Left to torch, the fused step would start from memory as it lies where a GradScaler skips the first step.
     """
-    optimizer = torch.optim.SGD(groups, lr=hyp.lr0, momentum=hyp.momentum, nesterov=hyp.momentum > 0, **way)
+    optimizer = without_compiler(torch.optim.SGD)(
+        groups, lr=hyp.lr0, momentum=hyp.momentum, nesterov=hyp.momentum > 0, **way
+    )
     for parameter in trained_parameters(optimizer):
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def _adam(groups: list[dict[str, Any]], hyp: Hyperparameters, **way: bool) -> torch.optim.Adam:
-    return torch.optim.Adam(groups, lr=hyp.lr0, betas=(hyp.momentum, _ADAM_BETA2), **way)
+    return without_compiler(torch.optim.Adam)(groups, lr=hyp.lr0, betas=(hyp.momentum, _ADAM_BETA2), **way)
 
 
 def _adamw(groups: list[dict[str, Any]], hyp: Hyperparameters, **way: bool) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=hyp.lr0, betas=(hyp.momentum, _ADAM_BETA2), **way)
+    return without_compiler(torch.optim.AdamW)(groups, lr=hyp.lr0, betas=(hyp.momentum, _ADAM_BETA2), **way)
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"SGD": _sgd, "Adam": _adam, "AdamW": _adamw}
@@ -173,6 +176,16 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"SGD": _sgd, "Ada
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The same optimizer without its ties to torch.compile, whose import would double the time until a first step.
+
+    torch wraps these methods so that a compiled program need not look into them. No part of ours compiles an optimizer.
+    """
+    names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+    plain = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
