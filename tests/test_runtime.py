@@ -225,6 +225,40 @@ def test_only_a_cuda_device_counts_its_memory(machine):
     assert chosen().free_memory() is None
 
 
+@pytest.fixture
+def gpu_of_100_bytes(monkeypatch) -> tuple[Runtime, list[int]]:
+    """A runtime on a GPU of which 30 bytes are reserved, and the list that holds how many are at most."""
+    peak = [30]
+    for name, answer in {
+        "empty_cache": lambda: None,
+        "synchronize": lambda device: None,
+        "mem_get_info": lambda device: (70, 100),
+        "memory_reserved": lambda device: 30,
+        "reset_peak_memory_stats": lambda device: peak.__setitem__(0, 30),
+        "max_memory_reserved": lambda device: peak[0],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    return Runtime(device=torch.device("cuda:0"), amp_dtype=None, workers=0), peak
+
+
+def test_the_memory_that_a_block_takes(gpu_of_100_bytes):
+    runtime, reserved = gpu_of_100_bytes
+    assert runtime.free_memory() == 70
+    reserved[0] = 99  # of what came before
+    with runtime.memory_peak() as peak:
+        reserved[0] = 80
+    assert peak.bytes == 50
+
+
+def test_a_block_that_runs_out_of_memory_ends_without_a_figure(gpu_of_100_bytes):
+    runtime, _ = gpu_of_100_bytes
+    with runtime.memory_peak() as peak:
+        raise torch.OutOfMemoryError("CUDA")
+    assert peak.bytes is None
+    with pytest.raises(RuntimeError, match="another"), runtime.memory_peak():
+        raise RuntimeError("another")
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -146,3 +146,21 @@ def test_the_rehearsal_sees_the_largest_input_and_the_most_labels(parts, changes
     sizes = (batch.boxes[:, 2:] - batch.boxes[:, :2]).numpy()
     assert np.all(sizes >= 0) and np.all(sizes <= 40)
     assert int(batch.image_of.max()) < inputs
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "figure"),
+    [
+        (64, RuntimeError("upsample only supports output tensors with less than INT_MAX elements"), None),
+        (64, torch.OutOfMemoryError("CUDA"), None),
+        (1, RuntimeError("a bug of ours"), RuntimeError),
+    ],
+)
+def test_a_batch_that_no_kernel_takes_does_not_fit(parts, monkeypatch, size, error, figure):
+    parts["runtime"] = small_gpu()
+    monkeypatch.setattr(Rehearsal, "train", lambda self, batch_size: (_ for _ in ()).throw(error))
+    if figure is RuntimeError:
+        with pytest.raises(RuntimeError, match="a bug of ours"):
+            Rehearsal(**parts).peak_bytes(size)
+    else:
+        assert Rehearsal(**parts).peak_bytes(size) is figure

@@ -234,6 +234,16 @@ def test_every_option_lives_on_in_a_resumed_run(augmented, monkeypatch, chosen, 
     )
 
 
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_the_head_alone_may_learn(tiny, kind):
+    """All batch norms are frozen, so a group of the optimizer is empty."""
+    train.run(**tiny.options(optimizer=kind, freeze=10, epochs=2))
+    fresh = build_trainer(tiny.options(name="fresh")).model.state_dict()
+    trained = load_checkpoint(LAST)["model"]
+    changed = {name for name, value in fresh.items() if not torch.equal(value, trained[name])}
+    assert changed == {name for name in fresh if name.startswith("model.10.m.")}
+
+
 # ---- what is evaluated and saved when -------------------------------------------------------------------------------
 
 
