@@ -55,7 +55,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Lot:
-    """The images that a training batch grows out of: all of its batch that is not a function of the seed alone."""
+    """The images that a training batch grows out of, and their place: with the seed, all that the batch depends on."""
 
     epoch: int
     position: int  # of the first image among the samples of its epoch
@@ -132,7 +132,7 @@ class TrainBatches:
         return train_plan(self.store, int(lot.images[place]), imgsz=self.imgsz, shape=shape, hyp=hyp, rng=rng)
 
     def _quads(self, lot: Lot, shape: tuple[int, int]) -> list[QuadPlan]:
-        """A last group of fewer than four is merged always: enlarging would make it as heavy as a full one."""
+        """The groups of four. A last one of fewer is always merged, with padding where nothing lies."""
         plans = []
         for first in range(0, len(lot.images), 4):
             group = range(first, min(first + 4, len(lot.images)))
