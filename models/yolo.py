@@ -13,7 +13,7 @@ import copy
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -53,6 +53,33 @@ class DetectionModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU as well
             self.model = nn.ModuleList(layer.build() for layer in plan)
+        self._frozen: tuple[int, ...] = ()
+
+    def freeze(self, layers: Sequence[int]) -> None:
+        """What `--freeze` says: one number N stands for the first N layers, several for themselves.
+
+        Their parameters ask for no gradient, and their batch norms keep their statistics in training. Raises UserError
+        for a layer that is not there, and where nothing would be left to learn.
+        """
+        total = len(self.model)
+        there = f"this network has {total} layers, 0 to {total - 1}"
+        if len(layers) == 1 and layers[0] > total:
+            raise UserError(f"--freeze {layers[0]}: {there}")
+        frozen = range(layers[0]) if len(layers) == 1 else sorted(set(layers))
+        for layer in frozen:
+            if layer >= total:
+                raise UserError(f"--freeze {' '.join(map(str, layers))}: there is no layer {layer}, {there}")
+            self.model[layer].requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise UserError(f"--freeze {' '.join(map(str, layers))}: nothing would be left to learn, {there}")
+        self._frozen = tuple(frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> DetectionModel:
+        super().train(mode)
+        for layer in self._frozen:
+            self.model[layer].eval()
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) RGB 0..1 -> L views (B, A, H / stride, W / stride, 5 + C) of raw logits x y w h obj classes.

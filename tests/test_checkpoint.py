@@ -15,6 +15,7 @@ from torch import nn
 
 from models.yolo import DetectionModel, read_network
 from utils.checkpoint import (
+    LateRunFolder,
     RunFolder,
     averaged_model,
     for_inference,
@@ -119,6 +120,43 @@ def test_a_death_between_the_two_files_repeats_the_epoch(tmp_path, monkeypatch):
     run.save(SMALL, best=True)
     run.save(SMALL, best=False)
     assert written == ["best.pt", "last.pt", "last.pt"]
+
+
+# ---- what is kept when ----------------------------------------------------------------------------------------------
+
+
+def files(folder: RunFolder) -> list[str]:
+    return sorted(path.name for path in folder.path.rglob("*.pt"))
+
+
+def test_epochs_to_keep_are_complete(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.save(SMALL, best=False, keep=True)
+    assert files(folder) == ["epoch1.pt", "last.pt"]
+    assert (tmp_path / "weights/epoch1.pt").read_bytes() == folder.last.read_bytes()
+
+
+def test_a_late_folder_keeps_the_best_weights_in_memory_and_writes_them_at_the_end(tmp_path):
+    """As they were then: training goes on in the very same tensors."""
+    weights = {"w": torch.zeros(3), "n": torch.tensor(1), "wild": torch.tensor(1e6)}
+    folder = LateRunFolder(tmp_path)
+    for epoch in (1, 2, 3):
+        for tensor in weights.values():
+            tensor += 1
+        folder.save(SMALL | {"ema": weights, "epoch": epoch}, best=epoch == 2, final=epoch == 3)
+        assert files(folder) == (["best.pt", "last.pt"] if epoch == 3 else [])
+    best, last = load_checkpoint(folder.best), load_checkpoint(folder.last)
+    assert (best["epoch"], last["epoch"]) == (2, 3)
+    assert [tensor.max().item() for tensor in best["ema"].values()] == [2, 3, 1e6 + 2]
+    assert last["ema"]["w"].tolist() == [3] * 3
+
+
+def test_a_late_folder_without_better_weights_leaves_the_best_that_are_there(tmp_path):
+    RunFolder(tmp_path).save(SMALL, best=True)
+    before = (tmp_path / "weights/best.pt").read_bytes()
+    LateRunFolder(tmp_path).save(SMALL | {"epoch": 2}, best=False, final=True)
+    assert (tmp_path / "weights/best.pt").read_bytes() == before
+    assert load_checkpoint(tmp_path / "weights/last.pt")["epoch"] == 2
 
 
 # ---- files that are none --------------------------------------------------------------------------------------------

@@ -164,6 +164,46 @@ def test_spellings_of_the_image_size(flag):
     assert val_options("--weights", "w.pt", f"{flag}=320").imgsz == 320
 
 
+def test_every_flag_of_the_recipe_is_parsed():
+    given = train_options(
+        *"--rect --multi-scale --image-weights --single-cls --optimizer AdamW --compile --deterministic".split(),
+        *"--nosave --noplots --quad --freeze 0 3 10 --local_rank=0".split(),
+    )
+    assert given == TrainOptions(
+        rect=True,
+        multi_scale=True,
+        image_weights=True,
+        single_cls=True,
+        optimizer="AdamW",
+        compile=True,
+        deterministic=True,
+        nosave=True,
+        noplots=True,
+        quad=True,
+        freeze=(0, 3, 10),
+        local_rank=0,
+    )
+    assert train_options("--noval", "--save_period", "3") == TrainOptions(noval=True, save_period=3)
+    assert train_options("--local-rank", "2").local_rank == 2
+    assert val_options("--weights", "w.pt", "--single-cls").single_cls
+
+
+def test_adam_is_short_for_a_choice_of_optimizer():
+    for argv in ("--adam", "--optimizer Adam", "--adam --optimizer Adam"):
+        assert train_options(*argv.split()) == TrainOptions(optimizer="Adam")
+    assert validated(TrainOptions, {"adam": True}).optimizer == "Adam"
+    assert validated(TrainOptions, {"adam": False, "optimizer": "SGD"}).optimizer == "SGD"
+
+
+def test_patience_that_is_off_goes_with_no_evaluations():
+    assert train_options("--noval", "--patience", "0").patience == 0
+
+
+@pytest.mark.parametrize("freeze", [(10,), 10, [10], range(10, 11)])
+def test_frozen_layers_by_name(freeze):
+    assert validated(TrainOptions, {"freeze": freeze}).freeze == (10,)
+
+
 def test_values_keep_their_underscores_and_equal_signs():
     given = train_options("--name", "my_run=2", "--project=a_b=c")
     assert (given.name, given.project) == ("my_run=2", "a_b=c")
@@ -199,6 +239,18 @@ def test_resume_takes_a_path_or_none(argv, resume):
         ("--nominal-batch 0", "--nominal-batch 0: should be auto or a whole number of 1 or more"),
         ("--nominal-batch large", "--nominal-batch large: should be auto or a whole number of 1 or more"),
         ("--linear-lr --cos-lr", "--linear-lr and --cos-lr: choose one"),
+        ("--adam --optimizer SGD", "--adam and --optimizer SGD: choose one"),
+        ("--optimizer adam", "--optimizer: invalid choice: 'adam'"),
+        ("--quad --batch 6", "--batch-size 6: should be a multiple of 4 with --quad"),
+        ("--freeze", "--freeze: expected at least one argument"),
+        ("--freeze 3 -1", "--freeze -1: should be 0 or more"),
+        ("--freeze all", "--freeze: invalid int value: 'all'"),
+        ("--save-period 0", "--save-period 0: should be 1 or more, or -1 to keep none"),
+        ("--save-period -2", "--save-period -2: should be -1 or more"),
+        ("--nosave --save-period 2", "--nosave and --save-period: "),
+        ("--noval --patience 5", "--noval and --patience: "),
+        ("--noval --image-weights", "--noval and --image-weights: "),
+        ("--sync-bn", "--sync-bn: needs DistributedDataParallel on CUDA"),
         ("--seed 4294967296", "--seed 4294967296: should be below 4294967296"),
         ("--name a/b", "--name 'a/b': should be one folder name; --project says where it lies"),
         ("--name ..", "--name '..': should be one folder name"),
@@ -282,6 +334,11 @@ def test_options_by_name_are_mended_where_the_meaning_is_plain():
         ({"label_smoothing": False}, "--label-smoothing False: should be float, got bool"),
         ({"amp": "fp8"}, "--amp fp8: should be one of auto, bf16, fp16, off"),
         ({"imgsz": 0}, "--imgsz 0: should be 1 or more"),
+        ({"freeze": "10"}, "--freeze '10': should be whole numbers, got str"),
+        ({"freeze": [1, True]}, "--freeze True: should be whole numbers, got bool"),
+        ({"adam": "yes"}, "--adam 'yes': should be bool, got str"),
+        ({"adam": True, "optimizer": "SGD"}, "--adam and --optimizer SGD: choose one"),
+        ({"optimizer": "sgd"}, "--optimizer sgd: should be one of SGD, Adam, AdamW"),
     ],
 )
 def test_options_of_a_wrong_name_or_type(values, message):

@@ -438,3 +438,12 @@ def test_gains_follow_levels_classes_and_image_size(levels, balance):
     assert gains.box == pytest.approx(0.06 * 3 / levels)
     assert gains.classification == pytest.approx(0.4 * 20 / 80 * 3 / levels)
     assert gains.objectness == pytest.approx(0.7 / 4 * 3 / levels)
+
+
+def test_an_input_of_four_images_counts_four_times_for_the_gradient_alone():
+    head, batch = head_of(3, 2), batch_of([(0, 1, 8, 8, 24, 40)])
+    one, four = (LossGains.for_head(Hyperparameters(), head, 64, quad=quad) for quad in (False, True))
+    outputs = outputs_for(head, batch)
+    plain, quadruple = (detection_losses(outputs, batch, head, gains) for gains in (one, four))
+    assert quadruple.total == 4 * plain.total
+    assert replace(quadruple, total=plain.total) == plain

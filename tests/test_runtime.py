@@ -173,6 +173,92 @@ def test_what_a_user_can_mend_in_mid_run_is_one_line(error, line):
     assert caught.value.__cause__ is error
 
 
+def test_what_breaks_in_the_compiler_is_one_line():
+    def broken(graph, inputs):
+        raise AssertionError("no compiler\nhere")
+
+    network = torch.compile(torch.nn.Linear(2, 2), backend=broken)
+    with pytest.raises(RunError) as caught, mendable_errors(batch_size=16, imgsz=640):
+        network(torch.ones(1, 2))
+    line = str(caught.value)
+    assert line.startswith("--compile: ") and line.endswith("; leave it out")
+    assert "no compiler" in line and "\n" not in line
+
+
+def test_a_platform_where_nothing_is_compiled_is_known_at_once(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(torch, "compile", lambda model: (_ for _ in ()).throw(RuntimeError("not on this moon.\n\nSee")))
+    with pytest.raises(UserError) as error:
+        choose_runtime(device="", amp="off", workers=0, compile=True)
+    assert str(error.value) == "--compile: not on this moon; leave it out"
+    assert chosen().compile is False
+
+
+def test_a_network_is_compiled_where_that_is_asked_for(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(torch, "compile", lambda model: ("compiled", model))
+    model = torch.nn.Linear(2, 2)
+    assert chosen().compiled(model) is model
+    asked = choose_runtime(device="", amp="off", workers=0, compile=True)
+    assert asked.compiled(model) == ("compiled", model)
+    assert ", compiled, " in asked.description
+
+
+def test_deterministic_is_torchs_own_switch(machine, monkeypatch):
+    machine()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    try:
+        chosen()
+        assert not torch.are_deterministic_algorithms_enabled()
+        choose_runtime(device="", amp="off", workers=0, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.backends.cudnn.deterministic
+        assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_only_a_cuda_device_counts_its_memory(machine):
+    machine()
+    assert chosen().free_memory() is None
+
+
+@pytest.fixture
+def gpu_of_100_bytes(monkeypatch) -> tuple[Runtime, list[int]]:
+    """A runtime on a GPU of which 30 bytes are reserved, and the list that holds how many are at most."""
+    peak = [30]
+    for name, answer in {
+        "empty_cache": lambda: None,
+        "synchronize": lambda device: None,
+        "mem_get_info": lambda device: (70, 100),
+        "memory_reserved": lambda device: 30,
+        "reset_peak_memory_stats": lambda device: peak.__setitem__(0, 30),
+        "max_memory_reserved": lambda device: peak[0],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    return Runtime(device=torch.device("cuda:0"), amp_dtype=None, workers=0), peak
+
+
+def test_the_memory_that_a_block_takes(gpu_of_100_bytes):
+    runtime, reserved = gpu_of_100_bytes
+    assert runtime.free_memory() == 70
+    reserved[0] = 99  # of what came before
+    with runtime.memory_peak() as peak:
+        reserved[0] = 80
+    assert peak.bytes == 50
+
+
+def test_a_block_that_runs_out_of_memory_ends_without_a_figure(gpu_of_100_bytes):
+    runtime, _ = gpu_of_100_bytes
+    with runtime.memory_peak() as peak:
+        raise torch.OutOfMemoryError("CUDA")
+    assert peak.bytes is None
+    with pytest.raises(RuntimeError, match="another"), runtime.memory_peak():
+        raise RuntimeError("another")
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -389,12 +389,12 @@ def test_images_that_vanish_after_the_scan(tiny, cli):
 def test_an_image_that_vanishes_in_mid_run(tiny, cli, monkeypatch, workers):
     honest = Trainer.train_epoch
 
-    def vanishing(self, batches):
+    def vanishing(self):
         if self.state.epoch == 1:
             for split, count in (("train", 8), ("val", 4)):
                 for index in range(count):
                     tiny.image(split, index).unlink()
-        return honest(self, batches)
+        return honest(self)
 
     monkeypatch.setattr(Trainer, "train_epoch", vanishing)
     code, _, problems = cli(train, *tiny.flags(epochs=20, workers=workers))
@@ -524,10 +524,10 @@ def test_ctrl_c_before_training(tiny, cli, monkeypatch):
 def test_ctrl_c_names_a_path_that_the_shell_takes(tiny, cli, monkeypatch):
     honest = Trainer.train_epoch
 
-    def interrupted(self, batches):
+    def interrupted(self):
         if self.state.epoch == 1:
             raise KeyboardInterrupt
-        return honest(self, batches)
+        return honest(self)
 
     monkeypatch.setattr(Trainer, "train_epoch", interrupted)
     _, _, problems = cli(train, *tiny.flags(name="my run", epochs=2))

@@ -57,6 +57,36 @@ def test_losses_count_label_smoothing_as_the_run_did(tiny):
     assert FOUND.read_bytes() == Path("runs/train/exp/metrics.json").read_bytes()
 
 
+def test_a_checkpoint_of_a_single_class_evaluates_on_many_by_itself(tiny):
+    train.run(**tiny.options(single_cls=True))
+    metrics = val.run(weights="runs/train/exp/weights/best.pt", batch_size=8, **CPU)
+    assert FOUND.read_bytes() == Path("runs/train/exp/metrics.json").read_bytes()
+    assert [(one.name, one.labels) for one in metrics.per_class] == [("item", 4)]
+
+
+def test_a_network_of_one_class_takes_all_labels_for_it_when_told(tiny, cli):
+    """Here one that was trained on a data set of one class, and so does not know by itself."""
+    one = tiny.folder / "one.yaml"
+    one.write_text(yaml.safe_dump(yaml.safe_load(tiny.data.read_text()) | {"names": ["thing"]}))
+    for label in tiny.folder.rglob("*.txt"):
+        label.write_text("0" + label.read_text()[1:])
+    train.run(**tiny.options(data=str(one)))
+    weights = "runs/train/exp/weights/best.pt"
+    (tiny.folder / "labels/val/0.txt").write_text("1 0.5 0.5 0.3 0.3\n")
+    code, _, error = cli(val, *flags("--data", str(tiny.data), weights=weights))
+    assert code == 2
+    assert "knows 1 classes" in error and "--single-cls takes these for one" in error
+    code, output, error = cli(val, *flags("--data", str(tiny.data), "--single-cls", weights=weights))
+    assert (code, error) == (0, "")
+    assert "thing" in output
+
+
+def test_a_network_of_many_classes_is_not_for_a_single_one(best, cli):
+    code, _, error = cli(val, *flags("--single-cls", weights=best))
+    assert code == 2
+    assert "knows 2 classes, and should know one" in error
+
+
 def test_command_prints_a_table_and_leaves_pictures(best, cli):
     code, output, problems = cli(val, "--weights", best, "--device", "cpu", "--workers", "1")
     assert (code, problems) == (0, "")

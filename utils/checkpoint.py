@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,14 +44,34 @@ class RunFolder:
         """Whether the final evaluation is done, too."""
         return (self.path / METRICS_FILE).exists()
 
-    def save(self, checkpoint: Checkpoint, *, best: bool) -> None:
-        """Write last.pt and, where this is the best epoch so far, best.pt.
+    def save(self, checkpoint: Checkpoint, *, best: bool, final: bool = False, keep: bool = False) -> None:
+        """Write last.pt and, where this is the best epoch so far, best.pt; `keep` writes epochN.pt, too.
 
-        best.pt goes first: a run that dies in between repeats the epoch, and so never lacks the best.pt it counts on.
+        last.pt goes last: a run that dies in between repeats the epoch, and so never lacks the files it counts on.
+        `final` says that no other epoch follows.
         """
         self.last.parent.mkdir(exist_ok=True)
         if best:
             save_checkpoint(self.best, for_inference(checkpoint))
+        if keep:
+            save_checkpoint(self.last.with_name(f"epoch{checkpoint['epoch']}.pt"), checkpoint)
+        save_checkpoint(self.last, checkpoint)
+
+
+@dataclass(frozen=True)
+class LateRunFolder(RunFolder):
+    """The folder of a run with `--nosave`: weights are written after the final epoch, and the best wait in memory."""
+
+    _waiting: Checkpoint = field(default_factory=dict, repr=False)
+
+    def save(self, checkpoint: Checkpoint, *, best: bool, final: bool = False, keep: bool = False) -> None:
+        if best:
+            self._waiting.update(for_inference(checkpoint))
+        if not final:
+            return
+        self.last.parent.mkdir(exist_ok=True)
+        if self._waiting:
+            save_checkpoint(self.best, self._waiting)
         save_checkpoint(self.last, checkpoint)
 
 
@@ -72,7 +92,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def for_inference(checkpoint: Checkpoint) -> Checkpoint:
-    """What detection needs of a checkpoint: averaged weights in fp16, network, names."""
+    """What detection needs of a checkpoint: averaged weights in fp16, network, names; tensors of its own."""
     kept = ("network", "names", "options", "hyp", "epoch", "best_fitness")
     weights = {name: _half(tensor) for name, tensor in checkpoint["ema"].items()}
     return {"ema": weights, **{key: checkpoint[key] for key in kept}}
@@ -81,9 +101,9 @@ def for_inference(checkpoint: Checkpoint) -> Checkpoint:
 def _half(tensor: Tensor) -> Tensor:
     """fp16, unless a value is too large for it, as the variance of a wild channel may be."""
     if not tensor.is_floating_point():
-        return tensor
+        return tensor.clone()
     half = tensor.half()
-    return half if half.isfinite().all() else tensor
+    return half if half.isfinite().all() else tensor.clone()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -9,7 +9,7 @@ import argparse
 import errno
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,15 +19,20 @@ from utils.structures import DatasetSpec, RunError, UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+SINGLE_CLASS = ("item",)  # the names under --single-cls
 LATEST = "latest"  # what `--resume` without a path means
 
 Amp = Literal["auto", "bf16", "fp16", "off"]
+OptimizerName = Literal["SGD", "Adam", "AdamW"]
 Task = Literal["train", "val", "test"]
 
 
 def _flag(default: Any, meaning: str, *, also: Sequence[str] = (), low: float | None = None, bare: Any = None) -> Any:
     """A field that is a flag: `also` are further spellings, `low` the least value, `bare` the value of a flag alone."""
     return field(default=default, metadata={"meaning": meaning, "also": tuple(also), "low": low, "bare": bare})
+
+
+_SHORT_FOR = {"adam": ("optimizer", "Adam")}  # flags that stand for a value of another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +45,7 @@ class TrainOptions:
     hyp: str = _flag("data/hyps/hyp.scratch.yaml", "hyperparameter YAML")
     epochs: int | None = _flag(None, "default: what the data set YAML says, else 300", low=1)
     batch_size: int = _flag(
-        16, "images per forward; -1: the largest that fits (on the CPU: 16)", also=["--batch"], low=-1
+        16, "images per forward; -1: the largest that fits into the GPU (elsewhere: 16)", also=["--batch"], low=-1
     )
     nominal_batch: str = _flag("auto", "images per optimizer update; auto: 64, less for small data sets")
     imgsz: int | None = _flag(
@@ -53,17 +58,33 @@ class TrainOptions:
     name: str = _flag("exp", "name of the run; exp2, exp3, ... when taken")
     exist_ok: bool = _flag(False, "write into an existing run folder")
     resume: str | None = _flag(None, "continue the run of this last.pt (no path: the newest in runs/)", bare=LATEST)
+    rect: bool = _flag(False, "batches of images of like shape, with less padding; turns mosaic off")
     noautoanchor: bool = _flag(False, "keep the anchors of the network YAML")
+    multi_scale: bool = _flag(False, "resize each batch at random, to 0.5 to 1.5 times --imgsz")
     linear_lr: bool = _flag(False, "linear decay of the learning rate in place of the one-cycle cosine")
     cos_lr: bool = _flag(False, "accepted; the one-cycle cosine is the default")
-    label_smoothing: float = _flag(0.0, "class targets 1 - eps/2 and eps/2", low=0)
+    label_smoothing: float = _flag(0.0, "class targets 1 - eps/2 and eps/2 in place of 1 and 0", low=0)
+    image_weights: bool = _flag(False, "show images more often whose classes are rare or found badly")
+    single_cls: bool = _flag(False, "treat all classes as one, named item")
+    optimizer: OptimizerName = _flag("SGD", "Adam and AdamW want lr0 and warmup_bias_lr near 0.001 in --hyp")
+    sync_bn: bool = _flag(False, "batch-norm statistics over all GPUs; not available yet")
     workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
     device: str = _flag("", "cpu, 0 (the first GPU), mps; default: the best there is")
     amp: Amp = _flag("auto", "mixed precision: auto picks bf16 or fp16 where the device computes it fast")
+    compile: bool = _flag(False, "let torch.compile speed up the network; the first batches take minutes")
+    deterministic: bool = _flag(False, "on a GPU: kernels that repeat their result to the bit, where there are any")
+    nosave: bool = _flag(False, "write weights only at the end of the run")
+    noval: bool = _flag(False, "evaluate only the final epoch, whose weights become best.pt")
     noplots: bool = _flag(False, "draw no pictures")
     quiet: bool = _flag(False, "no progress bars")
+    quad: bool = _flag(False, "make each four images one input of twice the side: side by side, or the first enlarged")
+    freeze: tuple[int, ...] = _flag(
+        (), "layers that keep their weights; one number: so many from the first; several: those", low=0
+    )
     patience: int = _flag(100, "epochs without improvement before stopping; 0: never", low=0)
     seed: int = _flag(0, "of weights, order and augmentation", low=0)
+    save_period: int = _flag(-1, "also keep weights/epochN.pt, every so many epochs; -1: never", low=-1)
+    local_rank: int = _flag(-1, "accepted for old launchers and ignored; the environment decides")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +104,7 @@ class ValOptions:
     device: str = _flag("", "cpu, 0 (the first GPU), mps; default: the best there is")
     amp: Amp = _flag("off", "mixed precision; off gives the exact figures")
     workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
+    single_cls: bool = _flag(False, "treat all classes as one; by itself for a checkpoint trained so")
     verbose: bool = _flag(False, "results per class, whatever the number of classes")
     project: str = _flag("runs/val", "folder that holds the results")
     name: str = _flag("exp", "name of the results folder; exp2, exp3, ... when taken")
@@ -107,13 +129,15 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
     parser = _Parser(prog=program, description=kind.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for item, base in _typed_fields(kind):
         meaning = item.metadata["meaning"].replace("%", "%%")
-        if item.default not in (None, "", False):
+        if item.default not in (None, "", False, ()):
             meaning += f" (default: {item.default})"
         spelled = [_spelling(item.name), *item.metadata["also"]]
         if base is bool:
             parser.add_argument(*spelled, dest=item.name, action="store_true", help=meaning)
         elif get_origin(base) is Literal:
             parser.add_argument(*spelled, dest=item.name, choices=get_args(base), help=meaning)
+        elif get_origin(base) is tuple:
+            parser.add_argument(*spelled, dest=item.name, nargs="+", type=int, metavar="N", help=meaning)
         elif item.metadata["bare"] is not None:
             parser.add_argument(
                 *spelled, dest=item.name, nargs="?", const=item.metadata["bare"], metavar="PATH", help=meaning
@@ -121,6 +145,9 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
         else:
             metavar = {int: "N", float: "X", str: "TEXT"}[base]
             parser.add_argument(*spelled, dest=item.name, type=base, metavar=metavar, help=meaning)
+        for short, (_, value) in _shorts_of(item.name):
+            meaning = f"the same as {_spelling(item.name)} {value}"
+            parser.add_argument(_spelling(short), dest=short, action="store_true", help=meaning)
     values, unknown = parser.parse_known_args(_underscores_to_dashes(kind, argv))
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
@@ -129,6 +156,10 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
             hint = f"; did you mean '--data {unknown[0]}'?"
         raise UserError(f"unknown {'flag' if unknown[0].startswith('-') else 'argument'} '{unknown[0]}'{hint}")
     return vars(values)
+
+
+def _shorts_of(name: str) -> list[tuple[str, tuple[str, Any]]]:
+    return [(short, whole) for short, whole in _SHORT_FOR.items() if whole[0] == name]
 
 
 def _spelling(name: str) -> str:
@@ -193,7 +224,7 @@ def validated(kind: type[Options], values: dict[str, Any]) -> Options:
     }
     typed = {item.name: (item, base) for item, base in _typed_fields(kind)}
     checked = {}
-    for given_name, value in values.items():
+    for given_name, value in _without_shorts(values, typed).items():
         name = aliases.get(given_name, given_name)
         if name not in typed:
             raise UserError(f"unknown option '{given_name}'{nearest_name(given_name, [*typed, *aliases])}")
@@ -208,8 +239,26 @@ def validated(kind: type[Options], values: dict[str, Any]) -> Options:
     return options
 
 
+def _without_shorts(values: dict[str, Any], known: Container[str]) -> dict[str, Any]:
+    """`adam=True` as `optimizer="Adam"`."""
+    result = dict(values)
+    for short, (name, stands_for) in _SHORT_FOR.items():
+        if name not in known or short not in result:
+            continue
+        wanted = result.pop(short)
+        if wanted is not None and not isinstance(wanted, bool):
+            raise UserError(f"{_spelling(short)} {wanted!r}: should be bool, got {type(wanted).__name__}")
+        if wanted and result.get(name) not in (None, stands_for):
+            raise UserError(f"{_spelling(short)} and {_spelling(name)} {result[name]}: choose one")
+        if wanted:
+            result[name] = stands_for
+    return result
+
+
 def _checked(item: Any, base: Any, value: Any) -> Any:
     flag, low = _spelling(item.name), item.metadata["low"]
+    if get_origin(base) is tuple:
+        return _checked_numbers(flag, value, low)
     if get_origin(base) is Literal:
         if value not in get_args(base):
             raise UserError(f"{flag} {value}: should be one of {', '.join(get_args(base))}")
@@ -227,13 +276,44 @@ def _checked(item: Any, base: Any, value: Any) -> Any:
     return value
 
 
+def _checked_numbers(flag: str, value: Any, low: int) -> tuple[int, ...]:
+    numbers = tuple(value) if isinstance(value, (list, tuple, range)) else (value,)
+    for number in numbers:
+        if type(number) is not int:
+            raise UserError(f"{flag} {number!r}: should be whole numbers, got {type(number).__name__}")
+        if number < low:
+            raise UserError(f"{flag} {number}: should be {low} or more")
+    return numbers
+
+
+# Options that make no sense together, and the reason; one alone is not available at all.
+_EXCLUDED: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("linear_lr", "cos_lr"), "choose one"),
+    (("nosave", "save_period"), "the one writes no weights before the end, the other does; choose one"),
+    (("noval", "patience"), "patience waits for better evaluations, and there are none before the end; choose one"),
+    (("noval", "image_weights"), "the weights of the images come from evaluations; choose one"),
+    (("sync_bn",), "needs DistributedDataParallel on CUDA, which is not available yet; leave it out"),
+)
+
+
+def _check_excluded(options: TrainOptions) -> None:
+    default = TrainOptions()
+    for names, reason in _EXCLUDED:
+        # 0 turns off what a number turns on
+        if all(getattr(options, name) not in (getattr(default, name), 0) for name in names):
+            raise UserError(f"{' and '.join(map(_spelling, names))}: {reason}")
+
+
 def _check_train(options: TrainOptions) -> None:
+    _check_excluded(options)
     if options.batch_size == 0:
         raise UserError("--batch-size 0: should be 1 or more, or -1 for the largest that fits")
     if options.nominal_batch != "auto" and not (options.nominal_batch.isdecimal() and int(options.nominal_batch) > 0):
         raise UserError(f"--nominal-batch {options.nominal_batch}: should be auto or a whole number of 1 or more")
-    if options.linear_lr and options.cos_lr:
-        raise UserError("--linear-lr and --cos-lr: choose one")
+    if options.quad and options.batch_size % 4 and options.batch_size != -1:
+        raise UserError(f"--batch-size {options.batch_size}: should be a multiple of 4 with --quad")
+    if options.save_period == 0:
+        raise UserError("--save-period 0: should be 1 or more, or -1 to keep none")
     if options.label_smoothing >= 1:
         raise UserError(f"--label-smoothing {options.label_smoothing:g}: should be 0 or more and below 1")
     if options.seed >= 2**32:

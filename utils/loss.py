@@ -37,9 +37,12 @@ class LossGains:
     cls_pw: float
     fl_gamma: float
     label_smoothing: float
+    total: float = 1.0
 
     @classmethod
-    def for_head(cls, hyp: Hyperparameters, head: HeadSpec, imgsz: int, *, label_smoothing: float = 0.0) -> LossGains:
+    def for_head(
+        cls, hyp: Hyperparameters, head: HeadSpec, imgsz: int, *, label_smoothing: float = 0.0, quad: bool = False
+    ) -> LossGains:
         levels = len(head.strides)
         return cls(
             box=hyp.box * 3 / levels,
@@ -51,6 +54,7 @@ class LossGains:
             cls_pw=hyp.cls_pw,
             fl_gamma=hyp.fl_gamma,
             label_smoothing=label_smoothing,
+            total=4.0 if quad else 1.0,  # an input stands for four images
         )
 
 
@@ -174,7 +178,7 @@ def detection_losses(
         box=box.detach(),
         objectness=objectness.detach(),
         classification=classification.detach(),
-        total=(box + objectness + classification) * len(predictions[0]),
+        total=(box + objectness + classification) * (len(predictions[0]) * gains.total),
     )
 
 

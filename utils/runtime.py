@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 
 from utils.clock import EventClock, StepClock
 from utils.structures import RunError, UserError
@@ -21,15 +22,41 @@ class Runtime:
     device: torch.device
     amp_dtype: torch.dtype | None  # None: everything in fp32
     workers: int
+    compile: bool = False
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.amp_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
+    def compiled(self, model: nn.Module) -> Callable:
+        """What to call in the place of `model` for training: the same weights, compiled where that is asked for."""
+        return torch.compile(model) if self.compile else model
+
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Scales losses for fp16 on CUDA; elsewhere it is a disabled one that passes everything through."""
         return torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
+
+    def free_memory(self) -> int | None:
+        """Bytes that the device has free for this process, its own idle reserve included; None where nobody counts."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    @contextlib.contextmanager
+    def memory_peak(self) -> Iterator[MemoryPeak]:
+        """How much device memory a `with` block takes. Running out of it ends the block, and `bytes` is None."""
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        peak = MemoryPeak()
+        try:
+            yield peak
+            torch.cuda.synchronize(self.device)
+            peak.bytes = torch.cuda.max_memory_reserved(self.device) - before
+        except torch.OutOfMemoryError:
+            peak.bytes = None
 
     def step_clock(self) -> StepClock:
         """Tells where the time goes, by the device's clock on CUDA. MPS is timed as it is queued, by the host's."""
@@ -52,15 +79,47 @@ class Runtime:
             where = f"CPU ({threads} thread{'s' * (threads > 1)})"
         precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.amp_dtype]
         processes = f"{self.workers} loader process{'es' * (self.workers != 1)}" if self.workers else "loading in place"
-        return f"{where}, {precision}, {processes}"
+        return f"{where}, {precision}{', compiled' * self.compile}, {processes}"
 
 
-def choose_runtime(*, device: str, amp: str, workers: int) -> Runtime:
-    """The runtime for the options --device, --amp and --workers. Raises UserError for a device that is not there."""
+@dataclass
+class MemoryPeak:
+    bytes: int | None = None
+
+
+def choose_runtime(
+    *, device: str, amp: str, workers: int, compile: bool = False, deterministic: bool = False
+) -> Runtime:
+    """The runtime for the options of these names. Raises UserError for a device that is not there.
+
+    `deterministic` is torch's own switch, and so holds for the whole process.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes (WORLD_SIZE > 1) are not supported yet; start train.py without the launcher")
     chosen = _choose_device(device.strip().lower())
-    return Runtime(device=chosen, amp_dtype=_choose_amp(amp, chosen), workers=min(workers, _usable_cores()))
+    if compile:
+        _check_compiler()
+    if deterministic:
+        _be_deterministic()
+    return Runtime(
+        device=chosen, amp_dtype=_choose_amp(amp, chosen), workers=min(workers, _usable_cores()), compile=compile
+    )
+
+
+def _check_compiler() -> None:
+    """Raises UserError where torch says that it does not compile on this platform; the rest shows at the first step."""
+    try:
+        torch.compile(nn.Identity())
+    except RuntimeError as error:
+        raise UserError(f"--compile: {_first_line(error)}; leave it out") from error
+
+
+def _be_deterministic() -> None:
+    """Kernels that repeat their result; where torch has none for an operation it warns and takes what there is."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def _usable_cores() -> int:
@@ -129,7 +188,21 @@ def mendable_errors(*, batch_size: int, imgsz: int) -> Iterator[None]:
         if any(words in str(error) for words in _LOADER_DIED):
             reason = "a loader process died, most likely of lack of memory (in a container: of its --shm-size)"
             raise RunError(f"{reason}: lower --workers, or {remedy}") from error
+        if _is_of_compiler(error):
+            raise RunError(f"--compile: {_first_line(error)}; leave it out") from error
         raise
+
+
+def _is_of_compiler(error: RuntimeError) -> bool:
+    """Told by where its class comes from: importing the classes would take a second, and they move about."""
+    return any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__)
+
+
+def _first_line(error: RuntimeError) -> str:
+    """What went wrong, in torch's words; a first line such as `backend='inductor' raised:` only says who speaks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
+    return telling.rstrip(".:;")
 
 
 # How torch says it where it has no exception of its own

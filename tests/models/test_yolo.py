@@ -485,3 +485,51 @@ def test_command_line_answers_a_mistake_with_one_line(arguments):
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert arguments[0] in done.stderr or arguments[1] in done.stderr
+
+
+# ---- freezing -----------------------------------------------------------------------------------------------------
+
+
+def learning(model: DetectionModel) -> list[int]:
+    """The layers with parameters that ask for gradients."""
+    return [index for index, layer in enumerate(model.model) if any(one.requires_grad for one in layer.parameters())]
+
+
+@pytest.mark.parametrize(
+    ("layers", "left"),
+    [((0,), [0, 1, 2, 3, 4, 7, 8]), ((3,), [3, 4, 7, 8]), ((0, 2), [1, 3, 4, 7, 8]), ((7, 7, 1), [0, 2, 3, 4, 8])],
+)
+def test_one_number_freezes_the_first_layers_several_freeze_those(tiny, layers, left):
+    tiny.freeze(layers)
+    assert learning(tiny) == left
+
+
+def test_frozen_layers_stay_as_they_are_in_training(tiny):
+    tiny.freeze((3,))
+    tiny.train()
+    before = copy.deepcopy(tiny.state_dict())
+    sum(level.square().mean() for level in tiny(torch.rand(2, 3, 32, 32))).backward()
+    with torch.no_grad():
+        for parameter in tiny.parameters():
+            if parameter.grad is not None:
+                parameter -= parameter.grad
+    changed = {name.split(".")[1] for name, value in tiny.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"3", "4", "7", "8"}
+    assert all(module.training for layer in tiny.model[3:] for module in layer.modules())
+    assert not any(module.training for module in tiny.eval().modules())
+    assert [layer.training for layer in copy.deepcopy(tiny).train().model] == [False] * 3 + [True] * 6
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((10,), "--freeze 10: this network has 9 layers, 0 to 8"),
+        ((2, 9), "--freeze 2 9: there is no layer 9, this network has 9 layers, 0 to 8"),
+        ((9,), "--freeze 9: nothing would be left to learn, this network has 9 layers"),
+        ((0, 1, 2, 3, 4, 7, 8), "--freeze 0 1 2 3 4 7 8: nothing would be left to learn"),
+    ],
+)
+def test_layers_that_cannot_be_frozen(tiny, layers, message):
+    with pytest.raises(UserError) as error:
+        tiny.freeze(layers)
+    assert str(error.value).startswith(message)

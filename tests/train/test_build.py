@@ -70,6 +70,63 @@ def test_label_smoothing_reaches_the_loss(tiny):
     assert build_trainer(tiny.options(label_smoothing=0.2)).gains.label_smoothing == 0.2
 
 
+@pytest.mark.parametrize(
+    ("options", "hyp", "line"),
+    [
+        ({"optimizer": "Adam"}, {}, "Adam runs with learning rates made for SGD"),
+        ({"rect": True}, {"mosaic": 0.5}, "--rect: no mosaics, though the hyp file has 'mosaic: 0.5'"),
+        ({"freeze": 2}, {}, "--freeze without --weights"),
+        ({"single_cls": True, "label_smoothing": 0.1}, {}, "--label-smoothing: with one class"),
+        ({"batch_size": -1}, {}, "--batch-size -1: without a CUDA GPU that is 16"),
+    ],
+)
+def test_options_that_may_surprise_are_worth_a_line(tiny, capsys, options, hyp, line):
+    tiny.hyp.write_text(yaml.safe_dump(yaml.safe_load(tiny.hyp.read_text()) | hyp))
+    build_trainer(tiny.options())
+    assert line not in capsys.readouterr().out
+    build_trainer(tiny.options() | options)
+    assert line in capsys.readouterr().out
+
+
+def test_a_chosen_batch_size_is_written_down(tiny, monkeypatch):
+    monkeypatch.setattr("utils.train.build.largest_batch_size", lambda *_, **__: 6)
+    assert build_trainer(tiny.options(batch_size=-1)).options.batch_size == 6
+    assert yaml.safe_load((RUN / "opt.yaml").read_text())["batch_size"] == 6
+
+
+def test_frozen_layers_are_those_of_the_options(trained, tiny):
+    weights = str(trained / "weights/best.pt")
+    model = build_trainer(tiny.options(weights=weights, cfg=None, freeze=[0, 3])).model
+    assert [layer.training for layer in model.train().model] == [index not in (0, 3) for index in range(11)]
+    with pytest.raises(UserError, match="--freeze 30: this network has 11 layers"):
+        build_trainer(tiny.options(freeze=30))
+
+
+def test_a_quad_batch_is_lowered_to_a_multiple_of_four(tiny):
+    for index in (6, 7):
+        tiny.image("train", index).unlink()
+    assert build_trainer(tiny.options(quad=True, batch_size=8)).options.batch_size == 4
+    for index in (3, 4, 5):
+        tiny.image("train", index).unlink()
+    with pytest.raises(UserError, match="--quad takes images by four, and there are 3"):
+        build_trainer(tiny.options(quad=True))
+
+
+def test_adam_needs_a_momentum_below_one(tiny):
+    tiny.hyp.write_text(tiny.hyp.read_text() + "momentum: 1.0\n")
+    build_trainer(tiny.options())
+    with pytest.raises(UserError, match="should be below 1 for AdamW"):
+        build_trainer(tiny.options(optimizer="AdamW"))
+
+
+def test_a_single_class_replaces_all(tiny):
+    trainer = build_trainer(tiny.options(single_cls=True))
+    assert trainer.names == ("item",)
+    assert trainer.head.num_classes == 1
+    batch = next(trainer.stream.epoch(0))
+    assert len(batch.classes) and not batch.classes.any()
+
+
 # ---- anchors --------------------------------------------------------------------------------------------------------
 
 
@@ -220,4 +277,4 @@ def test_a_real_data_set(shared_datasets, tiny, monkeypatch):
     trainer = build_trainer(tiny.options(data=str(shared_datasets / "road_signs/data.yaml")))
     assert len(trainer.evaluator.batches.store) == 128
     assert trainer.head.num_classes == 21
-    assert next(iter(trainer.stream)).images.shape == (4, 3, 64, 64)
+    assert next(trainer.stream.epoch(0)).images.shape == (4, 3, 64, 64)

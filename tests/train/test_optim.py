@@ -1,6 +1,8 @@
 import copy
 import itertools
 import math
+from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
@@ -8,13 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from utils.config import OptimizerName
 from utils.hyp import Hyperparameters
 from utils.train.optim import (
+    OPTIMIZERS,
     Schedule,
     WeightAverage,
     apply_settings,
     choose_accumulation,
     make_optimizer,
+    multi_scales,
+    rates_of_sgd,
+    restore_optimizer,
+    trained_parameters,
     without_compiler,
 )
 
@@ -151,6 +159,39 @@ def test_a_schedule_is_a_function_of_the_step(step, linear):
     assert plan(step) == schedule(linear=linear)(step)
 
 
+def test_without_multi_scale_every_batch_has_one_size():
+    assert {schedule()(step).scale for step in range(500)} == {1.0}
+
+
+@given(st.integers(1, 40), st.sampled_from([8, 16, 32, 64]))
+def test_scales_are_all_whole_strides_from_half_to_one_and_a_half(strides, stride):
+    imgsz = strides * stride
+    sizes = [scale * imgsz for scale in multi_scales(imgsz, stride)]
+    slow = [size for size in range(stride, 2 * imgsz, stride) if imgsz / 2 <= size <= imgsz * 3 / 2]
+    assert sizes == pytest.approx(slow)
+    assert 1.0 in multi_scales(imgsz, stride)
+
+
+def test_scales_are_drawn_evenly_and_from_seed_epoch_and_batch_alone():
+    def drawn(seed: int) -> list[float]:
+        plan = Schedule(
+            hyp=Hyperparameters(),
+            epochs=10,
+            batches_per_epoch=200,
+            accumulation=1,
+            seed=seed,
+            scales=multi_scales(160, 32),
+        )
+        return [plan(step).scale for step in range(2000)]
+
+    first = drawn(0)
+    assert first == drawn(0) != drawn(1)
+    assert first[:200] != first[200:400]  # another epoch
+    counts = Counter(round(scale * 160) for scale in first)
+    assert counts.keys() == {96, 128, 160, 192, 224}
+    assert all(abs(count - 400) < 80 for count in counts.values())  # 4.5 standard deviations
+
+
 # ---- optimizer ----------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +275,164 @@ def test_momentum_zero_is_plain_gradient_descent():
     assert not any(group["nesterov"] for group in optimizer.param_groups)
 
 
+def test_choices_on_the_command_line_are_those_there_are():
+    assert get_args(OptimizerName) == tuple(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_optimizer_has_the_same_groups(kind):
+    sgd = make_optimizer(model := Small(), Hyperparameters(), weight_decay=0.003)
+    optimizer = make_optimizer(model, Hyperparameters(lr0=0.02), weight_decay=0.003, kind=kind)
+    assert type(optimizer).__name__ == kind
+    for ours, theirs in zip(optimizer.param_groups, sgd.param_groups):
+        assert [id(parameter) for parameter in ours["params"]] == [id(parameter) for parameter in theirs["params"]]
+        assert (ours["lr"], ours["weight_decay"]) == (0.02, theirs["weight_decay"])
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+def test_three_updates_equal_adam_by_hand(kind):
+    """With beta1 moving as the schedule says, and weight decay in the gradient (Adam) or beside it (AdamW)."""
+    model = nn.Linear(1, 1, bias=False).double()
+    optimizer = make_optimizer(model, Hyperparameters(lr0=0.1), weight_decay=0.2, kind=kind)
+    plan = schedule(per_epoch=3, lr0=0.1, warmup_epochs=3.0)
+    weight, first, second = model.weight.item(), 0.0, 0.0
+    for step in range(1, 4):
+        settings = plan(step)
+        apply_settings(optimizer, settings)
+        optimizer.zero_grad()
+        (step * model.weight.sum()).backward()
+        optimizer.step()
+        lr, beta1 = settings.lrs[1], settings.momentum
+        gradient = step + (0.2 * weight if kind == "Adam" else 0)
+        weight -= lr * 0.2 * weight if kind == "AdamW" else 0
+        first = beta1 * first + (1 - beta1) * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        weight -= lr * (first / (1 - beta1**step)) / (math.sqrt(second / (1 - 0.999**step)) + 1e-8)
+    assert model.weight.item() == pytest.approx(weight, rel=1e-9)
+
+
+def steps_of(optimizer: torch.optim.Optimizer, model: nn.Module, steps: range) -> None:
+    images = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    for step in steps:
+        apply_settings(optimizer, schedule()(100 + step))
+        optimizer.zero_grad()
+        model(images.to(memory_format=torch.channels_last)).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_fused_step_equals_one_over_lists(kind):
+    """In channels-last memory too, which a kernel over raw memory could mistake."""
+    torch.manual_seed(0)
+    fused = Small().to(memory_format=torch.channels_last)
+    listed = copy.deepcopy(fused)
+    for model in (fused, listed):
+        optimizer = make_optimizer(model, Hyperparameters(), weight_decay=0.01, kind=kind)
+        if model is listed:
+            for group in optimizer.param_groups:
+                group.update(fused=False, foreach=True)
+        steps_of(optimizer, model, range(5))
+    for ours, theirs in zip(fused.parameters(), listed.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_without_a_fused_kernel_the_step_is_one_over_lists(kind, monkeypatch):
+    honest = OPTIMIZERS[kind]
+
+    def old(groups, hyp, **way):
+        if "fused" in way:
+            raise RuntimeError("`fused=True` requires all the params to be on another device")
+        return honest(groups, hyp, **way)
+
+    monkeypatch.setitem(OPTIMIZERS, kind, old)
+    optimizer = make_optimizer(Small(), Hyperparameters(), weight_decay=0.0, kind=kind)
+    assert [(group["foreach"], bool(group["fused"])) for group in optimizer.param_groups] == [(True, False)] * 3
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_restored_optimizer_goes_on_as_if_it_had_not_stopped(kind, moves):
+    """Also on a machine that computes its steps in another way than the one that saved."""
+
+    def made(model):
+        return make_optimizer(model, Hyperparameters(), weight_decay=0.01, kind=kind)
+
+    torch.manual_seed(0)
+    whole = Small()
+    optimizer = made(whole)
+    steps_of(optimizer, whole, range(2))
+    resumed, state = copy.deepcopy(whole), copy.deepcopy(optimizer.state_dict())
+    steps_of(optimizer, whole, range(2, 4))
+    if moves:
+        for group in state["param_groups"]:
+            group.update(fused=None, foreach=True)
+    second = made(resumed)
+    ways = [group["fused"] for group in second.param_groups]
+    restore_optimizer(second, state)
+    assert [group["fused"] for group in second.param_groups] == ways
+    steps_of(second, resumed, range(2, 4))
+    assert all(torch.equal(*pair) for pair in zip(whole.parameters(), resumed.parameters()))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_first_step_that_overflows_leaves_no_trace(kind):
+    """A GradScaler skips it; what follows equals a run that began one step later."""
+    torch.manual_seed(0)
+    skipping = Small()
+    honest = copy.deepcopy(skipping)
+    for model in (skipping, honest):
+        optimizer = make_optimizer(model, Hyperparameters(), weight_decay=0.01, kind=kind)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+        for step in range(1 if model is honest else 0, 4):
+            optimizer.zero_grad()
+            loss = (model.conv.weight.square().sum() + sum(one.sum() for one in model.parameters())) * 2.0
+            scaler.scale(loss * (math.inf if step == 0 else 1)).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+    for ours, theirs in zip(skipping.parameters(), honest.parameters()):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_frozen_is_not_in_the_optimizer():
+    model = Small()
+    model.head.requires_grad_(False)
+    optimizer = make_optimizer(model, Hyperparameters(), weight_decay=0.0)
+    trained = {id(parameter) for parameter in trained_parameters(optimizer)}
+    assert trained == {id(one) for one in (model.conv.weight, model.norm.weight, model.norm.bias, model.scale)}
+
+
+def test_all_kinds_of_batch_norms_are_spared_from_decay():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.SyncBatchNorm(2))
+    groups = make_optimizer(model, Hyperparameters(), weight_decay=0.1).param_groups
+    assert [len(group["params"]) for group in groups] == [2, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "hyp", "line"),
+    [
+        ("SGD", {}, None),
+        ("Adam", {"lr0": 0.001, "warmup_bias_lr": 0.001}, None),
+        (
+            "Adam",
+            {},
+            "Adam runs with learning rates made for SGD (lr0: 0.01, warmup_bias_lr: 0.1): put lr0: 0.001, "
+            "warmup_bias_lr: 0.001 into the --hyp file",
+        ),
+        (
+            "AdamW",
+            {"lr0": 0.001},
+            "AdamW runs with learning rates made for SGD (warmup_bias_lr: 0.1): put warmup_bias_lr: 0.001 into the "
+            "--hyp file",
+        ),
+    ],
+)
+def test_adam_with_the_rates_of_sgd_is_worth_a_line(kind, hyp, line):
+    assert rates_of_sgd(kind, Hyperparameters(**hyp)) == line
+
+
 # ---- moving average -----------------------------------------------------------------------------------------------
 
 
@@ -272,6 +471,22 @@ def test_counters_are_copied():
     model.norm.num_batches_tracked += 7
     average.update(model)
     assert average.model.norm.num_batches_tracked == 7
+
+
+def test_the_average_follows_weights_that_are_loaded_or_of_another_model():
+    model, other = Small(), Small()
+    average = WeightAverage(model)
+    average.update(model)
+    model.load_state_dict(other.state_dict())
+    for _ in range(2):
+        average.updates = 0  # decay 0.0005: nearly a copy
+        average.update(model)
+    torch.testing.assert_close(average.model.conv.weight, other.conv.weight, rtol=0, atol=1e-5)
+    third = Small()
+    for _ in range(2):
+        average.updates = 0
+        average.update(third)
+    torch.testing.assert_close(average.model.conv.weight, third.conv.weight, rtol=0, atol=1e-5)
 
 
 def test_an_old_average_hardly_moves():

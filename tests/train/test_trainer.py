@@ -1,6 +1,9 @@
 """Training as a whole: the same bytes from the same seed, an interrupted run equal to an uninterrupted one."""
 
+import itertools
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +12,14 @@ import yaml
 
 import train
 from utils.checkpoint import RunFolder, averaged_model, load_checkpoint
-from utils.structures import LossMeans, Metrics, RunError, UserError
+from utils.structures import ClassMetrics, LossMeans, Metrics, RunError, UserError
 from utils.train.build import build_trainer
 from utils.train.optim import Schedule
 from utils.train.trainer import RunState, Trainer
 
 RUNS = Path("runs/train")
 LAST = RUNS / "exp/weights/last.pt"
+CLASS = {"images": 1, "labels": 1, "precision": 0.0, "recall": 0.0, "map50": 0.0}
 
 
 def tensors(value, name="") -> dict[str, torch.Tensor]:
@@ -126,10 +130,10 @@ def test_a_death_before_the_checkpoint_leaves_no_gap_in_the_table(augmented, mon
     """The row is written, the checkpoint is not: the resumed run writes the row anew."""
     train.run(**augmented.options(name="whole", epochs=3))
 
-    def killed(self, checkpoint, *, best):
+    def killed(self, checkpoint, **choices):
         if checkpoint["epoch"] == 2:
             raise KeyboardInterrupt
-        honest(self, checkpoint, best=best)
+        honest(self, checkpoint, **choices)
 
     honest = RunFolder.save
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
@@ -192,12 +196,241 @@ def test_a_run_out_of_patience_stops_and_says_so(tiny, cli, monkeypatch):
     assert load_checkpoint(LAST)["epoch"] == 4
 
 
+MANY_OPTIONS = {
+    "adaptive": {
+        "optimizer": "AdamW",
+        "multi_scale": True,
+        "image_weights": True,
+        "quad": True,
+        "freeze": [0, 1],
+        "label_smoothing": 0.1,
+        "save_period": 2,
+        "linear_lr": True,
+    },
+    "plain": {"rect": True, "noval": True, "single_cls": True, "deterministic": True, "multi_scale": True},
+    "rare": {"rect": True, "image_weights": True, "adam": True, "workers": 1, "amp": "bf16"},
+}
+
+
+@pytest.mark.parametrize("chosen", MANY_OPTIONS)
+def test_every_option_lives_on_in_a_resumed_run(augmented, monkeypatch, chosen, request):
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    options = MANY_OPTIONS[chosen]
+    train.run(**augmented.options(name="whole", epochs=4) | options)
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt, match="--resume"):
+        interrupt(context, epoch=1, batch=1)
+        train.run(**augmented.options(epochs=4) | options)
+    assert load_checkpoint(LAST)["epoch"] == 1
+    train.run(resume=str(LAST))
+    assert same(RUNS / "whole/weights/last.pt", LAST)
+    for name in ("results.csv", "metrics.json", "weights/best.pt"):
+        ours, theirs = (RUNS / run / name for run in ("exp", "whole"))
+        if name.endswith(".pt"):
+            assert load_checkpoint(ours)["epoch"] == load_checkpoint(theirs)["epoch"]
+        else:
+            assert ours.read_bytes() == theirs.read_bytes()
+    assert sorted(path.name for path in (RUNS / "exp/weights").iterdir()) == sorted(
+        path.name for path in (RUNS / "whole/weights").iterdir()
+    )
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_the_head_alone_may_learn(tiny, kind):
+    """All batch norms are frozen, so a group of the optimizer is empty."""
+    train.run(**tiny.options(optimizer=kind, freeze=10, epochs=2))
+    fresh = build_trainer(tiny.options(name="fresh")).model.state_dict()
+    trained = load_checkpoint(LAST)["model"]
+    changed = {name for name, value in fresh.items() if not torch.equal(value, trained[name])}
+    assert changed == {name for name in fresh if name.startswith("model.10.m.")}
+
+
+# ---- what is evaluated and saved when -------------------------------------------------------------------------------
+
+
+def fitness_of_epochs(monkeypatch, *figures: float) -> list[int]:
+    """Evaluations give these; the epochs in which they happened."""
+    epochs, left = [], list(figures)
+
+    def evaluated(self):
+        epochs.append(self.state.epoch + 1)
+        return metrics_of(left.pop(0))
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluated)
+    return epochs
+
+
+def test_noval_evaluates_the_final_epoch_which_is_the_best(tiny, monkeypatch):
+    evaluated = fitness_of_epochs(monkeypatch, 0.2, 0.1)
+    train.run(**tiny.options(epochs=3, noval=True))
+    assert evaluated == [3]
+    assert load_checkpoint(RUNS / "exp/weights/best.pt")["epoch"] == 3
+    train.run(resume=str(LAST), epochs=5)
+    assert evaluated == [3, 5]
+    assert load_checkpoint(RUNS / "exp/weights/best.pt")["epoch"] == 5  # though it scored less
+
+
+def test_noval_outlasts_any_patience(tiny, monkeypatch):
+    trainer = build_trainer(tiny.options(epochs=300, noval=True))
+    trainer.state.epoch = 250
+    assert not trainer.finished
+
+
+def test_a_run_with_noval_cannot_be_cut_short_to_what_was_never_evaluated(tiny, monkeypatch):
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        interrupt(context, epoch=2, batch=0)
+        train.run(**tiny.options(epochs=4, noval=True))
+    with pytest.raises(UserError, match="2 epochs are done and none was evaluated; raise --epochs"):
+        train.run(resume=str(LAST), epochs=2)
+
+
+def test_nosave_writes_weights_at_the_end_alone(tiny, monkeypatch):
+    fitness_of_epochs(monkeypatch, 0.1, 0.3, 0.2)
+    seen, honest = [], Trainer.train_epoch
+
+    def looking(self):
+        seen.append(sorted(path.name for path in self.run.path.rglob("*.pt")))
+        return honest(self)
+
+    monkeypatch.setattr(Trainer, "train_epoch", looking)
+    train.run(**tiny.options(epochs=3, nosave=True))
+    assert seen == [[], [], []]
+    assert load_checkpoint(LAST)["epoch"] == 3
+    assert load_checkpoint(RUNS / "exp/weights/best.pt")["epoch"] == 2
+
+
+def test_nosave_gives_the_same_files_as_saving_each_epoch(augmented):
+    for name, nosave in (("saves", False), ("waits", True)):
+        train.run(**augmented.options(name=name, epochs=3, nosave=nosave))
+    first, second = (load_checkpoint(RUNS / name / "weights/best.pt") for name in ("saves", "waits"))
+    assert first["epoch"] == second["epoch"]
+    assert all(torch.equal(tensor, second["ema"][name]) for name, tensor in first["ema"].items())
+    assert (RUNS / "saves/metrics.json").read_bytes() == (RUNS / "waits/metrics.json").read_bytes()
+
+
+def test_an_early_stop_is_an_end_too(tiny, monkeypatch):
+    fitness_of_epochs(monkeypatch, 0.3, 0.2)
+    train.run(**tiny.options(epochs=30, nosave=True, patience=1))
+    assert load_checkpoint(LAST)["epoch"] == 2
+
+
+def test_ctrl_c_promises_no_checkpoint_that_nosave_never_wrote(tiny, monkeypatch):
+    train.run(**tiny.options(epochs=1))  # whose last.pt is there
+    with (
+        monkeypatch.context() as context,
+        pytest.raises(KeyboardInterrupt, match="--nosave saves nothing before the end"),
+    ):
+        interrupt(context, epoch=2, batch=0)
+        train.run(**tiny.options(epochs=4, nosave=True, exist_ok=True))
+
+
+def test_save_period_keeps_every_so_many_epochs(tiny):
+    train.run(**tiny.options(epochs=5, save_period=2))
+    names = {path.name for path in (RUNS / "exp/weights").iterdir()}
+    assert names == {"last.pt", "best.pt", "epoch2.pt", "epoch4.pt"}
+    kept = load_checkpoint(RUNS / "exp/weights/epoch2.pt")
+    assert kept["epoch"] == 2
+    assert "optimizer" in kept
+
+
+def test_the_aps_of_the_classes_are_in_the_checkpoint(trained):
+    figures = json.loads((trained / "metrics.json").read_text())["per_class"]
+    maps = load_checkpoint(trained / "weights/last.pt")["class_maps"]
+    assert len(maps) == len(figures) == 2
+    assert all(type(value) is float for value in maps)
+    assert max(maps) > 0
+
+
+def test_image_weights_follow_the_last_evaluation(tiny, monkeypatch):
+    """A class that is found for certain is not shown again."""
+    certain = [ClassMetrics(**CLASS, name="blue", map50_95=1.0), ClassMetrics(**CLASS, name="red", map50_95=0.0)]
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: replace(metrics_of(0.1), per_class=tuple(certain)))
+    shown, honest = {0: set(), 1: set()}, Trainer.train_batch
+
+    def watched(self, batch, settings):
+        shown[self.state.epoch] |= set(batch.classes.tolist())
+        return honest(self, batch, settings)
+
+    monkeypatch.setattr(Trainer, "train_batch", watched)
+    train.run(**tiny.options(epochs=2, image_weights=True))
+    assert shown == {0: {0, 1}, 1: {1}}
+
+
+# ---- fp16 -----------------------------------------------------------------------------------------------------------
+
+
+def scaled(tiny, init_scale: float) -> Trainer:
+    """A trainer with a GradScaler at work, as on a GPU in fp16."""
+    trainer = build_trainer(tiny.options(batch_size=1, nominal_batch="1"))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    return trainer
+
+
+def test_an_overflow_of_the_gradients_is_nothing_to_speak_of(tiny, capsys, recwarn):
+    """The step is left out, the scale is halved, the loss is as finite as ever."""
+    trainer = scaled(tiny, 2.0**16)
+    gradients = iter([float("inf"), float("nan")])
+    next(trainer.model.parameters()).register_hook(lambda gradient: gradient * next(gradients, 1.0))
+    weights, honest = [], trainer.train_batch
+
+    def recorded(batch, settings):
+        losses = honest(batch, settings)
+        assert losses.total.isfinite()
+        weights.append(next(trainer.model.parameters()).detach().clone())
+        return losses
+
+    trainer.train_batch = recorded
+    capsys.readouterr()
+    means = trainer.train_epoch()
+    assert means.box > 0
+    assert [torch.equal(before, after) for before, after in itertools.pairwise(weights)] == [True] + [False] * 6
+    assert trainer.scaler.get_scale() == 2.0**14
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    assert all(value.isfinite().all() for value in tensors(trainer.checkpoint()).values())
+    assert "overflow" not in "".join(capsys.readouterr())
+    assert not [str(one.message) for one in recwarn if "overflow" in str(one.message)]
+
+
+def test_gradients_that_never_fit_into_fp16_end_the_run_with_one_line(tiny):
+    trainer = scaled(tiny, 2.0**-4)
+    next(trainer.model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(RunError, match=r"overflow in fp16 at every step of epoch 1.*use --amp bf16 or --amp off"):
+        trainer.fit()
+
+
+def test_a_run_without_a_scaler_resumes_with_one(tiny):
+    """As when a run moves from a CPU to an old GPU."""
+    trainer = build_trainer(tiny.options())
+    saved = trainer.checkpoint()
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.restore(saved)
+    assert trainer.scaler.get_scale() == 8.0
+
+
 # ---- the loop's parts -----------------------------------------------------------------------------------------------
 
 
 def metrics_of(fitness: float) -> Metrics:
     figures = {"precision": 0.0, "recall": 0.0, "best_confidence": 0.0}
     return Metrics(**figures, map50=fitness, map50_95=fitness, images=1, labels=1, per_class=())
+
+
+def test_an_input_is_resized_as_the_schedule_says(tiny):
+    trainer = build_trainer(tiny.options(multi_scale=True, imgsz=64, batch_size=1, seed=1))
+    sides, honest = [], trainer.model.forward
+    trainer.model.forward = lambda images: (sides.append(tuple(images.shape[2:])), honest(images))[1]
+    trainer.train_epoch()
+    assert sides == [(round(64 * trainer.schedule(step).scale),) * 2 for step in range(8)]
+    assert len(set(sides)) > 2
+
+
+def test_images_are_counted_before_they_are_merged(tiny):
+    """Two quad batches of four images are two network inputs."""
+    trainer = build_trainer(tiny.options(quad=True))
+    inputs, honest = [], trainer.model.forward
+    trainer.model.forward = lambda images: (inputs.append(tuple(images.shape)), honest(images))[1]
+    trainer.train_epoch()
+    assert inputs == [(1, 3, 128, 128)] * 2
+    assert trainer.clock.split().images == 8
 
 
 def test_state_remembers_the_first_of_equally_good_epochs():
@@ -210,7 +443,7 @@ def test_state_remembers_the_first_of_equally_good_epochs():
 def test_evaluation_leaves_the_training_as_it_was(augmented, random_states):
     """Weights, running averages, gradients, optimizer and random state."""
     trainer = build_trainer(augmented.options())
-    trainer.train_epoch(iter(trainer.stream))
+    trainer.train_epoch()
 
     def everything():
         return {key: value.clone() for key, value in tensors(trainer.checkpoint()).items()}
@@ -236,7 +469,7 @@ def test_best_is_the_average_and_not_the_trained_weights(trained):
 def test_gradients_add_up_over_batches_and_are_clipped(tiny):
     """Two batches before a step give the sum of their gradients; no step moves along more than norm 10."""
     trainer = build_trainer(tiny.options())
-    batches = list(trainer.stream)
+    batches = list(trainer.stream.epoch(0))
     trainer.model.eval()  # so that a batch does not change the next one's normalisation
     waits = Schedule(hyp=trainer.hyp, epochs=1, batches_per_epoch=3, accumulation=3)(1)
     assert not waits.update
@@ -274,7 +507,7 @@ def test_losses_of_an_epoch_are_means_over_images(augmented):
         return losses
 
     trainer.train_batch = recorded
-    means = trainer.train_epoch(iter(trainer.stream))
+    means = trainer.train_epoch()
     assert [row[0] for row in seen] == [3, 3, 2]
     expected = [sum(row[0] * row[column] for row in seen) / 8 for column in (1, 2, 3)]
     assert [means.box, means.objectness, means.classification] == pytest.approx(expected, rel=1e-6)

@@ -8,6 +8,7 @@ from typing import Any
 
 from utils.checkpoint import METRICS_FILE, Checkpoint, averaged_model, load_checkpoint
 from utils.config import ValOptions, validated, whole_strides
+from utils.data.labels import single_class
 from utils.data.loader import EvalBatches
 from utils.data.scan import open_dataset, scan_split
 from utils.evaluate.evaluator import Evaluator
@@ -17,7 +18,7 @@ from utils.loss import LossGains
 from utils.report.loggers import Console, table
 from utils.report.run_report import PictureFiles, Pictures, write_metrics
 from utils.runtime import choose_runtime, mendable_errors
-from utils.structures import HeadSpec, Metrics, UserError
+from utils.structures import DatasetSpec, HeadSpec, Metrics, UserError
 
 _CLASSES_SHOWN = 30  # more, and only --verbose lists them
 
@@ -29,27 +30,25 @@ def evaluate(values: Mapping[str, Any]) -> Metrics:
     runtime = choose_runtime(device=options.device, amp=options.amp, workers=options.workers)
     checkpoint = load_checkpoint(Path(options.weights))
     spec = open_dataset(options.data or checkpoint["options"]["data"], note=console.note)
-    if len(spec.names) != len(checkpoint["names"]):
-        raise UserError(
-            f"{options.weights} knows {len(checkpoint['names'])} classes, {spec.source} has {len(spec.names)} names"
-        )
-    if list(spec.names) != checkpoint["names"]:
-        console.warn(f"the names of {spec.source}, or their order, are not those that {options.weights} learned")
+    single = options.single_cls or checkpoint["options"].get("single_cls", False)
+    names = _names(options, spec, checkpoint, single=single, console=console)
     store, report = scan_split(spec, options.task, progress=console.bar)
+    if single:
+        store = single_class(store)
     for line in report.lines():
         console.line(line)
     model = averaged_model(checkpoint)
     imgsz = whole_strides(options.imgsz or checkpoint["options"]["imgsz"], max(model.head.strides), note=console.note)
     evaluator = Evaluator(
         batches=EvalBatches(store=store, imgsz=imgsz, batch_size=options.batch_size, stride=max(model.head.strides)),
-        names=spec.names,
+        names=names,
         runtime=runtime,
         confidence=options.conf_thres,
         iou=options.iou_thres,
         max_detections=options.max_det,
     )
     folder = new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
-    pictures = Pictures() if options.noplots else PictureFiles(folder, spec.names, val=store)
+    pictures = Pictures() if options.noplots else PictureFiles(folder, names, val=store)
     with mendable_errors(batch_size=options.batch_size, imgsz=imgsz):
         metrics = evaluator(
             model.to(runtime.device),
@@ -59,9 +58,28 @@ def evaluate(values: Mapping[str, Any]) -> Metrics:
         )
         write_metrics(folder / METRICS_FILE, metrics)
         pictures.finished(metrics)
-    console.line(table(metrics, verbose=options.verbose or len(spec.names) <= _CLASSES_SHOWN))
+    console.line(table(metrics, verbose=options.verbose or len(names) <= _CLASSES_SHOWN))
     console.line(f"Tables and pictures: {folder}")
     return metrics
+
+
+def _names(
+    options: ValOptions, spec: DatasetSpec, checkpoint: Checkpoint, *, single: bool, console: Console
+) -> tuple[str, ...]:
+    """The classes to tell apart. Raises UserError where those of network and data set do not agree."""
+    learned = tuple(checkpoint["names"])
+    if single and len(learned) > 1:
+        raise UserError(f"--single-cls: {options.weights} knows {len(learned)} classes, and should know one")
+    if single:
+        return learned
+    if len(spec.names) != len(learned):
+        hint = "; --single-cls takes these for one" if len(learned) == 1 else ""
+        raise UserError(
+            f"{options.weights} knows {len(learned)} classes, {spec.source} has {len(spec.names)} names{hint}"
+        )
+    if spec.names != learned:
+        console.warn(f"the names of {spec.source}, or their order, are not those that {options.weights} learned")
+    return spec.names
 
 
 def _gains(checkpoint: Checkpoint, head: HeadSpec, imgsz: int) -> LossGains:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from models.yolo import DetectionModel, count_parameters, gflops, read_network
-from utils.checkpoint import Checkpoint, RunFolder, load_checkpoint, newest_checkpoint, transfer
-from utils.config import LATEST, TrainOptions, find_file, validated, whole_strides
-from utils.data.labels import label_path
-from utils.data.loader import EvalBatches, Stream, TrainBatches
+from utils.checkpoint import Checkpoint, LateRunFolder, RunFolder, load_checkpoint, newest_checkpoint, transfer
+from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, validated, whole_strides
+from utils.data.labels import label_path, single_class
+from utils.data.loader import EvalBatches, TrainBatches, TrainStream
 from utils.data.scan import ScanReport, open_dataset, scan_split, write_findings
 from utils.evaluate.evaluator import Evaluator
 from utils.files import from_here, new_run_folder, write_yaml
@@ -27,7 +27,16 @@ from utils.report.run_report import PictureFiles, Pictures, RunReport
 from utils.runtime import Runtime, choose_runtime, mendable_errors
 from utils.structures import DatasetSpec, LabelStore, UserError
 from utils.train.anchors import choose_anchors
-from utils.train.optim import NOMINAL_BATCH, Schedule, WeightAverage, choose_accumulation, make_optimizer
+from utils.train.batchsize import largest_batch_size
+from utils.train.optim import (
+    NOMINAL_BATCH,
+    Schedule,
+    WeightAverage,
+    choose_accumulation,
+    make_optimizer,
+    multi_scales,
+    rates_of_sgd,
+)
 from utils.train.trainer import RunState, Trainer
 
 _DEFAULT_EPOCHS = 300
@@ -48,7 +57,7 @@ class _Parts:
 
     options: TrainOptions
     hyp: Hyperparameters
-    spec: DatasetSpec
+    names: tuple[str, ...]
     runtime: Runtime
     model: DetectionModel
     train: LabelStore
@@ -67,19 +76,22 @@ def build_trainer(values: Mapping[str, Any]) -> Trainer:
 def _new(given: TrainOptions, console: Console) -> Trainer:
     hyp = _hyperparameters(given)
     spec = open_dataset(given.data, note=console.note)
-    runtime = choose_runtime(device=given.device, amp=given.amp, workers=given.workers)
-    model, lines = _model(given, hyp, spec)
-    train, val = _scan(spec, "train", console), _scan(spec, "val", console)
-    options = _resolved(given, spec, model, train.store, runtime, console)
+    names = _names(given, spec)
+    for line in _advice(given, hyp, names):
+        console.note(line)
+    runtime = _runtime(given)
+    model, lines = _model(given, hyp, names)
+    train, val = _scan(given, spec, "train", console), _scan(given, spec, "val", console)
+    options = _resolved(given, hyp, spec, model, train.store, runtime, console)
     lines += _choose_anchors(model, options, hyp, train.store)
-    run = RunFolder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok))
+    run = _run_folder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok), options)
     write_yaml(run.path / "hyp.yaml", asdict(hyp))
     if train.report.findings or val.report.findings:
         write_findings(run.path / "scan.csv", [train.report, val.report])
         lines.append(f"All findings in the data: {run.path / 'scan.csv'}")
     for line in lines:
         console.line(line)
-    return _assemble(_Parts(options, hyp, spec, runtime, model, train.store, val.store, run, console), RunState())
+    return _assemble(_Parts(options, hyp, names, runtime, model, train.store, val.store, run, console), RunState())
 
 
 def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -> Trainer:
@@ -94,24 +106,29 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     changed = {name: values[name] for name in values if name != "resume" and values[name] is not None}
     options = validated(TrainOptions, {**checkpoint["options"], **changed})
     hyp = hyperparameters(checkpoint["hyp"], source=str(path))
-    run = _run_of(path, checkpoint)
+    run = _run_of(path, checkpoint, options)
     state = _unfinished_state(path, checkpoint, run, options)
     spec = open_dataset(options.data, note=console.note)
-    if list(spec.names) != checkpoint["names"]:
+    names = _names(options, spec)
+    if list(names) != checkpoint["names"]:
         raise UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run")
-    runtime = choose_runtime(device=options.device, amp=options.amp, workers=options.workers)
-    model = DetectionModel(checkpoint["network"], seed=options.seed)
-    train, val = _scan(spec, "train", console), _scan(spec, "val", console)
+    runtime = _runtime(options)
+    model = _frozen(DetectionModel(checkpoint["network"], seed=options.seed), options)
+    train, val = _scan(options, spec, "train", console), _scan(options, spec, "val", console)
     console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}")
-    parts = _Parts(options, hyp, spec, runtime, model, train.store, val.store, run, console)
+    parts = _Parts(options, hyp, names, runtime, model, train.store, val.store, run, console)
     trainer = _assemble(parts, state, accumulation=checkpoint["accumulation"])
     trainer.restore(checkpoint)
     return trainer
 
 
-def _run_of(path: Path, checkpoint: Checkpoint) -> RunFolder:
+def _run_folder(path: Path, options: TrainOptions) -> RunFolder:
+    return LateRunFolder(path) if options.nosave else RunFolder(path)
+
+
+def _run_of(path: Path, checkpoint: Checkpoint, options: TrainOptions) -> RunFolder:
     """The folder that a last.pt continues to fill. Raises UserError for a file that is not in its place."""
-    run = RunFolder(from_here(path.resolve().parent.parent))
+    run = _run_folder(from_here(path.resolve().parent.parent), options)
     if "optimizer" not in checkpoint:
         raise UserError(
             f"--resume {path}: holds weights alone; continue from last.pt, or start anew with --weights {path}"
@@ -125,7 +142,9 @@ def _run_of(path: Path, checkpoint: Checkpoint) -> RunFolder:
 
 def _unfinished_state(path: Path, checkpoint: Checkpoint, run: RunFolder, options: TrainOptions) -> RunState:
     """Where the run stands. Raises UserError when there is nothing left to do."""
-    state = RunState(**{name: checkpoint[name] for name in asdict(RunState())})
+    state = RunState(**{name: checkpoint[name] for name in asdict(RunState()) if name in checkpoint})
+    if state.best_epoch < 0 and state.epoch >= options.epochs:  # with --noval, and --epochs lowered
+        raise UserError(f"--resume {path}: {state.epoch} epochs are done and none was evaluated; raise --epochs")
     if run.finished and state.epoch >= options.epochs:
         raise UserError(f"--resume {path}: all {state.epoch} epochs are done; extend the run with --epochs")
     if run.finished and state.out_of_patience(options.patience):
@@ -145,22 +164,57 @@ def _hyperparameters(options: TrainOptions) -> Hyperparameters:
         raise UserError(
             f"{options.hyp}: 'copy_paste: {hyp.copy_paste:g}': copy-paste is not available yet, set it to 0"
         )
+    if options.optimizer != "SGD" and max(hyp.momentum, hyp.warmup_momentum) >= 1:
+        raise UserError(f"{options.hyp}: 'momentum' and 'warmup_momentum' should be below 1 for {options.optimizer}")
     if hyp.anchors is not None and options.noautoanchor:
         raise UserError("--noautoanchor keeps the network's anchors, but the hyp file asks for new ones with 'anchors'")
     return hyp
 
 
-def _model(options: TrainOptions, hyp: Hyperparameters, spec: DatasetSpec) -> tuple[DetectionModel, list[str]]:
+def _names(options: TrainOptions, spec: DatasetSpec) -> tuple[str, ...]:
+    return SINGLE_CLASS if options.single_cls else spec.names
+
+
+def _runtime(options: TrainOptions) -> Runtime:
+    return choose_runtime(
+        device=options.device,
+        amp=options.amp,
+        workers=options.workers,
+        compile=options.compile,
+        deterministic=options.deterministic,
+    )
+
+
+def _advice(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...]) -> list[str]:
+    """Lines on options of a new run that do less, or other, than one may expect."""
+    lines = [rates_of_sgd(options.optimizer, hyp)]
+    if options.rect and hyp.mosaic > 0:
+        lines.append(f"--rect: no mosaics, though the hyp file has 'mosaic: {hyp.mosaic:g}'")
+    if options.freeze not in ((), (0,)) and not options.weights:
+        lines.append("--freeze without --weights: the frozen layers keep random weights")
+    if options.label_smoothing and len(names) == 1:
+        lines.append("--label-smoothing: with one class there is no class loss to smooth")
+    return [line for line in lines if line]
+
+
+def _model(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...]) -> tuple[DetectionModel, list[str]]:
     """The network with the weights to start from, and lines on these for the user."""
     checkpoint = load_checkpoint(Path(options.weights)) if options.weights else None
     cfg = str(find_file(options.cfg or _DEFAULT_CFG, "models"))
     network = checkpoint["network"] if checkpoint and not options.cfg else read_network(cfg)
     anchors = _placeholder_anchors(network, round(hyp.anchors)) if hyp.anchors is not None else None
-    model = DetectionModel(network, num_classes=len(spec.names), anchors=anchors, seed=options.seed)
+    model = DetectionModel(network, num_classes=len(names), anchors=anchors, seed=options.seed)
+    model = _frozen(model, options)
     if checkpoint is None:
         return model, []
     fitting, total = transfer(model, checkpoint["ema"])
     return model, [f"Weights: {fitting} of {total} entries of {options.weights} fit this network"]
+
+
+def _frozen(model: DetectionModel, options: TrainOptions) -> DetectionModel:
+    if options.freeze:
+        model.freeze(options.freeze)
+    return model
 
 
 def _placeholder_anchors(network: dict[str, Any], per_level: int) -> torch.Tensor:
@@ -169,7 +223,7 @@ def _placeholder_anchors(network: dict[str, Any], per_level: int) -> torch.Tenso
     return first[:, None].repeat(1, per_level, 1)
 
 
-def _scan(spec: DatasetSpec, split: str, console: Console) -> _Split:
+def _scan(options: TrainOptions, spec: DatasetSpec, split: str, console: Console) -> _Split:
     store, report = scan_split(spec, split, progress=console.bar)
     for line in report.lines():
         console.line(line)
@@ -177,7 +231,7 @@ def _scan(spec: DatasetSpec, split: str, console: Console) -> _Split:
         raise UserError(f"{spec.source}: no usable label for 'train'; {_why_no_label(store, report)}")
     if not report.boxes:
         console.warn(f"no usable label for '{split}': metrics will be 0, so best.pt is simply the last epoch")
-    return _Split(store=store, report=report)
+    return _Split(store=single_class(store) if options.single_cls else store, report=report)
 
 
 def _why_no_label(store: LabelStore, report: ScanReport) -> str:
@@ -189,6 +243,7 @@ def _why_no_label(store: LabelStore, report: ScanReport) -> str:
 
 def _resolved(
     options: TrainOptions,
+    hyp: Hyperparameters,
     spec: DatasetSpec,
     model: DetectionModel,
     store: LabelStore,
@@ -196,24 +251,32 @@ def _resolved(
     console: Console,
 ) -> TrainOptions:
     """The options with every `automatic` replaced by what it means for this run."""
-    return replace(
+    options = replace(
         options,
         data=str(spec.source),
         epochs=options.epochs or spec.epochs or _DEFAULT_EPOCHS,
         imgsz=whole_strides(options.imgsz or spec.imgsz or _DEFAULT_IMGSZ, max(model.head.strides), note=console.note),
-        batch_size=_batch_size(options.batch_size, store, runtime, console),
     )
+    return replace(options, batch_size=_batch_size(options, hyp, model, store, runtime, console))
 
 
-def _batch_size(batch_size: int, store: LabelStore, runtime: Runtime, console: Console) -> int:
+def _batch_size(
+    options: TrainOptions,
+    hyp: Hyperparameters,
+    model: DetectionModel,
+    store: LabelStore,
+    runtime: Runtime,
+    console: Console,
+) -> int:
+    step = 4 if options.quad else 1
+    batch_size, most = options.batch_size, len(store) // step * step
+    if not most:
+        raise UserError(f"--quad takes images by four, and there are {len(store)} to train on")
     if batch_size == -1:
-        if runtime.device.type != "cpu":
-            raise UserError("--batch-size -1: finding the largest batch is not available yet on a GPU; give a number")
-        batch_size = 16
-    if batch_size > len(store):
-        console.note(f"--batch-size {batch_size} is larger than the {len(store)} training images: using {len(store)}")
-        batch_size = len(store)
-    return batch_size
+        batch_size = largest_batch_size(model, hyp, options, store, runtime, limit=most, step=step, note=console.note)
+    elif batch_size > len(store):
+        console.note(f"--batch-size {batch_size} is larger than the {len(store)} training images: using {most}")
+    return min(batch_size, most)
 
 
 def _choose_anchors(model: DetectionModel, options: TrainOptions, hyp: Hyperparameters, store: LabelStore) -> list[str]:
@@ -240,24 +303,45 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
     with mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz):
         model = parts.model.to(runtime.device, memory_format=torch.channels_last)
     write_yaml(parts.run.path / "opt.yaml", asdict(options))
+    stride = max(model.head.strides)
     batches = TrainBatches(
-        store=parts.train, imgsz=options.imgsz, batch_size=options.batch_size, hyp=hyp, seed=options.seed
+        store=parts.train,
+        imgsz=options.imgsz,
+        batch_size=options.batch_size,
+        hyp=hyp,
+        seed=options.seed,
+        rect=options.rect,
+        quad=options.quad,
+        stride=stride,
     )
-    schedule = _schedule(options, hyp, batches.per_epoch, accumulation)
+    schedule = _schedule(options, hyp, stride, batches.per_epoch, accumulation)
     pin_memory = runtime.device.type == "cuda"
     return Trainer(
         options=options,
         hyp=hyp,
-        names=parts.spec.names,
+        names=parts.names,
         runtime=runtime,
         model=model,
         average=WeightAverage(model),
-        optimizer=make_optimizer(model, hyp, weight_decay=_weight_decay(options, hyp, schedule.accumulation)),
+        optimizer=make_optimizer(
+            model,
+            hyp,
+            weight_decay=_weight_decay(options, hyp, schedule.accumulation),
+            kind=options.optimizer,
+        ),
         scaler=runtime.grad_scaler(),
         schedule=schedule,
-        gains=LossGains.for_head(hyp, model.head, options.imgsz, label_smoothing=options.label_smoothing),
-        stream=Stream(
-            batches, batches.numbers(state.epoch, options.epochs), workers=runtime.workers, pin_memory=pin_memory
+        gains=LossGains.for_head(
+            hyp, model.head, options.imgsz, label_smoothing=options.label_smoothing, quad=options.quad
+        ),
+        stream=TrainStream(
+            batches,
+            start_epoch=state.epoch,
+            end_epoch=options.epochs,
+            workers=runtime.workers,
+            pin_memory=pin_memory,
+            image_weights=options.image_weights,
+            num_classes=len(parts.names),
         ),
         evaluator=_evaluator(parts),
         run=parts.run,
@@ -266,7 +350,9 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
     )
 
 
-def _schedule(options: TrainOptions, hyp: Hyperparameters, per_epoch: int, accumulation: int | None) -> Schedule:
+def _schedule(
+    options: TrainOptions, hyp: Hyperparameters, stride: int, per_epoch: int, accumulation: int | None
+) -> Schedule:
     chosen = accumulation or choose_accumulation(
         options.nominal_batch, batch_size=options.batch_size, batches_per_epoch=per_epoch, epochs=options.epochs
     )
@@ -276,6 +362,8 @@ def _schedule(options: TrainOptions, hyp: Hyperparameters, per_epoch: int, accum
         batches_per_epoch=per_epoch,
         accumulation=chosen,
         linear=options.linear_lr,
+        seed=options.seed,
+        scales=multi_scales(options.imgsz, stride) if options.multi_scale else (1.0,),
     )
 
 
@@ -294,7 +382,7 @@ def _evaluator(parts: _Parts) -> Evaluator:
     options, stride = parts.options, max(parts.model.head.strides)
     return Evaluator(
         batches=EvalBatches(store=parts.val, imgsz=options.imgsz, batch_size=2 * options.batch_size, stride=stride),
-        names=parts.spec.names,
+        names=parts.names,
         runtime=replace(parts.runtime, amp_dtype=None),  # a figure must not depend on the precision of training
     )
 
@@ -309,7 +397,7 @@ def _report(parts: _Parts, schedule: Schedule, *, start_epoch: int) -> RunReport
         f"{options.imgsz}; batches of {options.batch_size}, {per_update} images per update"
     )
     parts.console.line(f"{parts.runtime.description}; writing to {folder}")
-    files = PictureFiles(folder, parts.spec.names, val=parts.val, train=parts.train)
+    files = PictureFiles(folder, parts.names, val=parts.val, train=parts.train)
     return RunReport(
         folder,
         console=parts.console,

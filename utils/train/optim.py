@@ -1,18 +1,24 @@
-"""Parameter groups, the schedule as a pure function of the step, and the moving average of the weights."""
+"""Optimizers, the schedule as a pure function of the step, and the moving average of the weights."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # what all batch norms are, synchronised ones too
 
+from utils.data.plan import SIZE, generator
 from utils.hyp import Hyperparameters
 
 NOMINAL_BATCH = 64
+MAX_GRADIENT_NORM = 10.0
 _MIN_UPDATES = 1000  # fewer optimizer updates than this in a run, and the nominal batch is lowered
 _MIN_WARMUP_BATCHES = 100
 _EMA_DECAY = 0.9999
@@ -42,6 +48,7 @@ class StepSettings:
     lrs: tuple[float, float, float]  # batch-norm weights, other weights, biases
     momentum: float
     update: bool  # the optimizer steps after this batch
+    scale: float = 1.0  # of the network input
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,8 @@ class Schedule:
     batches_per_epoch: int
     accumulation: int  # batches per update after warm-up
     linear: bool = False
+    seed: int = 0
+    scales: tuple[float, ...] = (1.0,)  # each batch draws one
 
     def __call__(self, step: int) -> StepSettings:
         epoch, index = divmod(step, self.batches_per_epoch)
@@ -65,7 +74,13 @@ class Schedule:
             update=(index + 1) % accumulation == 0
             or self._accumulation(step + 1) > accumulation  # else the next update could hold up to twice as many
             or index + 1 == self.batches_per_epoch,
+            scale=self._scale(epoch, index),
         )
+
+    def _scale(self, epoch: int, index: int) -> float:
+        if len(self.scales) == 1:
+            return self.scales[0]
+        return self.scales[int(generator(self.seed, epoch, index, SIZE).integers(len(self.scales)))]
 
     def _warmup_share(self, step: int) -> float:
         """How much of warm-up lies behind, from 0 to 1."""
@@ -91,17 +106,35 @@ class Schedule:
         return (1 - math.cos(math.pi * progress)) / 2 * (self.hyp.lrf - 1) + 1
 
 
+def multi_scales(imgsz: int, stride: int) -> tuple[float, ...]:
+    """What `--multi-scale` draws from: all whole strides from 0.5 to 1.5 times imgsz, as shares of it."""
+    fewest, most = -(-imgsz // (2 * stride)), 3 * imgsz // (2 * stride)
+    return tuple(strides * stride / imgsz for strides in range(fewest, most + 1))
+
+
 # ---- optimizer ----------------------------------------------------------------------------------------------------
 
+_ADAM_BETA2 = 0.999
+_SGD_LR0, _SGD_WARMUP_BIAS_LR = 0.01, 0.1
+_ADVISED_LR = 0.001
 
-def make_optimizer(model: nn.Module, hyp: Hyperparameters, *, weight_decay: float) -> torch.optim.SGD:
-    """Nesterov SGD over three groups: batch-norm weights, other weights (these alone decay), biases."""
+
+def make_optimizer(
+    model: nn.Module, hyp: Hyperparameters, *, weight_decay: float, kind: str = "SGD"
+) -> torch.optim.Optimizer:
+    """One of OPTIMIZERS over three groups: batch-norm weights, other weights (these alone decay), biases.
+
+    What is frozen is left out. The step is one fused kernel where torch has it for the device, which also spares a
+    GradScaler the wait for the device; else it is a few kernels over lists.
+    """
     norms, weights, biases = [], [], []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
             if name == "bias":
                 biases.append(parameter)
-            elif isinstance(module, nn.BatchNorm2d):
+            elif isinstance(module, _BatchNorm):
                 norms.append(parameter)
             else:
                 weights.append(parameter)
@@ -110,7 +143,39 @@ def make_optimizer(model: nn.Module, hyp: Hyperparameters, *, weight_decay: floa
         {"params": weights, "weight_decay": weight_decay},
         {"params": biases, "weight_decay": 0.0},
     ]
-    return without_compiler(torch.optim.SGD)(groups, lr=hyp.lr0, momentum=hyp.momentum, nesterov=hyp.momentum > 0)
+    make = partial(OPTIMIZERS[kind], groups, hyp)
+    try:
+        return make(fused=True)
+    except (RuntimeError, TypeError):  # torch says so where it has no fused kernel, in these two ways
+        return make(foreach=True)
+
+
+def _sgd(groups: list[dict[str, Any]], hyp: Hyperparameters, **way: bool) -> torch.optim.SGD:
+    """Nesterov's. Its momentum starts as zeros, which is what the first gradient makes of none.
+
+    Left to torch, the fused step would start from memory as it lies where a GradScaler skips the first step.
+    """
+    optimizer = without_compiler(torch.optim.SGD)(
+        groups, lr=hyp.lr0, momentum=hyp.momentum, nesterov=hyp.momentum > 0, **way
+    )
+    for parameter in trained_parameters(optimizer):
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def _adam(groups: list[dict[str, Any]], hyp: Hyperparameters, **way: bool) -> torch.optim.Adam:
+    return without_compiler(torch.optim.Adam)(groups, lr=hyp.lr0, betas=(hyp.momentum, _ADAM_BETA2), **way)
+
+
+def _adamw(groups: list[dict[str, Any]], hyp: Hyperparameters, **way: bool) -> torch.optim.AdamW:
+    return without_compiler(torch.optim.AdamW)(groups, lr=hyp.lr0, betas=(hyp.momentum, _ADAM_BETA2), **way)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"SGD": _sgd, "Adam": _adam, "AdamW": _adamw}
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
@@ -124,8 +189,36 @@ def without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Opti
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
+    """Learning rates and momentum, which is beta1 of the Adams."""
     for group, lr in zip(optimizer.param_groups, settings.lrs):
-        group["lr"], group["momentum"] = lr, settings.momentum
+        group["lr"] = lr
+        if "betas" in group:
+            group["betas"] = (settings.momentum, group["betas"][1])
+        else:
+            group["momentum"] = settings.momentum
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take up a saved state; how steps are computed stays what suits this machine."""
+    ways = [{way: group[way] for way in ("fused", "foreach")} for group in optimizer.param_groups]
+    groups = [{**group, **way} for group, way in zip(state["param_groups"], ways)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def rates_of_sgd(kind: str, hyp: Hyperparameters) -> str | None:
+    """A line for whoever runs an Adam with learning rates that are made for SGD, else None."""
+    high = [
+        f"{name}: {value:g}"
+        for name, value, usual in (
+            ("lr0", hyp.lr0, _SGD_LR0),
+            ("warmup_bias_lr", hyp.warmup_bias_lr, _SGD_WARMUP_BIAS_LR),
+        )
+        if value >= usual
+    ]
+    if kind == "SGD" or not high:
+        return None
+    advised = ", ".join(f"{entry.split(':')[0]}: {_ADVISED_LR}" for entry in high)
+    return f"{kind} runs with learning rates made for SGD ({', '.join(high)}): put {advised} into the --hyp file"
 
 
 # ---- moving average -----------------------------------------------------------------------------------------------
@@ -140,16 +233,27 @@ class WeightAverage:
     def __init__(self, model: nn.Module):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.updates = 0
+        self._source: nn.Module | None = None
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        """Move towards `model`, whose tensors stay where they are between updates: looking them up takes longer."""
+        if model is not self._source:
+            self._pair_up(model)
         self.updates += 1
         decay = _EMA_DECAY * (1 - math.exp(-self.updates / _EMA_RAMP))
-        averaged, latest = [], []
-        for mine, theirs in zip(self.model.state_dict().values(), model.state_dict().values()):
-            if mine.is_floating_point():
-                averaged.append(mine)
-                latest.append(theirs)
-            else:
-                mine.copy_(theirs)
-        torch._foreach_lerp_(averaged, latest, 1 - decay)
+        torch._foreach_lerp_(*self._averaged, 1 - decay)
+        if self._copied[0]:
+            torch._foreach_copy_(*self._copied)
+
+    def _pair_up(self, model: nn.Module) -> None:
+        """The entries of both states, (mine, theirs): those that are averaged, and counters, which are copied."""
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        self._averaged, self._copied = (
+            _columns([pair for pair in pairs if pair[0].is_floating_point() is averaged]) for averaged in (True, False)
+        )
+        self._source = model
+
+
+def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]

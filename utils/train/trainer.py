@@ -17,7 +17,7 @@ import torch
 from models.yolo import DetectionModel
 from utils.checkpoint import RunFolder, averaged_model, load_checkpoint
 from utils.config import TrainOptions
-from utils.data.loader import Stream
+from utils.data.loader import TrainStream, resized
 from utils.evaluate.evaluator import Evaluator
 from utils.files import this_python
 from utils.hyp import Hyperparameters
@@ -26,9 +26,17 @@ from utils.report.loggers import format_losses
 from utils.report.run_report import RunReport
 from utils.runtime import Runtime, mendable_errors
 from utils.structures import Batch, Losses, LossMeans, Metrics, UserError
-from utils.train.optim import Schedule, StepSettings, WeightAverage, apply_settings
+from utils.train.optim import (
+    MAX_GRADIENT_NORM,
+    Schedule,
+    StepSettings,
+    WeightAverage,
+    apply_settings,
+    restore_optimizer,
+    trained_parameters,
+)
 
-_MAX_GRADIENT_NORM = 10.0
+_LEAST_LOSS_SCALE = 2.0**-10  # it starts at 2^16 and is halved by each step that is skipped
 
 
 @dataclass(kw_only=True)
@@ -38,12 +46,18 @@ class RunState:
     epoch: int = 0  # finished epochs
     best_fitness: float = -1.0
     best_epoch: int = -1
+    class_maps: tuple[float, ...] = ()  # mAP@.5:.95 per class of the last evaluation; 0 where there is no label
 
-    def finish_epoch(self, metrics: Metrics) -> bool:
-        """Count the epoch; whether it is the best so far, as each is where there is no label to score it by."""
-        improved = metrics.fitness > self.best_fitness or metrics.labels == 0
+    def finish_epoch(self, metrics: Metrics | None, *, only: bool = False) -> bool:
+        """Count the epoch, evaluated or not; whether it is the best so far.
+
+        That is each where there is no label to score it by, and the one that is the `only` one to be evaluated.
+        """
+        improved = metrics is not None and (only or metrics.labels == 0 or metrics.fitness > self.best_fitness)
         if improved:
             self.best_fitness, self.best_epoch = metrics.fitness, self.epoch
+        if metrics is not None:
+            self.class_maps = tuple(one.map50_95 if one.labels else 0.0 for one in metrics.per_class)
         self.epoch += 1
         return improved
 
@@ -65,7 +79,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     schedule: Schedule
     gains: LossGains
-    stream: Stream  # the batches of all epochs that are left
+    stream: TrainStream
     evaluator: Evaluator
     run: RunFolder
     report: RunReport
@@ -73,6 +87,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.head = self.model.head
+        self.network = self.runtime.compiled(self.model)
+        self.parameters = trained_parameters(self.optimizer)
         self.clock = self.runtime.step_clock()
 
     def fit(self) -> Metrics:
@@ -82,18 +98,17 @@ class Trainer:
         """
         options = self.options
         with (
-            _interruptible(self.run, self.state),
+            _interruptible(self),
             mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz),
         ):
-            batches = iter(self.stream)
             while not self.finished:
-                losses = self.train_epoch(batches)
+                losses = self.train_epoch()
                 with self.clock.part("evaluate"):
-                    metrics = self.evaluate()
-                improved = self.state.finish_epoch(metrics)
+                    metrics = self.evaluate() if self._evaluates else None
+                improved = self.state.finish_epoch(metrics, only=options.noval)
                 self.report.epoch(self.state.epoch - 1, losses, metrics, self._last_settings().lrs, self.clock.split())
                 with self.clock.part("save"):
-                    self.run.save(self.checkpoint(), best=improved)
+                    self.run.save(self.checkpoint(), best=improved, final=self.finished, keep=self._keeps)
             if self.state.epoch < options.epochs:
                 self.report.console.line(f"Stopped early: no improvement in {options.patience} epochs (--patience)")
             return self.finish()
@@ -101,11 +116,22 @@ class Trainer:
     @property
     def finished(self) -> bool:
         done = self.state.epoch >= self.options.epochs
-        return done or self.state.out_of_patience(self.options.patience)
+        return done or (not self.options.noval and self.state.out_of_patience(self.options.patience))
 
-    def train_epoch(self, batches: Iterator[Batch]) -> LossMeans:
+    @property
+    def _evaluates(self) -> bool:
+        """Whether the epoch under way is one to evaluate."""
+        return not self.options.noval or self.state.epoch + 1 >= self.options.epochs
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the checkpoint of the epoch just finished stays."""
+        return self.options.save_period > 0 and self.state.epoch % self.options.save_period == 0
+
+    def train_epoch(self) -> LossMeans:
         """One pass over the images; the means of its losses over images."""
         self.model.train()
+        batches = self.stream.epoch(self.state.epoch, self.state.class_maps)
         epoch, per_epoch = self.state.epoch, self.schedule.batches_per_epoch
         sums, images = torch.zeros(3, device=self.runtime.device), 0
         with self.report.training_bar(epoch, per_epoch) as bar:
@@ -122,6 +148,11 @@ class Trainer:
         means = _means(sums, images)  # waits for what the device has not done yet
         if not all(map(math.isfinite, asdict(means).values())):
             raise UserError(f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (now {self.hyp.lr0:g})")
+        if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_LOSS_SCALE:
+            raise UserError(
+                f"the gradients overflow in fp16 at every step of epoch {epoch + 1}, so nothing is learned: "
+                "use --amp bf16 or --amp off"
+            )
         return means
 
     def train_batch(self, batch: Batch, settings: StepSettings) -> Losses:
@@ -129,8 +160,9 @@ class Trainer:
         apply_settings(self.optimizer, settings)
         batch = batch.to(self.runtime.device)
         self.clock.lap("transfer")
+        batch = resized(batch, settings.scale, max(self.head.strides))
         with self.runtime.autocast():
-            predictions = self.model(batch.images.float() / 255)
+            predictions = self.network(batch.images.float() / 255)
         self.clock.lap("forward")
         losses = detection_losses(predictions, batch, self.head, self.gains)
         self.clock.lap("loss")
@@ -138,7 +170,7 @@ class Trainer:
         self.clock.lap("backward")
         if settings.update:
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRADIENT_NORM)
+            torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad()
@@ -180,8 +212,9 @@ class Trainer:
         self.model.load_state_dict(checkpoint["model"])
         self.average.model.load_state_dict(checkpoint["ema"])
         self.average.updates = checkpoint["ema_updates"]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        restore_optimizer(self.optimizer, checkpoint["optimizer"])
+        if checkpoint["scaler"]:  # else the run came from a device that needs none
+            self.scaler.load_state_dict(checkpoint["scaler"])
 
     def _last_settings(self) -> StepSettings:
         return self.schedule(self.state.epoch * self.schedule.batches_per_epoch - 1)
@@ -193,15 +226,20 @@ def _means(sums: torch.Tensor, images: int) -> LossMeans:
 
 
 @contextmanager
-def _interruptible(run: RunFolder, state: RunState) -> Iterator[None]:
+def _interruptible(trainer: Trainer) -> Iterator[None]:
     """Ctrl-C leaves with a line on how to continue."""
+    start = trainer.state.epoch
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_continue(run, state)) from None
+        raise KeyboardInterrupt(_how_to_continue(trainer, start)) from None
 
 
-def _how_to_continue(run: RunFolder, state: RunState) -> str:
-    if state.epoch == 0 or not run.last.exists():  # a last.pt may be of an earlier run, with --exist-ok
-        return "no epoch was finished, so there is no checkpoint to continue from"
-    return f"continue with: {this_python()} train.py --resume {shlex.quote(str(run.last))}"
+def _how_to_continue(trainer: Trainer, start: int) -> str:
+    """What to type after Ctrl-C in a run that began after `start` epochs."""
+    epochs, last = trainer.state.epoch, trainer.run.last
+    waits = trainer.options.nosave and not trainer.finished
+    if (start if waits else epochs) and last.exists():  # else it may be of an earlier run, with --exist-ok
+        return f"continue with: {this_python()} train.py --resume {shlex.quote(str(last))}"
+    reason = "--nosave saves nothing before the end" if waits and epochs else "no epoch was finished"
+    return f"{reason}, so there is no checkpoint to continue from"

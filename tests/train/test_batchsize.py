@@ -1,0 +1,166 @@
+"""How many images fit: a pure decision over probes, and a rehearsal that leaves everything as it was."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.runtime import MemoryPeak, Runtime
+from utils.structures import UserError
+from utils.train.batchsize import Rehearsal, largest_batch, largest_batch_size
+from utils.train.build import build_trainer
+
+SIZES = {"budget": st.integers(1, 10_000), "limit": st.integers(1, 300), "step": st.sampled_from([1, 4])}
+
+
+@given(fixed=st.integers(0, 500), each=st.integers(1, 400), dies=st.integers(1, 10_000), **SIZES)
+def test_memory_that_grows_by_the_image_is_used_to_the_last(fixed, each, dies, budget, limit, step):
+    limit = limit * step
+
+    def probe(size: int) -> int | None:
+        needed = fixed + each * size
+        return None if needed > dies else needed
+
+    fitting = [size for size in range(step, limit + 1, step) if fixed + each * size <= min(budget, dies)]
+    chosen = largest_batch(probe, budget=budget, limit=limit, step=step)
+    if not fitting:
+        assert chosen is None
+    elif budget <= dies:
+        assert chosen == max(fitting)
+    else:  # memory ends before the budget does, which the line cannot know
+        assert chosen in fitting and chosen * 2 > max(fitting)
+
+
+@given(noise=st.lists(st.floats(0.7, 1.3), min_size=400, max_size=400), **SIZES)
+def test_what_is_chosen_was_tried_and_fitted(noise, budget, limit, step):
+    limit = limit * step
+    seen = {}
+
+    def probe(size: int) -> int:
+        seen[size] = int(50 * size * noise[size % 400])
+        return seen[size]
+
+    chosen = largest_batch(probe, budget=budget, limit=limit, step=step)
+    if chosen is None:
+        assert seen[step] > budget
+    else:
+        assert seen[chosen] <= budget
+        assert chosen == max(size for size, needed in seen.items() if needed <= budget)
+        assert chosen % step == 0 and chosen <= limit
+    assert len(seen) < 25
+
+
+@pytest.fixture
+def parts(tiny):
+    """What the choice is made of, from a built trainer."""
+    trainer = build_trainer(tiny.options(batch_size=4))
+    return {
+        "model": trainer.model,
+        "hyp": trainer.hyp,
+        "options": trainer.options,
+        "store": trainer.evaluator.batches.store,
+        "runtime": trainer.runtime,
+    }
+
+
+def test_where_nobody_counts_memory_it_is_16(parts, capsys):
+    notes = []
+    assert largest_batch_size(**parts, limit=100, step=1, note=notes.append) == 16
+    assert notes == ["--batch-size -1: without a CUDA GPU that is 16"]
+
+
+class SmallGpu(Runtime):
+    """A CPU that says it has 10,000 bytes, of which a network takes 1,000 and each image 700."""
+
+    def free_memory(self) -> int:
+        return 10_000
+
+    @contextmanager
+    def memory_peak(self):
+        peak = MemoryPeak()
+        sizes = []
+        honest = Rehearsal.batch
+
+        def counted(rehearsal, batch_size):
+            sizes.append(batch_size)
+            return honest(rehearsal, batch_size)
+
+        Rehearsal.batch = counted
+        try:
+            yield peak
+        finally:
+            Rehearsal.batch = honest
+        peak.bytes = 1000 + 700 * sizes[0]
+
+
+def small_gpu() -> SmallGpu:
+    return SmallGpu(device=torch.device("cpu"), amp_dtype=None, workers=0)
+
+
+@pytest.mark.parametrize(("limit", "step", "chosen"), [(100, 1, 11), (100, 4, 8), (7, 1, 7)])
+def test_on_a_gpu_nine_tenths_of_the_free_memory_are_used(parts, limit, step, chosen):
+    notes = []
+    parts["runtime"] = small_gpu()
+    assert largest_batch_size(**parts, limit=limit, step=step, note=notes.append) == chosen
+    assert notes == [f"--batch-size -1: {chosen}, of at most {limit}, for 90% of 0.0 GiB free"]
+
+
+def test_a_network_that_does_not_fit_at_all_is_refused(parts, monkeypatch):
+    monkeypatch.setattr(SmallGpu, "free_memory", lambda self: 100)
+    parts["runtime"] = small_gpu()
+    with pytest.raises(UserError, match="not even 4 fit into the memory: lower --imgsz"):
+        largest_batch_size(**parts, limit=100, step=4, note=print)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_the_rehearsal_leaves_network_and_random_state_as_they_were(parts, kind, random_states):
+    parts["options"] = replace(parts["options"], optimizer=kind, multi_scale=True)
+    before = {name: value.clone() for name, value in parts["model"].state_dict().items()}
+    states = random_states()
+    Rehearsal(**parts).train(3)
+    assert random_states() == states
+    assert all(torch.equal(value, before[name]) for name, value in parts["model"].state_dict().items())
+    assert all(parameter.grad is None for parameter in parts["model"].parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "mosaic", "inputs", "side", "labels"),
+    [
+        ({}, 0.0, 5, 64, 4),  # of five images, as the four of the split have one label each
+        ({}, 1.0, 5, 64, 16),
+        ({"rect": True}, 1.0, 5, 80, 4),
+        ({"quad": True}, 1.0, 2, 128, 16),
+    ],
+)
+def test_the_rehearsal_sees_the_largest_input_and_the_most_labels(parts, changes, mosaic, inputs, side, labels):
+    parts["options"] = replace(parts["options"], **changes)
+    parts["hyp"] = replace(parts["hyp"], mosaic=mosaic)
+    batch = Rehearsal(**parts).batch(5)
+    assert batch.images.shape == (inputs, 3, side, side)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert (len(batch.boxes), len(batch.classes), len(batch.indices)) == (labels, labels, 5)
+    sizes = (batch.boxes[:, 2:] - batch.boxes[:, :2]).numpy()
+    assert np.all(sizes >= 0) and np.all(sizes <= 40)
+    assert int(batch.image_of.max()) < inputs
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "figure"),
+    [
+        (64, RuntimeError("upsample only supports output tensors with less than INT_MAX elements"), None),
+        (64, torch.OutOfMemoryError("CUDA"), None),
+        (1, RuntimeError("a bug of ours"), RuntimeError),
+    ],
+)
+def test_a_batch_that_no_kernel_takes_does_not_fit(parts, monkeypatch, size, error, figure):
+    parts["runtime"] = small_gpu()
+    monkeypatch.setattr(Rehearsal, "train", lambda self, batch_size: (_ for _ in ()).throw(error))
+    if figure is RuntimeError:
+        with pytest.raises(RuntimeError, match="a bug of ours"):
+            Rehearsal(**parts).peak_bytes(size)
+    else:
+        assert Rehearsal(**parts).peak_bytes(size) is figure

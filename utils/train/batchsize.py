@@ -1,0 +1,169 @@
+"""`--batch-size -1`: how many images the device can train on at once, found by training on made-up ones.
+
+The rehearsal works on copies, so model and random state are the same bytes afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from models.yolo import DetectionModel
+from utils.config import TrainOptions
+from utils.data.loader import resized
+from utils.hyp import Hyperparameters
+from utils.loss import LossGains, detection_losses
+from utils.runtime import Runtime
+from utils.structures import Batch, LabelStore, UserError
+from utils.train.anchors import label_sizes
+from utils.train.optim import MAX_GRADIENT_NORM, WeightAverage, make_optimizer, multi_scales, trained_parameters
+
+_WHERE_NOBODY_COUNTS = 16  # images, on devices that do not say how much memory they have
+_SHARE_OF_FREE = 0.9
+_STEPS = 2  # only the second has gradients and the optimizer's state side by side
+_FITTED_PROBES = 3
+
+
+def largest_batch_size(
+    model: DetectionModel,
+    hyp: Hyperparameters,
+    options: TrainOptions,
+    store: LabelStore,
+    runtime: Runtime,
+    *,
+    limit: int,
+    step: int,
+    note: Callable[[str], object],
+) -> int:
+    """The batch size to train with, a multiple of `step`. Raises UserError when not even the least fits."""
+    free = runtime.free_memory()
+    if free is None:
+        note(f"--batch-size -1: without a CUDA GPU that is {_WHERE_NOBODY_COUNTS}")
+        return _WHERE_NOBODY_COUNTS
+    rehearsal = Rehearsal(model=model, hyp=hyp, options=options, store=store, runtime=runtime)
+    chosen = largest_batch(rehearsal.peak_bytes, budget=int(free * _SHARE_OF_FREE), limit=limit, step=step)
+    if chosen is None:
+        raise UserError(f"--batch-size -1: not even {step} fit into the memory: lower --imgsz (now {options.imgsz})")
+    note(f"--batch-size -1: {chosen}, of at most {limit}, for {_SHARE_OF_FREE:.0%} of {free / 2**30:.1f} GiB free")
+    return chosen
+
+
+def largest_batch(probe: Callable[[int], int | None], *, budget: int, limit: int, step: int = 1) -> int | None:
+    """The most images, a multiple of `step` and at most `limit`, that `probe` says take no more than `budget` bytes.
+
+    `probe(batch_size)` is None where memory ran out. Sizes are doubled while they fit; a line through the last of them
+    says how far to go between the last that fits and the first that does not, and one more probe confirms it. None
+    when not even `step` fits.
+    """
+    fitting: dict[int, int] = {}
+    too_many = limit + step
+
+    def fits(size: int) -> bool:
+        needed = probe(size)
+        if needed is None or needed > budget:
+            return False
+        fitting[size] = needed
+        return True
+
+    size = step
+    while size < too_many:
+        if not fits(size):
+            too_many = size
+        elif size == limit:
+            return limit
+        size = min(2 * size, limit)
+    if not fitting:
+        return None
+    best = max(fitting)
+    guess = min(_reach(fitting, budget) // step * step, too_many - step)
+    while guess > best and not fits(guess):
+        guess = (best + guess) // 2 // step * step
+    return max(fitting)
+
+
+def _reach(fitting: dict[int, int], budget: int) -> int:
+    """The size at which a straight line through the largest probes meets the budget."""
+    sizes = sorted(fitting)[-_FITTED_PROBES:]
+    if len(sizes) == 1:
+        return sizes[0] * budget // max(fitting[sizes[0]], 1)
+    slope, start = np.polyfit(sizes, [fitting[size] for size in sizes], 1)
+    return int((budget - start) / max(slope, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """Training steps as the run will make them, at the largest input and with as many labels as there may be."""
+
+    model: DetectionModel
+    hyp: Hyperparameters
+    options: TrainOptions
+    store: LabelStore
+    runtime: Runtime
+
+    def peak_bytes(self, batch_size: int) -> int | None:
+        """What the steps take of the device's memory; None where it ran out."""
+        try:
+            with self.runtime.memory_peak() as peak:
+                self.train(batch_size)
+        except RuntimeError:
+            # beyond 2^31 elements some kernels refuse to work, each in words of its own
+            if batch_size <= 4:
+                raise
+            return None
+        return peak.bytes
+
+    def train(self, batch_size: int) -> None:
+        """The twin of Trainer.train_batch, on copies."""
+        runtime, head = self.runtime, self.model.head
+        model = copy.deepcopy(self.model).to(runtime.device, memory_format=torch.channels_last).train()
+        optimizer = make_optimizer(model, self.hyp, weight_decay=0.0, kind=self.options.optimizer)
+        average, scaler = WeightAverage(model), runtime.grad_scaler()
+        gains = LossGains.for_head(self.hyp, head, self.options.imgsz, quad=self.options.quad)
+        made_up = self.batch(batch_size).to(runtime.device)
+        for _ in range(_STEPS):
+            batch = resized(made_up, self._largest_scale(), max(head.strides))
+            with runtime.autocast():
+                predictions = model(batch.images.float() / 255)
+            scaler.scale(detection_losses(predictions, batch, head, gains).total).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(trained_parameters(optimizer), MAX_GRADIENT_NORM)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            average.update(model)
+
+    def batch(self, batch_size: int) -> Batch:
+        """Noise with the labels of the densest images, as many as mosaics and mixup can bring together."""
+        stride = max(self.model.head.strides)
+        side = (self.options.imgsz + (stride if self.options.rect else 0)) * (2 if self.options.quad else 1)
+        inputs = -(-batch_size // 4) if self.options.quad else batch_size
+        device = self.runtime.device
+        noise = torch.Generator(device).manual_seed(self.options.seed)
+        pixels = torch.randint(0, 256, (inputs, side, side, 3), dtype=torch.uint8, device=device, generator=noise)
+        count = self._most_labels(batch_size)
+        rng = np.random.Generator(np.random.Philox(key=self.options.seed))
+        known = label_sizes(self.store, self.options.imgsz)
+        sizes = np.resize(known if len(known) else [[16.0, 16.0]], (count, 2))
+        centres = rng.uniform(0, side, (count, 2))
+        corners = np.concatenate([centres - sizes / 2, centres + sizes / 2], axis=1).clip(0, side)
+        return Batch(
+            images=pixels.permute(0, 3, 1, 2),
+            boxes=torch.from_numpy(corners.astype(np.float32)),
+            classes=torch.from_numpy(rng.integers(self.model.head.num_classes, size=count)),
+            image_of=torch.arange(count) % inputs,
+            indices=torch.zeros(batch_size, dtype=torch.int64),
+        )
+
+    def _most_labels(self, batch_size: int) -> int:
+        densest = np.sort(np.diff(self.store.offsets))[::-1][:batch_size]
+        mosaics = self.hyp.mosaic > 0 and not self.options.rect
+        return int(densest.sum()) * (4 if mosaics else 1) * (2 if mosaics and self.hyp.mixup > 0 else 1)
+
+    def _largest_scale(self) -> float:
+        if not self.options.multi_scale:
+            return 1.0
+        return max(multi_scales(self.options.imgsz, max(self.model.head.strides)))
