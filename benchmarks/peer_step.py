@@ -37,7 +37,9 @@ _MAX_GRADIENT_NORM = 10.0  # as in its train.py
 
 def main() -> None:
     parser = step_flags(__doc__)
-    parser.add_argument("--relaxed", action="store_true", help="leave deterministic algorithms off, unlike its train.py")
+    parser.add_argument(
+        "--relaxed", action="store_true", help="leave deterministic algorithms off, unlike its train.py"
+    )
     flags = parser.parse_args()
     _stand_in_for_the_installer()
     _shut_sockets()
