@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import FOLDER, describe_machine, figure, table, write_json
+from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
 from benchmarks.roofline import best_rate, floor_seconds, share_of_peak
 from benchmarks.workers import ROOT, Measurement, run_worker, usable_cores
 from utils.config import TrainOptions
@@ -27,10 +27,7 @@ _BCCD = ROOT.parent / "shared" / "datasets" / "bccd" / "bccd.yaml"
 def main() -> int:
     flags = _parser().parse_args()
     machine = describe_machine() | {"threads": flags.threads}
-    print(
-        f"{machine['cpu']}, {flags.threads} of {machine['cores']} cores; torch {machine['torch']}; {machine['commit']}"
-    )
-    warn_of_load(machine)
+    print(headline(machine, quick=flags.quick))
     rates = _rates(flags.threads, quick=flags.quick)
     print("\n" + _rates_table(rates))
     chosen = [one for one in _measurements(rates, flags) if _wanted(one, flags.only)]
@@ -68,13 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def warn_of_load(machine: dict[str, Any]) -> None:
-    if machine["load"] is not None and machine["load"] > 0.5:
-        print(f"Something else was at work here in the last minute (load {machine['load']}): figures may be too low")
-
-
 def _wanted(one: Measurement, only: Sequence[str]) -> bool:
-    return not only or any(name == one.section or name in one.name for name in only)
+    return not only or any(name == one.section or one.name.startswith(name) for name in only)
 
 
 def _measured(one: Measurement, threads: int) -> dict[str, Any]:
@@ -158,14 +150,10 @@ def _loaders(*, quick: bool) -> list[Measurement]:
             name=f"{name}, {workers} loader process{'es' * (workers != 1)}",
             module="loading",
             flags=[
-                "--data",
-                data,
-                "--imgsz",
-                str(imgsz),
-                "--workers",
-                str(workers),
-                "--batches",
-                "8" if quick else "96",
+                *("--data", data),
+                *("--imgsz", str(imgsz)),
+                *("--workers", str(workers)),
+                *("--batches", "8" if quick else "96"),
             ],
         )
         for name, (data, imgsz) in _data_sets().items()
@@ -223,11 +211,10 @@ def _rates_table(rates: Rates) -> str:
     rows = [
         [
             f"{found['device'].split(',')[0]}, {precision}",
-            *(figure(value, 0) for value in of_precision.values()),
-            copied,
+            *(figure(rate, 0) for rate in of_precision.values()),
+            figure(found["copy_gb_per_second"], 0),
         ]
         for found in rates.values()
-        for copied in [figure(found["copy_gb_per_second"], 0)]
         for precision, of_precision in found["gflop_per_second"].items()
     ]
     return table(["measured rates", "matrices GFLOP/s", "3x3 convolution GFLOP/s", "copy GB/s"], rows)
@@ -235,17 +222,14 @@ def _rates_table(rates: Rates) -> str:
 
 def _step_row(one: Measurement, figures: dict[str, Any], rates: Rates) -> list[str]:
     device = one.flags[one.flags.index("--device") + 1]
-    rate, memory, seconds = (
-        best_rate(rates[device], figures["precision"]),
-        figures["memory_mib"],
-        figures["seconds_median"],
-    )
+    rate = best_rate(rates[device], figures["precision"])
+    memory, seconds = figures["memory_mib"], figures["seconds_median"]
     on_gpu = "cuda_peak_mib" in figures
     return [
         figures["precision"],
         figure(figures["images_per_second"]),
         figure(figures["images_per_second_best"]),
-        figure(1000 * figures["seconds_median"], 0),
+        figure(1000 * seconds, 0),
         figure(rate and 1000 * floor_seconds(figures["gflop"], rate), 0),
         figure(rate and 100 * share_of_peak(figures["gflop"], seconds, rate)),
         figure(memory["steps_add"], 0),

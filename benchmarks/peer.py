@@ -3,8 +3,7 @@
     python -m benchmarks.peer [--quick] [--rounds 3] [--relaxed] [--out FILE]
 
 Both work on the same synthetic batches, with as many threads, each turn in a process of its own; the peer in its own
-environment, which `make bench-peer` fills from requirements-peer.txt. It is measured as published: benchmarks/peer_step.py
-says how.
+environment, which `make bench-peer` fills from requirements-peer.txt. It is measured as published (see peer_step.py).
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ import shutil
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import can_compile, step_measurement, warn_of_load
-from benchmarks.results import FOLDER, describe_machine, figure, table, write_json
+from benchmarks.bench import can_compile, step_measurement
+from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
 from benchmarks.workers import ROOT, Measurement, run_worker, usable_cores
 
 _CPU_CASES = (("yolov5n.yaml", 320, 16), ("yolov5s.yaml", 640, 8))
@@ -35,15 +35,13 @@ def main() -> int:
         print(f"bench-peer: error: {peer_python} is missing: `make bench-peer` makes it", file=sys.stderr)
         return 2
     machine = describe_machine() | {"threads": flags.threads}
-    print(
-        f"{machine['cpu']}, {flags.threads} of {machine['cores']} cores; torch {machine['torch']}; {machine['commit']}"
-    )
-    warn_of_load(machine)
+    print(headline(machine, quick=flags.quick))
     cases = []
-    with tempfile.TemporaryDirectory(prefix="bench-compiled-") as compiled:
+    with tempfile.TemporaryDirectory(prefix="bench-peer-") as scratch:
+        environment = _peer_environment(peer_python, Path(scratch) / "config")
         for cfg, imgsz, batch_size in _CPU_CASES if flags.device == "cpu" else _CUDA_CASES:
-            contenders = _contenders(cfg, imgsz, batch_size, flags, peer_python)
-            rounds = _play(contenders, flags.rounds, flags.threads, Path(compiled))
+            contenders = _contenders(cfg, imgsz, batch_size, flags, peer_python, environment)
+            rounds = _play(contenders, flags.rounds, flags.threads, Path(scratch) / "compiled")
             cases.append({"case": f"{Path(cfg).stem} {imgsz} b{batch_size}", **_compared(contenders, rounds)})
             print("\n" + _table(cases[-1]), flush=True)
     out = Path(flags.out) if flags.out else FOLDER / ("peer-quick.json" if flags.quick else "peer.json")
@@ -57,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="toy sizes, one round: shows that it runs")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     parser.add_argument("--relaxed", action="store_true", help="also the peer without deterministic algorithms")
     parser.add_argument("--device", default="cpu", help="cpu, or 0: the first GPU")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="default: as many as there are cores")
@@ -70,17 +68,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _contenders(
-    cfg: str, imgsz: int, batch_size: int, flags: argparse.Namespace, peer_python: Path
+    cfg: str,
+    imgsz: int,
+    batch_size: int,
+    flags: argparse.Namespace,
+    peer_python: Path,
+    environment: dict[str, str],
 ) -> list[Measurement]:
-    modes = [False, *([True] if can_compile() else [])]
     ours = [
-        step_measurement(
-            flags.device, "auto", cfg, imgsz, batch_size, flags.threads, compiled=compiled, quick=flags.quick
+        replace(
+            step_measurement(
+                flags.device, "auto", cfg, imgsz, batch_size, flags.threads, compiled=compiled, quick=flags.quick
+            ),
+            name="ours --compile" if compiled else "ours",
         )
-        for compiled in modes
+        for compiled in ([False, True] if can_compile() else [False])
     ]
     peers = [[], *([["--relaxed"]] if flags.relaxed else [])]
-    environment = _peer_environment(peer_python)
     return [
         *(
             Measurement(
@@ -97,17 +101,11 @@ def _contenders(
     ]
 
 
-def _peer_environment(peer_python: Path) -> dict[str, str]:
-    """What the package needs so that it reads published checkpoints, and looks for nothing on the network."""
-    folder = peer_python.parent.parent / "config"
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError:  # somebody else's environment
-        folder = Path(tempfile.gettempdir()) / "bench-peer-config"
-        folder.mkdir(exist_ok=True)
-    if not (folder / _FONT).exists():
-        fonts = peer_python.parent.parent.glob("lib/python*/site-packages/matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf")
-        shutil.copyfile(next(fonts), folder / _FONT)
+def _peer_environment(peer_python: Path, folder: Path) -> dict[str, str]:
+    """What the package needs to be content with itself: a font where it looks for one, no installing, old loading."""
+    folder.mkdir()
+    fonts = peer_python.parent.parent.glob("lib/python*/site-packages/matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf")
+    shutil.copyfile(next(fonts), folder / _FONT)
     return {"YOLOV5_CONFIG_DIR": str(folder), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "YOLOv5_AUTOINSTALL": "false"}
 
 

@@ -1,11 +1,11 @@
-"""One process in the peer's environment: the training step of yolov5 7.0.14 as published, its figures as a line of JSON.
+"""One process in the peer's environment: the training step of yolov5 7.0.14 as published, figures as a line of JSON.
 
     .venv-peer/bin/python -m benchmarks.peer_step --cfg yolov5n.yaml --imgsz 320 --batch-size 16 --threads 2
 
 Everything that computes is the package's own: network, loss, optimizer, moving average. The calls follow its train.py,
-which on the CPU works in fp32 and switches deterministic algorithms on (`--relaxed` leaves them off, to see what they cost
-it). The surprise: it imports a function of another large package that installs whatever it misses; a stand-in that does
-nothing takes its place, and sockets are shut, so that nothing is fetched while we measure.
+which on the CPU works in fp32 and switches deterministic algorithms on (`--relaxed` leaves them off, to see what they
+cost it). The surprise: it imports a function of another large package that installs whatever it misses; a stand-in that
+does nothing takes its place, and sockets are shut, so that nothing is fetched while we measure.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.workers import ROOT, usable_cores
 
+_IDLE_LOAD = 0.5
 FOLDER = ROOT / "benchmarks" / "results"
 
 
@@ -30,6 +31,19 @@ def describe_machine() -> dict[str, Any]:
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _commit(),
     }
+
+
+def headline(machine: dict[str, Any], *, quick: bool) -> str:
+    """What to know before reading on."""
+    lines = [
+        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores; torch {machine['torch']}; "
+        f"commit {machine['commit']}"
+    ]
+    if quick:
+        lines.append("Quick: toy sizes and hardly a repetition, so that no figure below means anything")
+    elif machine["load"] is not None and machine["load"] > _IDLE_LOAD:
+        lines.append(f"Something else was at work in the last minute (load {machine['load']}): figures may be too low")
+    return "\n".join(lines)
 
 
 def _cpu_model() -> str:

@@ -38,9 +38,8 @@ def _first_step() -> float:
     with tempfile.TemporaryDirectory(prefix="bench-start-") as folder:
         command = [sys.executable, "-m", "benchmarks.first_step", "--project", folder]
         start = time.perf_counter()
-        with subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
             lines, seconds = [], None
             for line in process.stdout:
                 if seconds is None and SIGN in line:
