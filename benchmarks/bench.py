@@ -21,6 +21,7 @@ Rates = dict[str, dict[str, Any]]  # by device flag, what `benchmarks.rates` fou
 
 _CPU_STEPS = (("yolov5n.yaml", 320, 16), ("yolov5s.yaml", 640, 8))
 _CUDA_STEPS = (("yolov5s.yaml", 640, 64),)
+_TOY = (64, 2)  # image size and batch size of quick steps
 _BCCD = ROOT.parent / "shared" / "datasets" / "bccd" / "bccd.yaml"
 
 
@@ -32,7 +33,9 @@ def main() -> int:
     print("\n" + _rates_table(rates))
     chosen = [one for one in _measurements(rates, flags) if _wanted(one, flags.only)]
     if not chosen:
-        print(f"bench: error: --only {' '.join(flags.only)} names no measurement here", file=sys.stderr)
+        print(f"bench: error: --only {' '.join(flags.only)} names no measurement; there is:", file=sys.stderr)
+        for one in _measurements(rates, flags):
+            print(f"  {one.section}: {one.name}", file=sys.stderr)
         return 2
     results = []
     for section in dict.fromkeys(one.section for one in chosen):
@@ -59,14 +62,16 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that all of it runs, measures nothing")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="sections or names, e.g. step loader")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="sections or whole names, e.g. step loader"
+    )
     parser.add_argument("--threads", type=int, default=usable_cores(), help="default: as many as there are cores")
     parser.add_argument("--out", default="", metavar="FILE", help="default: benchmarks/results/bench.json")
     return parser
 
 
 def _wanted(one: Measurement, only: Sequence[str]) -> bool:
-    return not only or any(name == one.section or one.name.startswith(name) for name in only)
+    return not only or one.section in only or one.name in only
 
 
 def _measured(one: Measurement, threads: int) -> dict[str, Any]:
@@ -117,8 +122,9 @@ def step_measurement(
 ) -> Measurement:
     """The product's step; quick ones are of a toy size."""
     where = "" if device == "cpu" else f" {amp} on GPU {device}"
+    name = f"{step_name(cfg, imgsz, batch_size, quick=quick)}{where}{' --compile' if compiled else ''}"
     if quick:
-        imgsz, batch_size = 64, 2
+        imgsz, batch_size = _TOY
     flags = [
         *("--cfg", cfg),
         *("--imgsz", str(imgsz)),
@@ -129,8 +135,12 @@ def step_measurement(
         *step_counts(quick=quick),
         *(["--compile"] if compiled else []),
     ]
-    name = f"{Path(cfg).stem} {imgsz} b{batch_size}{where}{' --compile' if compiled else ''}"
     return Measurement(section="step", name=name, module="step", flags=flags)
+
+
+def step_name(cfg: str, imgsz: int, batch_size: int, *, quick: bool) -> str:
+    imgsz, batch_size = _TOY if quick else (imgsz, batch_size)
+    return f"{Path(cfg).stem} {imgsz} b{batch_size}"
 
 
 def step_counts(*, quick: bool) -> list[str]:

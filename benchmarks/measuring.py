@@ -18,7 +18,8 @@ import numpy as np
 NUM_CLASSES = 80
 LEARNING_RATE = 0.001  # small: what a step costs must not depend on a loss that runs away
 MOMENTUM = 0.937
-_BATCHES_IN_MEMORY = 4  # they differ in their number of boxes, as real ones do
+TOGETHER_ON_CUDA = 5  # steps between two waits for the device, so that the program can work ahead as in training
+_BATCHES_IN_MEMORY = 4  # they differ in their number of boxes, as real ones do; warm up with each of them
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -33,7 +34,7 @@ def step_flags(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--amp", default="auto")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--warmup", type=int, default=3, help="steps before those that count")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before those that count")
     parser.add_argument("--steps", type=int, default=10)
     return parser
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import can_compile, step_measurement
+from benchmarks.bench import can_compile, step_measurement, step_name
 from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
 from benchmarks.workers import ROOT, Measurement, run_worker, usable_cores
 
@@ -42,7 +42,9 @@ def main() -> int:
         for cfg, imgsz, batch_size in _CPU_CASES if flags.device == "cpu" else _CUDA_CASES:
             contenders = _contenders(cfg, imgsz, batch_size, flags, peer_python, environment)
             rounds = _play(contenders, flags.rounds, flags.threads, Path(scratch) / "compiled")
-            cases.append({"case": f"{Path(cfg).stem} {imgsz} b{batch_size}", **_compared(contenders, rounds)})
+            cases.append(
+                {"case": step_name(cfg, imgsz, batch_size, quick=flags.quick), **_compared(contenders, rounds)}
+            )
             print("\n" + _table(cases[-1]), flush=True)
     out = Path(flags.out) if flags.out else FOLDER / ("peer-quick.json" if flags.quick else "peer.json")
     write_json(out, {"machine": machine, "quick": flags.quick, "rounds": flags.rounds, "cases": cases})

@@ -26,6 +26,7 @@ from benchmarks.measuring import (
     LEARNING_RATE,
     MOMENTUM,
     NUM_CLASSES,
+    TOGETHER_ON_CUDA,
     SyntheticBatch,
     measure_steps,
     step_flags,
@@ -72,7 +73,7 @@ def _figures(flags: argparse.Namespace) -> dict[str, Any]:
         warmup=flags.warmup,
         steps=flags.steps,
         synchronize=torch.cuda.synchronize if cuda else None,
-        together=5 if cuda else 1,
+        together=TOGETHER_ON_CUDA if cuda else 1,
     )
     total = step(0).item()
     if not torch.isfinite(torch.tensor(total)):

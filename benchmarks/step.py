@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.measuring import (
     LEARNING_RATE,
     MOMENTUM,
+    TOGETHER_ON_CUDA,
     SyntheticBatch,
     measure_steps,
     step_flags,
@@ -30,7 +31,6 @@ from models.yolo import gflops
 from utils.structures import Batch
 from utils.train.trainer import Trainer
 
-_TOGETHER_ON_CUDA = 5  # steps between two waits for the device, so that the program can work ahead as in training
 _TRACED_STEPS = 3
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
@@ -62,7 +62,7 @@ def _figures(trainer: Trainer, flags: argparse.Namespace) -> dict[str, Any]:
         warmup=flags.warmup,
         steps=flags.steps,
         synchronize=torch.cuda.synchronize if on_cuda else None,
-        together=_TOGETHER_ON_CUDA if on_cuda else 1,
+        together=TOGETHER_ON_CUDA if on_cuda else 1,
     )
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[trainer.runtime.amp_dtype]
     total = step(0).total.item()
@@ -106,8 +106,8 @@ def _as_batch(batch: SyntheticBatch, *, pin: bool) -> Batch:
 def _cuda_figures(step: Callable[[int], Any]) -> dict[str, Any]:
     return {
         "cuda_peak_mib": torch.cuda.max_memory_allocated() / 2**20,
-        "synchronising_call": _synchronising_call(step),
         "traced_waits_per_step": _traced_waits(step),
+        "synchronising_call": _synchronising_call(step),  # last, for it may leave a step half done
     }
 
 
