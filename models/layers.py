@@ -20,7 +20,7 @@ class Conv(nn.Module):
         padding = kernel // 2 if padding is None else padding
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.03)
-        self.act = nn.SiLU(inplace=True)
+        self.act = nn.SiLU()  # in place, autograd would copy its input first
 
     def forward(self, maps: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(maps)))

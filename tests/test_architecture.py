@@ -133,3 +133,20 @@ def test_pictures_of_the_pages_exist():
     for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
         for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)|\]\((docs/[^)]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / "".join(target)).is_file(), target
+
+
+def test_a_run_is_built_without_what_its_first_step_can_do_without(draw_tiny, tmp_path):
+    """TensorBoard, matplotlib and torch.compile would each take as long to import as steps of training take."""
+    tiny = draw_tiny(tmp_path / "set")
+    options = tiny.options(project=str(tmp_path), noplots=None)
+    code = f"""
+import sys
+import train
+from utils.train.build import build_trainer
+trainer = build_trainer({options!r})
+trainer.train_batch(next(iter(trainer.stream)), trainer.schedule(0))
+assert trainer.average.updates == 1
+trainer.checkpoint()
+print([name for name in ("torchvision", "matplotlib", "tensorboard", "torch._dynamo") if name in sys.modules])
+"""
+    assert run_python(code).splitlines()[-1] == "[]"

@@ -208,9 +208,9 @@ def test_loss_of_one_label_equals_the_slow_twin(levels, box):
 def cells_of(box: tuple, *, grid: tuple[int, int] = (8, 16), anchor_t: float = 4.0) -> list[tuple[int, int]]:
     """Cells (x, y) of stride 8 that one anchor of 16 x 16 px is matched in."""
     head = HeadSpec(strides=(8,), anchors=torch.tensor([[[16.0, 16.0]]]), num_classes=1)
-    matches = match_labels(batch_of([(0, 0, *box)]), head, [grid], anchor_t, dtype=torch.float32)[0]
-    cells = [tuple(cell) for cell in matches.cell.long().tolist()]
-    assert matches.flat.tolist() == [y * grid[1] + x for x, y in cells]
+    matches = match_labels(batch_of([(0, 0, *box)]), head, [grid], anchor_t, dtype=torch.float32)
+    cells = [tuple(cell) for cell in matches.cell[matches.holds].long().tolist()]
+    assert matches.rows[matches.holds].tolist() == [y * grid[1] + x for x, y in cells]
     return sorted(cells)
 
 
@@ -251,9 +251,34 @@ def test_a_label_without_area_matches_nothing():
 def test_neighbours_that_do_not_exist_never_wrap_into_another_row_or_image():
     head = HeadSpec(strides=(8,), anchors=torch.tensor([[[16.0, 16.0], [12.0, 20.0]]]), num_classes=1)
     batch = batch_of([(1, 0, *around(1, 1)), (0, 0, *around(63, 63))], images=2)
-    matches = match_labels(batch, head, [(8, 8)], 4.0, dtype=torch.float32)[0]
+    matches = match_labels(batch, head, [(8, 8)], 4.0, dtype=torch.float32)
     A, h, w = 2, 8, 8
-    assert sorted(matches.flat.tolist()) == [a * h * w + 63 for a in range(A)] + [(A + a) * h * w for a in range(A)]
+    expected = [63 * A + a for a in range(A)] + [h * w * A + a for a in range(A)]
+    assert sorted(matches.rows[matches.holds].tolist()) == expected
+
+
+def test_shapes_depend_on_shapes_alone():
+    """On the meta device there are no values: whatever reads one, to make a shape or a decision of it, fails."""
+    head, batch, outputs = small_case(3, 7)
+    elsewhere = replace(batch.to(torch.device("meta")), images=batch.images.to("meta"))
+    levels = [level.detach().to("meta").requires_grad_() for level in outputs]
+    for hyp in ({}, {"fl_gamma": 1.5, "cls_pw": 2.0, "obj_pw": 0.5}):
+        on_meta = replace(head, anchors=head.anchors.to("meta"))
+        detection_losses(levels, elsewhere, on_meta, gains_of(head, **hyp)).total.backward()
+    assert [level.grad.shape for level in levels] == [level.shape for level in outputs]
+
+
+def test_the_loss_compiles_in_one_piece():
+    head, batch, outputs = small_case(3, 7)
+    gains = gains_of(head)
+
+    def total(levels: list[Tensor]) -> Tensor:
+        return detection_losses(levels, batch, head, gains).total
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(total(outputs), outputs)
+    for got, want in zip(torch.autograd.grad(compiled(outputs), outputs), expected):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -261,7 +286,7 @@ def test_of_labels_in_one_place_the_largest_objectness_target_wins(order):
     head = HeadSpec(strides=(8,), anchors=torch.tensor([[[16.0, 16.0]]]), num_classes=2)
     labels = [(0, 0, *around(36, 36, 15, 17)), (0, 1, *around(36, 36, 40, 9))]
     outputs = [torch.zeros(1, 1, 8, 8, 7, dtype=torch.float64)]  # a box of 16 x 16 around the centre of each cell
-    held = detach(outputs, batch_of([labels[at] for at in order]), head, gains_of(head))[0]
+    held = detach(outputs, batch_of([labels[at] for at in order]), head, gains_of(head))
     cious = [slow_ciou(around(36, 36), label[2:]) for label in labels]
     assert cious[0] > cious[1] > 0
     assert held.objectness[4 * 8 + 4].item() == pytest.approx(cious[0], rel=1e-12)
@@ -284,7 +309,8 @@ def test_gradient_equals_numerical_differentiation(num_classes, count, hyp):
     head, batch, outputs = small_case(num_classes, count)
     gains = gains_of(head, label_smoothing=0.1, **hyp)
     held = detach(outputs, batch, head, gains)
-    assert sum(len(level.ciou_factor) for level in held) >= 2 * count
+    matches = match_labels(batch, head, [tuple(level.shape[2:4]) for level in outputs], 4.0, dtype=torch.float64)
+    assert matches.holds.sum() >= 2 * count
 
     def total(*levels: Tensor) -> Tensor:
         return detection_losses(levels, batch, head, gains, detached=held).total
@@ -296,7 +322,7 @@ def test_nothing_flows_through_the_detached_quantities():
     head, batch, outputs = small_case(2, 5)
     gains = gains_of(head)
     held = detach(outputs, batch, head, gains)
-    assert not any(value.requires_grad for level in held for value in vars(level).values())
+    assert not any(value.requires_grad for value in vars(held).values())
 
     def gradients(gains: LossGains, **constants) -> list[Tensor]:
         return torch.autograd.grad(detection_losses(outputs, batch, head, gains, **constants).total, outputs)
@@ -310,9 +336,7 @@ def test_nothing_flows_through_the_detached_quantities():
 def test_the_detached_quantities_do_depend_on_the_predictions():
     """Else the tests above could not fail."""
     head, batch, outputs = small_case(2, 5)
-    before, after = (
-        detach([level + shift for level in outputs], batch, head, gains_of(head))[0] for shift in (0.0, 0.1)
-    )
+    before, after = (detach([level + shift for level in outputs], batch, head, gains_of(head)) for shift in (0.0, 0.1))
     assert not torch.allclose(before.ciou_factor, after.ciou_factor, rtol=1e-3)
     assert not torch.allclose(before.objectness, after.objectness, rtol=1e-3)
 
@@ -322,10 +346,7 @@ def test_constants_passed_in_take_the_place_of_the_derived_ones():
     gains = gains_of(head)
     held = detach(outputs, batch, head, gains)
     usual = detection_losses(outputs, batch, head, gains)
-    zeroed = [
-        Detached(ciou_factor=torch.zeros_like(level.ciou_factor), objectness=torch.zeros_like(level.objectness))
-        for level in held
-    ]
+    zeroed = Detached(ciou_factor=torch.zeros_like(held.ciou_factor), objectness=torch.zeros_like(held.objectness))
     changed = detection_losses(outputs, batch, head, gains, detached=zeroed)
     assert changed.box < usual.box  # DIoU: no aspect penalty
     assert changed.objectness != usual.objectness

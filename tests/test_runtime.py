@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 
+from utils.clock import EventClock, StepClock
 from utils.runtime import Runtime, choose_runtime, mendable_errors
 from utils.structures import RunError, UserError
 
@@ -185,3 +186,41 @@ def test_our_own_bugs_and_interrupts_pass_as_they_are(error):
     with pytest.raises(type(error)) as caught, mendable_errors(batch_size=16, imgsz=640):
         raise error
     assert caught.value is error
+
+
+# ---- clock ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_time_is_the_hosts_where_there_are_no_events(device):
+    assert type(Runtime(device=torch.device(device), amp_dtype=None, workers=0).step_clock()) is StepClock
+
+
+def test_on_cuda_time_is_that_of_the_stream_of_the_device(monkeypatch):
+    recorded = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool):
+            assert enable_timing
+
+        def record(self, stream):
+            recorded.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    clock = Runtime(device=torch.device("cuda:1"), amp_dtype=None, workers=0).step_clock()
+    clock.lap("forward")
+    assert isinstance(clock, EventClock)
+    assert set(recorded) == {"stream of cuda:1"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_laps_on_cuda_fit_into_the_time_on_the_wall():
+    clock = Runtime(device=torch.device("cuda"), amp_dtype=None, workers=0).step_clock()
+    matrix = torch.rand(4096, 4096, device="cuda")
+    clock.skip()
+    for _ in range(200):
+        matrix @ matrix
+        clock.lap("forward")
+    split = clock.split()
+    assert 0 < split.parts["forward"] <= split.wall

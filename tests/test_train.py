@@ -27,6 +27,7 @@ import yaml
 
 import train
 from utils.checkpoint import load_checkpoint
+from utils.clock import PARTS
 from utils.files import this_python
 from utils.report.loggers import RESULT_COLUMNS, TIMING_COLUMNS
 from utils.structures import Metrics, UserError
@@ -93,6 +94,31 @@ def test_tables(finished):
         assert tuple(header) == columns
         assert [row[0] for row in rows] == ["1", "2"]
         assert np.isfinite([[float(cell) for cell in row] for row in rows]).all()
+
+
+def test_the_parts_of_an_epoch_fill_it(finished):
+    with (finished[0] / RUN / "timing.csv").open() as file:
+        rows = [
+            {name: float(cell) for name, cell in row.items()} for row in csv.DictReader(file, skipinitialspace=True)
+        ]
+    for row in rows:
+        parts = [row[f"{part}_s"] for part in PARTS]
+        assert sum(parts) <= row["epoch_s"] * 1.001  # six digits are written
+        assert all(seconds > 0 for part, seconds in zip(PARTS, parts) if part != "save")
+    assert (rows[0]["save_s"], rows[1]["save_s"] > 0) == (0, True)  # the checkpoint of the epoch before
+    assert "share" in finished[1] and "%" in finished[1]
+
+
+def test_a_run_goes_on_below_a_table_of_other_columns(tiny):
+    """timing.csv of an older version of this trainer."""
+    train.run(**tiny.options(epochs=1))
+    (RUN / "timing.csv").write_text("epoch, epoch_s, train_s\n    1,      12,      10\n")
+    train.run(resume=str(RUN / "weights/last.pt"), epochs=2)
+    with (RUN / "timing.csv").open() as file:
+        header, *rows = csv.reader(file, skipinitialspace=True)
+    assert tuple(header) == TIMING_COLUMNS
+    assert [row[0] for row in rows] == ["1", "2"]
+    assert (rows[0][2], rows[0][3], float(rows[1][5]) > 0) == ("12", "", True)
 
 
 def test_tensorboard_events_carry_the_columns(finished):

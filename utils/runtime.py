@@ -6,9 +6,11 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from utils.clock import EventClock, StepClock
 from utils.structures import RunError, UserError
 
 
@@ -28,6 +30,14 @@ class Runtime:
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Scales losses for fp16 on CUDA; elsewhere it is a disabled one that passes everything through."""
         return torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
+
+    def step_clock(self) -> StepClock:
+        """Tells where the time goes, by the device's clock on CUDA. MPS is timed as it is queued, by the host's."""
+        if self.device.type != "cuda":
+            return StepClock()
+        return EventClock(
+            partial(torch.cuda.Event, enable_timing=True), partial(torch.cuda.current_stream, self.device)
+        )
 
     @property
     def description(self) -> str:

@@ -103,6 +103,17 @@ class SamplePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuadPlan:
+    """A network input of twice the side: up to four samples, two by two from the top left, or one enlarged twice."""
+
+    shape: tuple[int, int]  # height, width in network px
+    samples: tuple[SamplePlan, ...]  # in their own frames; where there are fewer than four, padding
+    enlarge: bool  # the only sample fills everything
+    boxes: np.ndarray  # (N, 4) f32 xyxy network px
+    classes: np.ndarray  # (N,) i32
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """One network input with its labels. Images are RGB, channels-last in memory."""
 
@@ -110,7 +121,7 @@ class Batch:
     boxes: Tensor  # (T, 4) f32 xyxy network px
     classes: Tensor  # (T,) i64
     image_of: Tensor  # (T,) i64, 0 <= image_of < B
-    indices: Tensor  # (B,) i64 into the LabelStore
+    indices: Tensor  # (B,) i64 into the LabelStore; with --quad up to 4 B, also of images that were left out
     placements: Tensor | None = None  # (B, 3, 3) f64 source px -> network px, when each image stands alone
 
     def to(self, device: torch.device) -> Batch:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.boxes import cxcywh_from_xyxy
-from utils.data.labels import build_store, label_path, list_images, read_labels
+from utils.data.labels import build_store, label_path, list_images, read_labels, single_class
 from utils.structures import DatasetSpec, UserError
 
 
@@ -337,3 +337,15 @@ def test_a_store_holds_pixels_of_each_image_and_its_path(parse):
         "path_bytes": "uint8",
         "path_offsets": "int64",
     }
+
+
+def test_a_single_class_is_class_0_of_every_box_and_takes_no_memory(parse):
+    store = build_store([Path("/d/a.jpg")], [(100, 200)], [parse("1 .5 .5 .5 .5\n0 .25 .75 .5 .5\n2 .5 .5 1 1")])
+    one = single_class(store)
+    assert one.classes.tolist() == [0, 0, 0]
+    assert one.classes.dtype == np.int32
+    assert one.classes.strides == (0,)
+    assert store.classes.tolist() == [1, 0, 2]
+    assert all(getattr(one, name) is value for name, value in vars(store).items() if name != "classes")
+    empty = single_class(build_store([Path("/d/a.jpg")], [(100, 200)], [parse("")]))
+    assert empty.classes.shape == (0,)

@@ -1,3 +1,5 @@
+import math
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +9,24 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from utils.boxes import transform_boxes
 from utils.data import loader
-from utils.data.loader import EvalBatches, Stream, TrainBatches
+from utils.data.images import base_image
+from utils.data.loader import EvalBatches, Stream, TrainBatches, TrainStream, resized
+from utils.data.plan import (
+    QUAD,
+    class_weights,
+    enlarges,
+    epoch_order,
+    generator,
+    image_weights,
+    letterbox_plan,
+    train_plan,
+)
+from utils.data.render import render
 from utils.data.scan import scan_split
 from utils.hyp import Hyperparameters
 from utils.structures import Batch, UserError
@@ -42,6 +58,31 @@ def content(batch: Batch) -> dict[str, bytes | None]:
 
 def contents(batches, keys, workers: int) -> list[dict]:
     return [content(batch) for batch in Stream(batches, keys, workers=workers)]
+
+
+def by_hand(batches: TrainBatches, images, position: int, *, shape=(IMGSZ, IMGSZ), epoch=0) -> list[tuple]:
+    """Pixels, boxes and classes of the samples of some images of an epoch, one at a time."""
+    samples, store = [], batches.store
+    for offset, image in enumerate(images):
+        rng = generator(batches.seed, epoch, position + offset)
+        plan = train_plan(store, int(image), imgsz=IMGSZ, shape=shape, hyp=batches.hyp, rng=rng)
+        samples.append((render(plan, lambda image: base_image(store.path(image), IMGSZ)), plan.boxes, plan.classes))
+    return samples
+
+
+def of_batch(batch: Batch) -> list[tuple]:
+    """The same of each network input of a batch."""
+    return [
+        (image, batch.boxes[batch.image_of == slot].numpy(), batch.classes[batch.image_of == slot].numpy())
+        for slot, image in enumerate(batch.images.permute(0, 2, 3, 1).numpy())
+    ]
+
+
+def assert_same(found: list[tuple], expected: list[tuple]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        for mine, theirs in zip(one, other):
+            np.testing.assert_array_equal(mine, theirs)
 
 
 # ---- training
@@ -124,6 +165,292 @@ def test_a_set_without_boxes_makes_batches(make_dataset):
     batch = TrainBatches(store=store, imgsz=IMGSZ, batch_size=2, hyp=HYP, seed=0).batch(0)
     assert batch.boxes.shape == (0, 4)
     assert batch.image_of.shape == batch.classes.shape == (0,)
+
+
+# ---- rectangular batches
+
+
+def rect_shape(store, images) -> tuple[int, int]:
+    """The smallest multiples of 32 with half a stride to spare around all images, one image at a time."""
+    height = max(IMGSZ * h / max(h, w) for h, w in store.sizes[images].tolist())
+    width = max(IMGSZ * w / max(h, w) for h, w in store.sizes[images].tolist())
+    return math.ceil((height + 16) / 32) * 32, math.ceil((width + 16) / 32) * 32
+
+
+@pytest.fixture
+def photos(make_store, tmp_path, smooth_image):
+    """22 images of widths from 20 to 146 at a height of 64, in mixed order, each with a box of its own class."""
+    rng = np.random.default_rng(0)
+    sizes = [(64, int(width)) for width in rng.permutation(np.arange(20, 152, 6))]
+    paths = [tmp_path / f"{number}.png" for number in range(len(sizes))]
+    for path, size in zip(paths, sizes):
+        assert cv2.imwrite(str(path), smooth_image(rng, *size))
+    boxes = [[[2, 4, 0.7 * width, 50]] for _, width in sizes]
+    return make_store(sizes, boxes, [[number] for number in range(len(sizes))], paths=paths)
+
+
+@pytest.fixture
+def rect(photos):
+    return TrainBatches(store=photos, imgsz=IMGSZ, batch_size=4, hyp=replace(HYP, mosaic=0), seed=3, rect=True)
+
+
+def test_a_rect_epoch_has_each_image_once_in_batches_of_like_aspect(rect, photos):
+    for epoch in range(3):
+        seen, spans = [], []
+        for number in rect.numbers(epoch, epoch + 1):
+            batch = rect.batch(number)
+            images = batch.indices.numpy()
+            assert tuple(batch.images.shape[2:]) == rect_shape(photos, images)
+            assert batch.images.numel() <= rect.batch_bytes
+            aspects = photos.sizes[images, 0] / photos.sizes[images, 1]
+            spans.append((aspects.min(), aspects.max()))
+            seen += images.tolist()
+        assert sorted(seen) == list(range(22))
+        assert all(low[1] <= high[0] for low, high in zip(sorted(spans), sorted(spans)[1:]))
+        assert spans != sorted(spans)  # the batches themselves come in any order
+
+
+def test_rect_batches_come_in_another_order_each_epoch_and_the_smaller_one_anywhere(rect):
+    counts = [[len(rect.batch(number).indices) for number in rect.numbers(epoch, epoch + 1)] for epoch in range(6)]
+    assert {tuple(sorted(each)) for each in counts} == {(2, 4, 4, 4, 4, 4)}
+    assert len({each.index(2) for each in counts}) > 1
+
+
+def test_images_of_one_aspect_meet_others_each_epoch(rect, make_store, photos):
+    same = replace(rect, store=replace(photos, sizes=np.full_like(photos.sizes, 64)))
+    groups = [
+        {frozenset(same.lot(epoch, index, same.order(epoch)).images.tolist()) for index in range(6)} for epoch in (0, 1)
+    ]
+    assert not groups[0] & groups[1]
+
+
+def test_a_rect_batch_without_gains_is_its_images_letterboxed(rect, photos):
+    still = Hyperparameters(mosaic=1, mixup=1, scale=0, translate=0, hsv_h=0, hsv_s=0, hsv_v=0, fliplr=0)
+    batch = replace(rect, hyp=still).batch(2)  # mosaic, and mixup with it, is off
+    for slot, image in enumerate(batch.indices.tolist()):
+        plan = letterbox_plan(photos, image, shape=tuple(batch.images.shape[2:]), imgsz=IMGSZ)
+        picture = render(plan, lambda image: base_image(photos.path(image), IMGSZ))
+        np.testing.assert_array_equal(batch.images[slot].permute(1, 2, 0), picture)
+        np.testing.assert_allclose(batch.boxes[batch.image_of == slot], plan.boxes, atol=1e-4)
+
+
+def test_samples_of_a_rect_epoch_have_generators_of_their_own(rect):
+    order = rect.order(1)
+    lots = [rect.lot(1, index, order) for index in range(rect.per_epoch)]
+    positions = [lot.position + place for lot in lots for place in range(len(lot.images))]
+    assert sorted(positions) == list(range(22))
+    for index, lot in enumerate(lots):
+        batch = rect.batch(rect.per_epoch + index)
+        shape = tuple(batch.images.shape[2:])
+        assert_same(of_batch(batch), by_hand(rect, lot.images, lot.position, shape=shape, epoch=1))
+
+
+# ---- quads
+
+
+def quad_by_hand(batches: TrainBatches, images, position: int, shape, epoch: int) -> tuple:
+    """A network input of twice the side out of up to four images, its samples made apart and pasted."""
+    height, width = shape
+    samples = by_hand(batches, images, position, shape=shape, epoch=epoch)
+    if len(samples) == 4 and generator(batches.seed, epoch, position, QUAD).random() < 0.5:
+        picture, boxes, classes = samples[0]
+        return cv2.resize(picture, (2 * width, 2 * height), interpolation=cv2.INTER_LINEAR), boxes * 2, classes
+    picture = np.full((2 * height, 2 * width, 3), 114, np.uint8)
+    corners = [(0, 0), (width, 0), (0, height), (width, height)]
+    for (pixels, _, _), (x, y) in zip(samples, corners):
+        picture[y : y + height, x : x + width] = pixels
+    boxes = [boxes + np.array((*corner, *corner), np.float32) for (_, boxes, _), corner in zip(samples, corners)]
+    return picture, np.concatenate(boxes), np.concatenate([classes for *_, classes in samples])
+
+
+@pytest.mark.parametrize("with_rect", [False, True])
+@pytest.mark.parametrize("batch_size", [4, 8, 10])
+def test_a_quad_batch_is_its_samples_pasted_by_hand(with_rect, batch_size, rect):
+    hyp = rect.hyp if with_rect else HYP
+    batches = replace(rect, rect=with_rect, quad=True, batch_size=batch_size, hyp=hyp)
+    for epoch in range(2):
+        order = batches.order(epoch)
+        for index in range(batches.per_epoch):
+            lot = batches.lot(epoch, index, order)
+            batch = batches.batch(epoch * batches.per_epoch + index)
+            assert batch.indices.tolist() == lot.images.tolist()
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            assert batch.images.numel() <= batches.batch_bytes
+            shape = rect_shape(rect.store, lot.images) if with_rect else (IMGSZ, IMGSZ)
+            expected = [
+                quad_by_hand(batches, lot.images[first : first + 4], lot.position + first, shape, epoch)
+                for first in range(0, len(lot.images), 4)
+            ]
+            assert_same(of_batch(batch), expected)
+
+
+def test_what_a_quad_leaves_out_is_not_even_read(rect, monkeypatch):
+    batches = replace(rect, rect=False, quad=True)
+    read = []
+    monkeypatch.setattr(loader, "base_image", lambda path, *_, **__: read.append(path) or base_image(path, IMGSZ))
+    enlarged = 0
+    for number in batches.numbers(0, 4):
+        read.clear()
+        batch = batches.batch(number)
+        shown = {batches.store.path(image) for image in batch.indices.tolist()}
+        if len(read) == 1 < len(batch.indices):
+            enlarged += 1
+            assert read == [batches.store.path(int(batch.indices[0]))]
+        else:
+            assert set(read) == shown
+    assert 5 <= enlarged <= 15  # of 20 full groups
+
+
+def test_quads_are_enlarged_as_often_as_merged():
+    assert np.mean([enlarges(generator(0, 0, position, QUAD)) for position in range(2000)]) == pytest.approx(
+        0.5, abs=0.04
+    )
+
+
+# ---- image weights
+
+
+MAPS = [(), (0.9, 0.1, 0.0), (0.2, 0.8, 0.5)]
+
+
+def weighted(batches, maps=MAPS) -> list[list[Batch]]:
+    stream = TrainStream(batches, start_epoch=0, end_epoch=len(maps), workers=0, image_weights=True, num_classes=3)
+    return [list(stream.epoch(epoch, class_maps)) for epoch, class_maps in enumerate(maps)]
+
+
+def test_an_epoch_under_image_weights_draws_its_images_by_the_last_evaluation(batches, store):
+    for epoch, made in enumerate(weighted(batches)):
+        weights = image_weights(store, class_weights(store, 3, MAPS[epoch]))
+        images = torch.cat([batch.indices for batch in made]).tolist()
+        assert [len(batch.indices) for batch in made] == [4, 4, 2]
+        assert images == epoch_order(3, epoch, 10, weights).tolist()
+        assert all(image % 3 for image in images)  # the others have no labels
+
+
+def test_class_maps_change_the_order(batches, photos):
+    twenty = replace(batches, store=replace(photos, classes=photos.classes % 2))
+    orders = [
+        [batch.indices.tolist() for batch in weighted(twenty, maps=[maps])[0]]
+        for maps in [(), (0.0, 0.0, 0.0), (0.95, 0.0, 0.0)]
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    first = photos.classes[np.concatenate(orders[2])] % 2 == 0
+    assert first.mean() < 0.2  # what is known well is seen less often
+
+
+def test_a_rect_epoch_under_image_weights_sorts_what_was_drawn(rect, photos):
+    for made in weighted(replace(rect, store=replace(photos, classes=photos.classes % 3))):
+        for batch in made:
+            assert tuple(batch.images.shape[2:]) == rect_shape(photos, batch.indices.numpy())
+        assert sum(len(batch.indices) for batch in made) == 22
+
+
+# ---- the stream of training
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"rect": True}, {"quad": True, "batch_size": 6}])
+def test_any_number_of_workers_streams_the_same_epochs(changes, drawn, batches):
+    each = replace(batches, **changes)
+
+    def epochs(workers: int, start: int = 0) -> list[list[dict]]:
+        stream = TrainStream(each, start_epoch=start, end_epoch=3, workers=workers, image_weights=drawn, num_classes=3)
+        assert stream.workers == workers
+        return [[content(batch) for batch in stream.epoch(epoch, MAPS[epoch])] for epoch in range(start, 3)]
+
+    alone = epochs(0)
+    assert [len(made) for made in alone] == [each.per_epoch] * 3
+    assert epochs(1) == alone
+    assert epochs(2) == alone
+    assert epochs(2, start=1) == alone[1:]
+    if not drawn:
+        assert [batch for made in alone for batch in made] == contents(each, each.numbers(0, 3), 0)
+
+
+def test_batches_can_be_made_in_a_process_that_is_not_forked(batches):
+    lot = batches.lot(1, 0, batches.order(1))
+    make, sent = pickle.loads(pickle.dumps((batches.batch_of, lot)))
+    assert content(make(sent)) == content(batches.batch(batches.per_epoch))
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_an_epoch_taken_by_count_is_followed_by_the_next(drawn, batches):
+    """As a loop does that knows how many batches there are, and never asks for one more."""
+    stream = TrainStream(batches, start_epoch=0, end_epoch=3, workers=1, image_weights=drawn, num_classes=3)
+    taken = []
+    for epoch in range(3):
+        made = stream.epoch(epoch)
+        taken += [content(next(made)) for _ in range(batches.per_epoch)]
+    other = TrainStream(batches, start_epoch=0, end_epoch=3, workers=0, image_weights=drawn, num_classes=3)
+    assert taken == [content(batch) for epoch in range(3) for batch in other.epoch(epoch)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_training_stream_names_an_image_that_vanished(workers, batches, store, random_states):
+    before = random_states()
+    Path(store.path(7)).unlink()
+    stream = TrainStream(batches, start_epoch=0, end_epoch=1, workers=workers, num_classes=3)
+    with pytest.raises(UserError, match=f"^{re.escape(store.path(7))}: No such file"):
+        list(stream.epoch(0))
+    assert random_states() == before
+
+
+# ---- resizing
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.floats(0.3, 2), st.sampled_from([8, 32]))
+def test_resized_sides_are_whole_strides_and_boxes_keep_their_place(rows, columns, factor, stride):
+    images = torch.zeros(2, 3, 16 * rows, 16 * columns, dtype=torch.uint8)
+    boxes = torch.tensor([[1.0, 2, 15, 9], [0, 0, 16 * columns, 16 * rows]])
+    batch = Batch(
+        images=images, boxes=boxes, classes=torch.tensor([1, 0]), image_of=torch.tensor([0, 1]), indices=torch.arange(2)
+    )
+    found = resized(batch, factor, stride)
+    height, width = found.images.shape[2:]
+    for old, new in ((16 * rows, height), (16 * columns, width)):
+        assert new % stride == 0
+        assert new >= old * factor - 1e-3
+        assert new - stride < old * factor
+    fractions = boxes / torch.tensor([16.0 * columns, 16.0 * rows]).tile(2)
+    torch.testing.assert_close(found.boxes / torch.tensor([width, height]).tile(2), fractions)
+    assert torch.equal(batch.boxes[1], torch.tensor([0.0, 0, 16 * columns, 16 * rows]))  # the batch itself is as it was
+    assert (found.classes is batch.classes) and (found.image_of is batch.image_of)
+
+
+@pytest.mark.parametrize("imgsz", [160, 320, 352, 640, 1056])
+def test_a_factor_of_whole_strides_gives_just_these(imgsz):
+    empty = torch.zeros(0)
+    batch = Batch(
+        images=torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8),
+        boxes=torch.zeros(0, 4),
+        classes=empty,
+        image_of=empty,
+        indices=torch.zeros(1),
+    )
+    for strides in range(imgsz // 64, 3 * imgsz // 64 + 1):
+        assert resized(batch, strides * 32 / imgsz, 32).images.shape[2:] == (strides * 32, strides * 32)
+    assert resized(batch, 1.0, 32) is batch
+
+
+@pytest.mark.parametrize("side", [32, 64, 96, 160])
+def test_resized_pixels_are_the_bilinear_interpolation_in_the_same_layout(side, smooth_image):
+    """As cv2 has it, which also counts from pixel centres."""
+    pictures = [smooth_image(np.random.default_rng(seed), 96, 96) for seed in range(2)]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    boxes, empty = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    batch = Batch(images=images, boxes=boxes, classes=empty, image_of=empty, indices=torch.arange(2))
+    found = resized(batch, side / 96, 32).images
+    assert found.dtype == torch.uint8
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    for image, picture in zip(found.permute(0, 2, 3, 1).numpy(), pictures):
+        expected = cv2.resize(picture, (side, side), interpolation=cv2.INTER_LINEAR)
+        assert np.abs(image.astype(int) - expected).max() <= 1
+    meta = resized(  # a device that does not take bytes
+        replace(batch, images=images.to("meta"), boxes=boxes.to("meta")), side / 96, 32
+    ).images
+    assert (meta.shape, meta.dtype) == (found.shape, found.dtype)
+    assert meta.is_contiguous(memory_format=torch.channels_last)
 
 
 # ---- evaluation

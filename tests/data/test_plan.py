@@ -7,7 +7,20 @@ from hypothesis import strategies as st
 
 from utils.boxes import transform_boxes, transform_points
 from utils.data.images import base_scale, base_shape
-from utils.data.plan import epoch_order, generator, letterbox_plan, source_to_network, train_plan
+from utils.data.plan import (
+    QUAD,
+    SAMPLE,
+    SIZE,
+    batch_order,
+    class_weights,
+    epoch_order,
+    generator,
+    image_weights,
+    letterbox_plan,
+    quad_plan,
+    source_to_network,
+    train_plan,
+)
 from utils.data.render import render
 from utils.hyp import Hyperparameters
 
@@ -46,9 +59,9 @@ def store(make_store):
     return make_store(SIZES, boxes, classes)
 
 
-def plan_of(store, recipe, seed, *, imgsz=IMGSZ):
+def plan_of(store, recipe, seed, *, imgsz=IMGSZ, shape=None):
     image = seed % len(store)
-    return train_plan(store, image, imgsz=imgsz, hyp=recipe, rng=generator(seed, 0, 0))
+    return train_plan(store, image, imgsz=imgsz, shape=shape, hyp=recipe, rng=generator(seed, 0, 0))
 
 
 def all_tiles(plan):
@@ -81,6 +94,14 @@ def test_a_generator_depends_on_all_three_numbers_and_nothing_else(seed, epoch, 
     assert generator(seed, 1, 0).random() != generator(seed, 0, 1).random()
 
 
+def test_purposes_are_streams_of_their_own_and_samples_keep_theirs():
+    """Far apart in the counter of one key: the other purposes came later, and left samples as they were."""
+    sample = np.random.Philox(key=np.array([5, 2 << 32 | 9], np.uint64))
+    assert generator(5, 2, 9).random(8).tolist() == np.random.Generator(sample).random(8).tolist()
+    draws = {tuple(generator(5, 2, 9, purpose).random(4)) for purpose in (SAMPLE, QUAD, SIZE)}
+    assert len(draws) == 3
+
+
 @settings(deadline=None)
 @given(seeds, st.integers(0, 500), st.integers(1, 300))
 def test_an_epoch_goes_through_every_image_once(seed, epoch, num_images):
@@ -92,6 +113,63 @@ def test_an_epoch_goes_through_every_image_once(seed, epoch, num_images):
 def test_orders_of_epochs_and_seeds_differ():
     orders = {tuple(epoch_order(seed, epoch, 50)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
+
+
+@settings(deadline=None)
+@given(seeds, st.integers(0, 500), st.integers(1, 300))
+def test_the_batches_of_an_epoch_come_in_an_order_drawn_anew(seed, epoch, num_batches):
+    assert sorted(batch_order(seed, epoch, num_batches).tolist()) == list(range(num_batches))
+    if num_batches > 20:
+        orders = {
+            tuple(batch_order(*key, num_batches)) for key in [(seed, epoch), (seed, epoch + 1), (seed + 1, epoch)]
+        }
+        assert len(orders) == 3
+
+
+# ---- image weights
+
+
+@st.composite
+def labelled_images(draw):
+    """Classes of the labels of each image, and how many classes there are."""
+    num_classes = draw(st.integers(1, 5))
+    kinds = st.lists(st.integers(0, num_classes - 1), max_size=4)
+    return draw(st.lists(kinds, min_size=1, max_size=12)), num_classes
+
+
+def _store_of_classes(make_store, classes):
+    boxes = [[[1, 1, 9, 9]] * len(kinds) for kinds in classes]
+    return make_store([(10, 10)] * len(classes), boxes, [np.array(kinds, int) for kinds in classes])
+
+
+@settings(deadline=None)
+@given(labelled_images(), st.data())
+def test_class_and_image_weights_are_what_the_words_say(make_store, labelled, data):
+    classes, num_classes = labelled
+    store = _store_of_classes(make_store, classes)
+    maps = data.draw(st.one_of(st.just([]), st.lists(st.floats(0, 1), min_size=num_classes, max_size=num_classes)))
+
+    counts = [sum(kinds.count(index) for kinds in classes) for index in range(num_classes)]
+    inverse = [1 / count if count else 0 for count in counts]
+    per_class = [
+        (value / sum(inverse) if value else 0) * (1 - (maps[index] if maps else 0)) ** 2
+        for index, value in enumerate(inverse)
+    ]
+    per_image = [sum(per_class[kind] for kind in kinds) for kinds in classes]
+    np.testing.assert_allclose(class_weights(store, num_classes, maps), per_class)
+    expected = per_image if sum(per_image) else [1] * len(classes)
+    np.testing.assert_allclose(image_weights(store, class_weights(store, num_classes, maps)), expected)
+
+
+def test_images_are_drawn_as_often_as_their_weights_say():
+    weights = np.array([0.0, 1, 2, 0, 5, 0.5] * 4000)
+    drawn = np.bincount(epoch_order(3, 1, len(weights), weights) % 6, minlength=6) / len(weights)
+    np.testing.assert_allclose(drawn, weights[:6] / weights[:6].sum(), atol=0.015)
+    assert drawn[0] == drawn[3] == 0
+    assert epoch_order(3, 2, 50, weights[:50]).tolist() != epoch_order(3, 1, 50, weights[:50]).tolist()
+
+
+# ---- samples
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -146,6 +224,21 @@ def test_without_any_gain_a_training_sample_is_the_letterbox(store):
         np.testing.assert_array_equal(plan.tiles[0].corners, still.tiles[0].corners)
         np.testing.assert_allclose(plan.boxes, still.boxes, atol=1e-5)
         assert plan.hsv is None
+        shape = (192, 224)
+        plan = train_plan(store, image, imgsz=IMGSZ, shape=shape, hyp=STILL, rng=generator(0, 0, image))
+        still = letterbox_plan(store, image, shape=shape, imgsz=IMGSZ)
+        np.testing.assert_array_equal(plan.tiles[0].corners, still.tiles[0].corners)
+        np.testing.assert_allclose(plan.boxes, still.boxes, atol=1e-5)
+
+
+def test_translation_is_a_share_of_each_side(make_store):
+    store, shape = make_store([(64, 160)]), (96, 224)
+    recipe = replace(STILL, translate=0.2)
+    plans = [train_plan(store, 0, imgsz=160, shape=shape, hyp=recipe, rng=generator(seed, 0, 0)) for seed in range(300)]
+    shifts = np.array([plan.tiles[0].matrix[:2, 2] - (32, 16) for plan in plans])
+    for column, side in zip(shifts.T, (224, 96)):
+        assert np.abs(column).max() <= 0.2 * side + 1e-9
+        assert np.abs(column).max() > 0.19 * side
 
 
 # ---- boxes and pixels
@@ -190,12 +283,13 @@ def snapped(store):
     return replace(store, boxes=boxes.astype(np.float32))
 
 
+@pytest.mark.parametrize("shape", [(IMGSZ, IMGSZ), (96, 224)])
 @pytest.mark.parametrize("recipe", RECIPES)
 @settings(max_examples=12, deadline=None)
 @given(seed=seeds)
-def test_planned_boxes_are_where_the_pixels_are(recipe, snapped, seed):
+def test_planned_boxes_are_where_the_pixels_are(recipe, shape, snapped, seed):
     """Paint every box of a plan alone and look where it went: there lies a planned box, or too little to keep one."""
-    plan = plan_of(snapped, RECIPES[recipe], seed)
+    plan = plan_of(snapped, RECIPES[recipe], seed, shape=shape)
     tilted = not all(tile.upright for tile in all_tiles(plan))
     tolerance = 1.5 if tilted else 1.0  # a corner that is sharp fills its last pixels by less than half
     planned = list(zip(plan.classes.tolist(), plan.boxes))
@@ -204,27 +298,29 @@ def test_planned_boxes_are_where_the_pixels_are(recipe, snapped, seed):
         for kind, box in zip(snapped.classes[rows].tolist(), base_boxes(snapped, tile.image)):
             found = extent(coverage_of(plan, number, box) > (0.3 if tilted else 0.5))
             mine = [
-                item for item in planned if item[0] == kind and found is not None and _agree(item[1], found, tolerance)
+                item
+                for item in planned
+                if item[0] == kind and found is not None and _agree(item[1], found, tolerance, shape)
             ]
             if mine:
                 planned = [item for item in planned if item is not mine[0]]
             elif found is not None:
                 assert not _is_clearly_kept(found, box, tile.matrix, exact=not tilted), (kind, found, plan.boxes)
     without_pixels = [
-        box for _, box in planned if not (tilted and _touches_border(box))
+        box for _, box in planned if not (tilted and _touches_border(box, shape))
     ]  # there, its corner may be empty
     assert not without_pixels
 
 
-def _agree(box, found, tolerance):
+def _agree(box, found, tolerance, shape):
     """Whether the pixels `found` fill a planned box. Cut by the border, a tilted one may show less than its box."""
-    if tolerance == 1.0 or not _touches_border(box):
+    if tolerance == 1.0 or not _touches_border(box, shape):
         return np.abs(box - found).max() <= tolerance
     return bool(np.all(found[:2] >= box[:2] - tolerance) and np.all(found[2:] <= box[2:] + tolerance))
 
 
-def _touches_border(box):
-    return bool(np.any((box <= 0) | (box >= IMGSZ)))
+def _touches_border(box, shape):
+    return bool(np.any((box <= 0) | (box >= np.tile(shape[::-1], 2))))
 
 
 def _is_clearly_kept(found, box, matrix, *, exact):
@@ -383,6 +479,31 @@ def test_a_tile_shows_nothing_beyond_its_base_image(store, seed, recipe):
         slack = 0.5 / np.sqrt(abs(np.linalg.det(tile.matrix[:2, :2]))) + 1e-6 if tile.upright else 1e-6
         assert np.all(inside >= -slack)
         assert np.all(inside <= [width + slack, height + slack])
+
+
+# ---- quads
+
+
+def test_a_merged_quad_moves_boxes_into_their_quadrants(store):
+    samples = [plan_of(store, CLASSIC, seed, shape=(96, 128)) for seed in range(4)]
+    quad = quad_plan(samples, enlarge=False)
+    assert quad.shape == (192, 256)
+    expected = []
+    for sample, (left, top) in zip(samples, [(0, 0), (128, 0), (0, 96), (128, 96)]):
+        for kind, (x1, y1, x2, y2) in zip(sample.classes.tolist(), sample.boxes.tolist()):
+            expected.append((kind, x1 + left, y1 + top, x2 + left, y2 + top))
+    assert len(expected) > 8
+    np.testing.assert_allclose(np.column_stack([quad.classes, quad.boxes]), expected, atol=1e-4)
+    assert quad.boxes.dtype == np.float32
+
+
+def test_an_enlarged_quad_is_its_first_sample_at_twice_the_size(store):
+    sample = plan_of(store, CLASSIC, 2)
+    quad = quad_plan([sample], enlarge=True)
+    assert quad.shape == (2 * IMGSZ, 2 * IMGSZ)
+    np.testing.assert_allclose(quad.boxes, 2 * sample.boxes)
+    np.testing.assert_array_equal(quad.classes, sample.classes)
+    assert quad.boxes.dtype == np.float32
 
 
 # ---- letterbox

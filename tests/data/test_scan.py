@@ -10,7 +10,7 @@ import pytest
 
 from utils.config import read_dataset
 from utils.data import scan
-from utils.data.labels import Finding
+from utils.data.labels import Finding, single_class
 from utils.data.scan import open_dataset, scan_split, write_findings
 from utils.structures import LabelStore, UserError
 
@@ -396,6 +396,14 @@ def test_a_loader_process_that_is_not_forked_maps_the_labels(small, monkeypatch)
     change_key = replace(store, key="of another scan")
     with pytest.raises(UserError, match="scanned anew while it was in use"):
         pickle.loads(pickle.dumps(change_key))
+
+
+def test_a_single_class_survives_the_way_to_a_process_that_is_not_forked(small):
+    store, _ = scan_split(small, "train")
+    assert store.classes.any()
+    sent = pickle.dumps(single_class(store))
+    assert len(sent) < 1000
+    assert_same((pickle.loads(sent), None), (replace(store, classes=np.zeros_like(store.classes)), None))
 
 
 def test_opencv_says_nothing_beside_the_finding(small, capfd):

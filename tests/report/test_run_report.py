@@ -2,7 +2,6 @@
 
 import io
 import json
-import time
 from pathlib import Path
 
 import cv2
@@ -10,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from utils.clock import PARTS, TimeSplit
 from utils.data.labels import ImageLabels, build_store
-from utils.report.loggers import TIMING_COLUMNS, Console
-from utils.report.run_report import EpochTimes, PictureFiles, Pictures, RunReport, Stopwatch, write_metrics
+from utils.report import plots
+from utils.report.loggers import Console
+from utils.report.run_report import PictureFiles, Pictures, RunReport, write_metrics
 from utils.structures import Batch, ClassMetrics, Detections, LossMeans, Metrics
 
 LOSSES = LossMeans(box=0.1, objectness=0.2, classification=0.3)
@@ -60,33 +61,12 @@ def report(folder: Path, *, pictures=None, start_epoch=0, epochs=3) -> tuple[Run
     )
 
 
-def tell(reporter: RunReport, epoch: int) -> None:
-    reporter.epoch(epoch, LOSSES, METRICS, (0.1, 0.1, 0.2), EpochTimes(images=8))
+def took(wall: float, **parts: float) -> TimeSplit:
+    return TimeSplit(wall=wall, parts=dict.fromkeys(PARTS, 0.0) | parts, images=8)
 
 
-# ---- times ----------------------------------------------------------------------------------------------------------
-
-
-def test_stopwatch_adds_up_and_counts_what_fails():
-    watch = Stopwatch()
-    for _ in range(2):
-        with watch:
-            time.sleep(0.01)
-    with pytest.raises(KeyError), watch:
-        time.sleep(0.01)
-        raise KeyError
-    assert 0.03 <= watch.seconds < 1
-
-
-def test_times_of_an_epoch():
-    times = EpochTimes(images=30)
-    for name, seconds in (("data", 1.0), ("train", 2.0), ("evaluate", 3.0), ("save", 4.0)):
-        getattr(times, name).seconds = seconds
-    assert times.total == 10
-    assert times.images_per_s == 10
-    assert tuple(times.row(7)) == TIMING_COLUMNS
-    assert times.row(7)["epoch"] == 8
-    assert EpochTimes().images_per_s == 0
+def tell(reporter: RunReport, epoch: int, metrics: Metrics | None = METRICS) -> None:
+    reporter.epoch(epoch, LOSSES, metrics, (0.1, 0.1, 0.2), took(3.0, forward=1.0, evaluate=0.5))
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -116,6 +96,7 @@ def test_metrics_file_without_losses(tmp_path):
 def test_story_of_a_run(tmp_path):
     pictures = Recorded()
     reporter, stream = report(tmp_path, pictures=pictures)
+    assert pictures.drawn == []  # nothing delays the first step
     for epoch in range(3):
         reporter.train_batch(epoch, 0, None)
         tell(reporter, epoch)
@@ -167,11 +148,42 @@ def test_metrics_are_written_when_all_else_is(tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
+def test_epochs_without_evaluation(tmp_path, store):
+    """Their metrics stay empty in the line, the table, TensorBoard and the curves."""
+    reporter, stream = report(tmp_path, pictures=PictureFiles(tmp_path, ("größe",), val=store, train=store))
+    for epoch in range(2):
+        tell(reporter, epoch, metrics=None)
+    assert stream.getvalue().splitlines()[-1].split()[4:8] == ["-"] * 4
+    plots.plot_results(tmp_path / "results.csv", tmp_path / "results.png")
+    never = cv2.imread(str(tmp_path / "results.png"))
+    tell(reporter, 2)
+    plots.plot_results(tmp_path / "results.csv", tmp_path / "results.png")
+    cells = [[cell.strip() for cell in row.split(",")] for row in rows(tmp_path)[1:]]
+    assert [row[4:11] == [""] * 7 for row in cells] == [True, True, False]
+    assert all(row[1] and row[11] for row in cells)
+    assert (cv2.imread(str(tmp_path / "results.png")) != never).any()
+
+
+def test_the_summary_accounts_for_the_time_of_all_epochs(tmp_path):
+    reporter, stream = report(tmp_path)
+    for epoch in range(2):
+        tell(reporter, epoch)
+    reporter.finished(METRICS, best_epoch=1, epochs=2)
+    lines = [line.split() for line in stream.getvalue().splitlines()]
+    seconds = next(line for line in lines if line[:1] == ["seconds"])
+    assert seconds[1:] == ["0.0", "0.0", "2.0", "0.0", "0.0", "0.0", "1.0", "0.0", "3.0", "6.0"]
+    assert "Bottleneck: pictures" in stream.getvalue()
+
+
+def test_a_run_resumed_to_be_evaluated_alone_has_no_time_to_account_for(tmp_path):
+    reporter, stream = report(tmp_path, start_epoch=2)
+    reporter.finished(METRICS, best_epoch=1, epochs=2)
+    assert "seconds" not in stream.getvalue()
+
+
 def test_time_left_follows_the_last_epochs(tmp_path):
     reporter, stream = report(tmp_path, epochs=4)
-    times = EpochTimes(images=8)
-    times.train.seconds = 90.0
-    reporter.epoch(0, LOSSES, METRICS, (0.1, 0.1, 0.2), times)
+    reporter.epoch(0, LOSSES, METRICS, (0.1, 0.1, 0.2), took(120.0, forward=70.0, evaluate=20.0))
     assert stream.getvalue().splitlines()[-1].endswith("0:04:30")
 
 

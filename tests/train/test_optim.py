@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from utils.hyp import Hyperparameters
-from utils.train.optim import Schedule, WeightAverage, apply_settings, choose_accumulation, make_optimizer
+from utils.train.optim import (
+    Schedule,
+    WeightAverage,
+    apply_settings,
+    choose_accumulation,
+    make_optimizer,
+    without_compiler,
+)
 
 # ---- nominal batch ------------------------------------------------------------------------------------------------
 
@@ -196,6 +203,30 @@ def test_two_updates_equal_nesterov_by_hand():
         velocity = 0.9 * velocity + gradient
         weight -= 0.1 * (gradient + 0.9 * velocity)
     assert model.weight.item() == pytest.approx(weight, rel=1e-12)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_without_the_compiler_an_optimizer_is_the_same(kind, fused):
+    """Updates to the bit, state there and back, hooks, and the step's need of no gradient."""
+    ours, theirs = Small(), Small()
+    ours.load_state_dict(theirs.state_dict())
+    steps = []
+    pair = [(ours, without_compiler(kind)), (theirs, kind)]
+    optimizers = [made(model.parameters(), lr=0.1, weight_decay=0.01, fused=fused) for model, made in pair]
+    optimizers[0].register_step_post_hook(lambda *arguments: steps.append(1))
+    for seed in range(3):
+        for model, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+            images = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+            model(images).square().sum().backward()
+            optimizer.step()
+        optimizers[0].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+        for mine, theirs_too in zip(ours.parameters(), theirs.parameters()):
+            assert torch.equal(mine, theirs_too) and mine.is_leaf
+    assert str(optimizers[0]) == str(optimizers[1])
+    assert str(optimizers[0].state_dict()) == str(optimizers[1].state_dict())
+    assert len(steps) == 3
 
 
 def test_momentum_zero_is_plain_gradient_descent():

@@ -1,30 +1,44 @@
 """Batches in order: which images make a batch, and a stream of them from loader processes.
 
-A batch is a pure function of its number, so as many processes as you like yield the same stream. One stream serves a
-whole run: the processes already work on the next epoch while this one is evaluated.
+A batch is a pure function of its number, so as many processes as you like yield the same stream. Only --image-weights
+makes an epoch depend on the evaluation before it; else the processes already work on it while that one runs.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import shutil
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from utils.data.images import ImageError, base_image
-from utils.data.plan import epoch_order, generator, letterbox_plan, source_to_network, train_plan
-from utils.data.render import render
+from utils.data.plan import (
+    QUAD,
+    batch_order,
+    class_weights,
+    enlarges,
+    epoch_order,
+    generator,
+    image_weights,
+    letterbox_plan,
+    quad_plan,
+    source_to_network,
+    train_plan,
+)
+from utils.data.render import render, render_quad
 from utils.hyp import Hyperparameters
-from utils.structures import Batch, LabelStore, SamplePlan, UserError
+from utils.structures import Batch, LabelStore, QuadPlan, SamplePlan, UserError
 
 _PREFETCH = 4  # batches that each loader process works ahead
 _SHARED_MEMORY = Path("/dev/shm")  # Linux; torch hands batches from process to process through it
@@ -40,18 +54,44 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lot:
+    """The images that a training batch grows out of, and their place: with the seed, all that the batch depends on."""
+
+    epoch: int
+    position: int  # of the first image among the samples of its epoch
+    images: np.ndarray  # (n,) into the LabelStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochOrder:
+    """The images of an epoch, to be cut into batches, and which of these cuts is its first, second, ... batch."""
+
+    images: np.ndarray  # (I,)
+    cuts: Sequence[int]  # (batches,)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TrainBatches:
-    """The augmented batches of a training run, numbered through all epochs. The last one of an epoch may be smaller."""
+    """The augmented batches of a training run, numbered through all epochs. One batch of an epoch may be smaller.
+
+    rect: images of like aspect share a batch and its shape, and there is no mosaic. quad: each four samples make one
+    network input of twice the side; see `quad_plan`.
+    """
 
     store: LabelStore
     imgsz: int
     batch_size: int
     hyp: Hyperparameters
     seed: int
+    rect: bool = False
+    quad: bool = False
+    stride: int = 32  # of the network; sides of rectangular batches are multiples of it
 
     @property
     def batch_bytes(self) -> int:
-        return self.batch_size * 3 * self.imgsz**2
+        height, width = self._shape(np.ones(1))
+        samples = 4 * -(-self.batch_size // 4) if self.quad else self.batch_size
+        return samples * 3 * height * width
 
     @property
     def per_epoch(self) -> int:
@@ -62,18 +102,49 @@ class TrainBatches:
 
     def batch(self, number: int) -> Batch:
         epoch, index = divmod(number, self.per_epoch)
-        start = index * self.batch_size
-        images = _cached_order(self.seed, epoch, len(self.store))[start : start + self.batch_size]
-        plans = [
-            train_plan(
-                self.store, int(image), imgsz=self.imgsz, hyp=self.hyp, rng=generator(self.seed, epoch, start + offset)
-            )
-            for offset, image in enumerate(images)
-        ]
-        return _assemble(plans, images, self.store, self.imgsz)
+        return self.batch_of(self.lot(epoch, index, _cached_order(self, epoch)))
+
+    def order(self, epoch: int, weights: np.ndarray | None = None) -> EpochOrder:
+        """The order of an epoch whose images are all there once or, with (I,) `weights`, drawn by them."""
+        images = epoch_order(self.seed, epoch, len(self.store), weights)
+        if not self.rect:
+            return EpochOrder(images=images, cuts=range(self.per_epoch))
+        images = images[np.argsort(_aspects(self.store, images), kind="stable")]
+        return EpochOrder(images=images, cuts=batch_order(self.seed, epoch, self.per_epoch))
+
+    def lot(self, epoch: int, index: int, order: EpochOrder) -> Lot:
+        position = int(order.cuts[index]) * self.batch_size
+        return Lot(epoch=epoch, position=position, images=order.images[position : position + self.batch_size])
+
+    def batch_of(self, lot: Lot) -> Batch:
+        shape = self._shape(_aspects(self.store, lot.images))
+        if self.quad:
+            return _assemble(self._quads(lot, shape), lot.images, self.store, self.imgsz, paint=render_quad)
+        plans = [self._sample(lot, place, shape) for place in range(len(lot.images))]
+        return _assemble(plans, lot.images, self.store, self.imgsz)
+
+    def _shape(self, aspects: np.ndarray) -> tuple[int, int]:
+        return _rect_shape(aspects, self.imgsz, self.stride) if self.rect else (self.imgsz, self.imgsz)
+
+    def _sample(self, lot: Lot, place: int, shape: tuple[int, int]) -> SamplePlan:
+        hyp = replace(self.hyp, mosaic=0.0) if self.rect else self.hyp
+        rng = generator(self.seed, lot.epoch, lot.position + place)
+        return train_plan(self.store, int(lot.images[place]), imgsz=self.imgsz, shape=shape, hyp=hyp, rng=rng)
+
+    def _quads(self, lot: Lot, shape: tuple[int, int]) -> list[QuadPlan]:
+        """The groups of four. A last one of fewer is always merged, with padding where nothing lies."""
+        plans = []
+        for first in range(0, len(lot.images), 4):
+            group = range(first, min(first + 4, len(lot.images)))
+            enlarge = len(group) == 4 and enlarges(generator(self.seed, lot.epoch, lot.position + first, QUAD))
+            shown = group[:1] if enlarge else group
+            plans.append(quad_plan([self._sample(lot, place, shape) for place in shown], enlarge=enlarge))
+        return plans
 
 
-_cached_order = functools.lru_cache(maxsize=2)(epoch_order)
+@functools.lru_cache(maxsize=2)
+def _cached_order(batches: TrainBatches, epoch: int) -> EpochOrder:
+    return batches.order(epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,26 +166,41 @@ class EvalBatches:
     @functools.cached_property
     def _order(self) -> np.ndarray:
         """(I,) images by their ratio of height to width."""
-        return np.argsort(self.store.sizes[:, 0] / self.store.sizes[:, 1], kind="stable")
+        return np.argsort(_aspects(self.store, slice(None)), kind="stable")
 
     def batch(self, number: int) -> Batch:
         images = self._order[number * self.batch_size : (number + 1) * self.batch_size]
-        sizes = self.store.sizes[images]
-        shape = self._shape(sizes[:, 0] / sizes[:, 1])
+        shape = _rect_shape(_aspects(self.store, images), self.imgsz, self.stride)
         plans = [letterbox_plan(self.store, int(image), shape=shape, imgsz=self.imgsz) for image in images]
         batch = _assemble(plans, images, self.store, self.imgsz, area=True)
         placements = np.stack([source_to_network(self.store, plan, self.imgsz) for plan in plans])
         return replace(batch, placements=torch.from_numpy(placements))
 
-    def _shape(self, aspect: np.ndarray) -> tuple[int, int]:
-        """Height and width that hold images of these ratios height / width, with half a stride or more to spare."""
-        ratios = (min(aspect.max(), 1.0), min(1 / aspect.min(), 1.0))
-        height, width = (int(np.ceil(self.imgsz * ratio / self.stride + 0.5)) * self.stride for ratio in ratios)
-        return height, width
+
+def _aspects(store: LabelStore, images: np.ndarray | slice) -> np.ndarray:
+    """(n,) ratios of height to width."""
+    sizes = store.sizes[images]
+    return sizes[:, 0] / sizes[:, 1]
+
+
+def _rect_shape(aspects: np.ndarray, imgsz: int, stride: int) -> tuple[int, int]:
+    """Height and width that hold images of these ratios height / width, with half a stride or more to spare."""
+    ratios = (min(aspects.max(), 1.0), min(1 / aspects.min(), 1.0))
+    height, width = (int(np.ceil(imgsz * ratio / stride + 0.5)) * stride for ratio in ratios)
+    return height, width
+
+
+_Plan = TypeVar("_Plan", SamplePlan, QuadPlan)
 
 
 def _assemble(
-    plans: Sequence[SamplePlan], images: np.ndarray, store: LabelStore, imgsz: int, *, area: bool = False
+    plans: Sequence[_Plan],
+    images: np.ndarray,
+    store: LabelStore,
+    imgsz: int,
+    *,
+    paint: Callable[[_Plan, Callable[[int], np.ndarray]], np.ndarray] = render,
+    area: bool = False,
 ) -> Batch:
     def load(image: int) -> np.ndarray:
         path = store.path(image)
@@ -125,7 +211,7 @@ def _assemble(
 
     pixels = np.empty((len(plans), *plans[0].shape, 3), np.uint8)
     for slot, plan in zip(pixels, plans):
-        slot[:] = render(plan, load)
+        slot[:] = paint(plan, load)
     counts = [len(plan.classes) for plan in plans]
     return Batch(
         images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # a view: channels last in memory
@@ -136,7 +222,31 @@ def _assemble(
     )
 
 
-# ---- stream -------------------------------------------------------------------------------------------------------
+def resized(batch: Batch, factor: float, stride: int) -> Batch:
+    """The batch with each side `factor` times as long, rounded up to the stride; itself where that changes nothing.
+
+    On the device that the batch lies on, without waiting for it.
+    """
+    old = batch.images.shape[2:]
+    # a factor that stands for whole strides may exceed them by a rounding error
+    new = tuple(max(math.ceil(side * factor / stride - 1e-6), 1) * stride for side in old)
+    if new == tuple(old):
+        return batch
+    assert batch.placements is None
+    boxes = batch.boxes.clone()
+    boxes[:, 0::2] *= new[1] / old[1]
+    boxes[:, 1::2] *= new[0] / old[0]
+    return replace(batch, images=_interpolated(batch.images, new), boxes=boxes)
+
+
+def _interpolated(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear. Only on the CPU does torch interpolate bytes, and there that is ten times as fast as floats."""
+    if images.device.type == "cpu":
+        return F.interpolate(images, size, mode="bilinear")
+    return F.interpolate(images.float(), size, mode="bilinear").round_().to(torch.uint8)
+
+
+# ---- streams ------------------------------------------------------------------------------------------------------
 
 
 class Stream:
@@ -148,28 +258,107 @@ class Stream:
 
     def __init__(self, batches: Batches, numbers: Sequence[int], *, workers: int, pin_memory: bool = False):
         self.batch_size = batches.batch_size
-        self.workers, prefetch = _within_shared_memory(workers, batches.batch_bytes)
-        self._loader = DataLoader(
-            _NumberedBatches(batches),
-            sampler=numbers,
-            batch_size=None,
-            num_workers=self.workers,
-            prefetch_factor=prefetch,
-            persistent_workers=self.workers > 0,
-            pin_memory=pin_memory,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # the default draws from the global one
-            collate_fn=_unchanged,
-        )
+        self._numbers = numbers
+        self._loader = _loader(batches.batch, numbers, batches.batch_bytes, workers=workers, pin_memory=pin_memory)
+
+    @property
+    def workers(self) -> int:
+        return self._loader.num_workers
 
     def __len__(self) -> int:
-        return len(self._loader.sampler)
+        return len(self._numbers)
 
     def __iter__(self) -> Iterator[Batch]:
-        for result in self._loader:
-            if isinstance(result, _Failure):
-                raise UserError(result.message)
-            yield result
+        return _delivered(self._loader)
+
+
+class TrainStream:
+    """The training batches of the epochs `start_epoch` to `end_epoch` - 1, one epoch after the other.
+
+    As Stream otherwise. Without image weights, the processes do not stop between epochs. With them, an epoch has as
+    many images as the split, drawn by what the class mAPs of the evaluation before it say; it cannot begin earlier.
+    """
+
+    def __init__(
+        self,
+        batches: TrainBatches,
+        *,
+        start_epoch: int,
+        end_epoch: int,
+        workers: int,
+        pin_memory: bool = False,
+        image_weights: bool = False,
+        num_classes: int,
+    ):
+        self._batches, self._num_classes = batches, num_classes
+        self._image_weights = image_weights
+        self._next_epoch = start_epoch
+        self._lots = _Lots(batches, range(start_epoch, end_epoch))
+        self._loader = _loader(
+            batches.batch_of, self._lots, batches.batch_bytes, workers=workers, pin_memory=pin_memory
+        )
+        self._all_epochs = _delivered(self._loader)
+
+    @property
+    def workers(self) -> int:
+        return self._loader.num_workers
+
+    def epoch(self, epoch: int, class_maps: Sequence[float] = ()) -> Iterator[Batch]:
+        """The batches of an epoch. Each epoch is asked for once, in order, and taken to its end.
+
+        `class_maps` are the mAPs of all classes, 0..1, empty before any evaluation; they matter to image weights only.
+        """
+        assert epoch == self._next_epoch, f"epoch {epoch}, not {self._next_epoch}"
+        self._next_epoch += 1
+        if not self._image_weights:
+            return itertools.islice(self._all_epochs, self._batches.per_epoch)
+        store = self._batches.store
+        self._lots.epochs = range(epoch, epoch + 1)
+        self._lots.weights = image_weights(store, class_weights(store, self._num_classes, class_maps))
+        return _delivered(self._loader)
+
+
+class _Lots:
+    """The lots of some epochs, made when they are due: the order of an epoch is in no process but the main one."""
+
+    def __init__(self, batches: TrainBatches, epochs: range):
+        self.batches, self.epochs = batches, epochs
+        self.weights: np.ndarray | None = None
+
+    def __iter__(self) -> Iterator[Lot]:
+        for epoch in self.epochs:
+            order = self.batches.order(epoch, self.weights)
+            for index in range(self.batches.per_epoch):
+                yield self.batches.lot(epoch, index, order)
+
+
+_Key = TypeVar("_Key")
+
+
+def _loader(
+    make: Callable[[_Key], Batch], keys: Iterable[_Key], batch_bytes: int, *, workers: int, pin_memory: bool
+) -> DataLoader:
+    """Iterating goes through the keys anew each time. Yields what `make` makes of each, or a _Failure."""
+    workers, prefetch = _within_shared_memory(workers, batch_bytes)
+    return DataLoader(
+        _Made(make),
+        sampler=keys,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # the default draws from the global one
+        collate_fn=_unchanged,
+    )
+
+
+def _delivered(loader: DataLoader) -> Iterator[Batch]:
+    for result in loader:
+        if isinstance(result, _Failure):
+            raise UserError(result.message)
+        yield result
 
 
 def _within_shared_memory(workers: int, batch_bytes: int) -> tuple[int, int | None]:
@@ -190,13 +379,13 @@ class _Failure:
     message: str
 
 
-class _NumberedBatches(Dataset):
-    def __init__(self, batches: Batches):
-        self.batches = batches
+class _Made(Dataset):
+    def __init__(self, make: Callable[[_Key], Batch]):
+        self.make = make
 
-    def __getitem__(self, number: int) -> Batch | _Failure:
+    def __getitem__(self, key: _Key) -> Batch | _Failure:
         try:
-            return self.batches.batch(number)
+            return self.make(key)
         except UserError as error:
             return _Failure(str(error))
         except MemoryError:

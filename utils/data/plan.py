@@ -1,4 +1,4 @@
-"""Every random decision about a sample, and where its boxes land, without touching a pixel.
+"""Every random decision about an epoch and its samples, and where boxes land, without touching a pixel.
 
 Randomness is a function of (seed, epoch, position): the generator of a sample is keyed by these three numbers, so the
 batches do not depend on the number of loader processes or on where a run was resumed. Augmentation follows SPEC 6.
@@ -6,6 +6,7 @@ batches do not depend on the number of loader processes or on where a run was re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,25 +14,70 @@ import numpy as np
 from utils.boxes import box_area, clip_boxes, transform_boxes, transform_points
 from utils.data.images import base_scale, base_shape
 from utils.hyp import Hyperparameters
-from utils.structures import LabelStore, Mix, SamplePlan, Tile
+from utils.structures import LabelStore, Mix, QuadPlan, SamplePlan, Tile
 
 PADDING = 114  # grey level where no image lies
 
-_ORDER_POSITION = 2**32 - 1  # the position whose generator draws the epoch's order
+# What a generator is for: each purpose has its own stream at each position
+SAMPLE = 0
+BATCH_ORDER = 1  # of rectangular batches
+QUAD = 2
+SIZE = 3  # of the network input, with --multi-scale
+
+_EPOCH_POSITION = 2**32 - 1  # the position whose generators decide about the epoch as a whole
 _MIN_SIDE_PX = 2
 _MIN_AREA_KEPT = 0.1
 _MAX_ASPECT = 100
 _MIXUP_BETA = 32.0
 
 
-def generator(seed: int, epoch: int, position: int) -> np.random.Generator:
-    """The random generator of one sample: counter-based, so any one is made without making those before it."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch << 32 | position], np.uint64)))
+def generator(seed: int, epoch: int, position: int, purpose: int = SAMPLE) -> np.random.Generator:
+    """The random generator of one sample: counter-based, so any one is made without making those before it.
+
+    Streams of different purposes start 2^192 numbers apart, so they never overlap.
+    """
+    key = np.array([seed, epoch << 32 | position], np.uint64)
+    counter = np.array([0, 0, 0, purpose], np.uint64)  # lowest word first
+    return np.random.Generator(np.random.Philox(counter=counter, key=key))
 
 
-def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """(num_images,) the permutation of images that an epoch goes through."""
-    return generator(seed, epoch, _ORDER_POSITION).permutation(num_images)
+# ---- the images of an epoch ---------------------------------------------------------------------------------------
+
+
+def epoch_order(seed: int, epoch: int, num_images: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """(num_images,) the images that an epoch goes through: a permutation, or draws with replacement by `weights`."""
+    rng = generator(seed, epoch, _EPOCH_POSITION)
+    if weights is None:
+        return rng.permutation(num_images)
+    return rng.choice(num_images, num_images, p=weights / weights.sum())
+
+
+def batch_order(seed: int, epoch: int, num_batches: int) -> np.ndarray:
+    """(num_batches,) the permutation of batches that an epoch goes through, where their images are not in order."""
+    return generator(seed, epoch, _EPOCH_POSITION, BATCH_ORDER).permutation(num_batches)
+
+
+def class_weights(store: LabelStore, num_classes: int, class_maps: Sequence[float] = ()) -> np.ndarray:
+    """(C,) f64: inverse class frequency, of sum 1, times (1 - mAP)^2; 0 for classes without labels.
+
+    `class_maps` are the mAPs of all classes, 0..1; empty stands for zeros.
+    """
+    counts = np.bincount(store.classes, minlength=num_classes)
+    weights = np.divide(1, counts, out=np.zeros(num_classes), where=counts > 0)
+    shares = weights / max(weights.sum(), np.finfo(float).tiny)  # no labels: all stay 0
+    return shares * (1 - np.array(class_maps if len(class_maps) else [0.0] * num_classes)) ** 2
+
+
+def image_weights(store: LabelStore, class_weights: np.ndarray) -> np.ndarray:
+    """(I,) f64: the sum of the class weights of an image's labels; ones when no image has any weight."""
+    weights = np.zeros(len(store))
+    labelled = np.diff(store.offsets) > 0
+    if labelled.any():
+        weights[labelled] = np.add.reduceat(class_weights[store.classes], store.offsets[:-1][labelled])
+    return weights if weights.any() else np.ones(len(store))
+
+
+# ---- samples ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +105,22 @@ class _Scene:
 
 
 def train_plan(
-    store: LabelStore, image: int, *, imgsz: int, hyp: Hyperparameters, rng: np.random.Generator
+    store: LabelStore,
+    image: int,
+    *,
+    imgsz: int,
+    shape: tuple[int, int] | None = None,
+    hyp: Hyperparameters,
+    rng: np.random.Generator,
 ) -> SamplePlan:
-    """The augmented sample that grows out of `image`; the output is imgsz x imgsz."""
+    """The augmented sample that grows out of `image`; the output is of `shape` (height, width), else imgsz x imgsz."""
+    shape = shape or (imgsz, imgsz)
     mix = None
     if rng.random() < hyp.mosaic:
-        scene = _warped(store, _mosaic(store, image, imgsz, rng), imgsz, hyp, rng)
+        scene = _warped(store, _mosaic(store, image, imgsz, rng), imgsz, shape, hyp, rng)
         if rng.random() < hyp.mixup:
             partner = int(rng.integers(len(store)))
-            other = _warped(store, _mosaic(store, partner, imgsz, rng), imgsz, hyp, rng)
+            other = _warped(store, _mosaic(store, partner, imgsz, rng), imgsz, shape, hyp, rng)
             mix = Mix(tiles=other.tiles, weight=float(rng.beta(_MIXUP_BETA, _MIXUP_BETA)))
             scene = _Scene(
                 tiles=scene.tiles,
@@ -75,18 +128,40 @@ def train_plan(
                 classes=np.concatenate([scene.classes, other.classes]),
             )
     else:
-        scene = _warped(store, _letterbox(store, image, (imgsz, imgsz), imgsz), imgsz, hyp, rng)
+        scene = _warped(store, _letterbox(store, image, shape, imgsz), imgsz, shape, hyp, rng)
     factors = 1 + rng.uniform(-1, 1, 3) * (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v)
     flip_ud, flip_lr = bool(rng.random() < hyp.flipud), bool(rng.random() < hyp.fliplr)
     return SamplePlan(
-        shape=(imgsz, imgsz),
+        shape=shape,
         tiles=scene.tiles,
-        boxes=_flipped(scene.boxes, imgsz, flip_ud=flip_ud, flip_lr=flip_lr).astype(np.float32),
+        boxes=_flipped(scene.boxes, shape, flip_ud=flip_ud, flip_lr=flip_lr).astype(np.float32),
         classes=scene.classes,
         hsv=tuple(map(float, factors)) if hyp.hsv_h or hyp.hsv_s or hyp.hsv_v else None,
         flip_ud=flip_ud,
         flip_lr=flip_lr,
         mix=mix,
+    )
+
+
+def enlarges(rng: np.random.Generator) -> bool:
+    """Whether, of a group of four samples, the first is enlarged and the others are left out: even odds."""
+    return bool(rng.random() < 0.5)
+
+
+def quad_plan(samples: Sequence[SamplePlan], *, enlarge: bool) -> QuadPlan:
+    """A network input of twice the side out of up to four samples of one shape, side by side from the top left.
+
+    `enlarge`: out of the one sample given, enlarged twice.
+    """
+    height, width = samples[0].shape
+    corners = np.array([[0, 0], [width, 0], [0, height], [width, height]], np.float32)
+    factor = 2 if enlarge else 1
+    return QuadPlan(
+        shape=(2 * height, 2 * width),
+        samples=tuple(samples),
+        enlarge=enlarge,
+        boxes=np.concatenate([factor * plan.boxes + np.tile(corner, 2) for plan, corner in zip(samples, corners)]),
+        classes=np.concatenate([plan.classes for plan in samples]),
     )
 
 
@@ -128,17 +203,26 @@ def _mosaic(store: LabelStore, image: int, imgsz: int, rng: np.random.Generator)
 # ---- moving -------------------------------------------------------------------------------------------------------
 
 
-def _warped(store: LabelStore, canvas: _Canvas, imgsz: int, hyp: Hyperparameters, rng: np.random.Generator) -> _Scene:
-    return _projected(store, canvas, _draw_warp(canvas.shape, imgsz, hyp, rng), imgsz, (imgsz, imgsz))
+def _warped(
+    store: LabelStore,
+    canvas: _Canvas,
+    imgsz: int,
+    shape: tuple[int, int],
+    hyp: Hyperparameters,
+    rng: np.random.Generator,
+) -> _Scene:
+    return _projected(store, canvas, _draw_warp(canvas.shape, shape, hyp, rng), imgsz, shape)
 
 
-def _draw_warp(canvas: tuple[int, int], imgsz: int, hyp: Hyperparameters, rng: np.random.Generator) -> _Warp:
+def _draw_warp(
+    canvas: tuple[int, int], shape: tuple[int, int], hyp: Hyperparameters, rng: np.random.Generator
+) -> _Warp:
     """Perspective, rotation, scale and shear about the canvas centre, which then moves near that of the output."""
     perspective = rng.uniform(-1, 1, 2) * hyp.perspective
     angle = np.deg2rad(rng.uniform(-1, 1) * hyp.degrees)
     scale = float(rng.uniform(1 - hyp.scale, 1 + hyp.scale))
     shear = np.tan(np.deg2rad(rng.uniform(-1, 1, 2) * hyp.shear))
-    centre = (0.5 + rng.uniform(-1, 1, 2) * hyp.translate) * imgsz
+    centre = (0.5 + rng.uniform(-1, 1, 2) * hyp.translate) * shape[::-1]
 
     to_origin = np.array([[1, 0, -canvas[1] / 2], [0, 1, -canvas[0] / 2], [0, 0, 1]])
     project = np.array([[1, 0, 0], [0, 1, 0], [*perspective, 1]])
@@ -224,9 +308,10 @@ def _worth_keeping(boxes: np.ndarray, full_area: np.ndarray) -> np.ndarray:
     )
 
 
-def _flipped(boxes: np.ndarray, imgsz: int, *, flip_ud: bool, flip_lr: bool) -> np.ndarray:
+def _flipped(boxes: np.ndarray, shape: tuple[int, int], *, flip_ud: bool, flip_lr: bool) -> np.ndarray:
+    height, width = shape
     if flip_ud:
-        boxes = np.stack([boxes[:, 0], imgsz - boxes[:, 3], boxes[:, 2], imgsz - boxes[:, 1]], axis=1)
+        boxes = np.stack([boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]], axis=1)
     if flip_lr:
-        boxes = np.stack([imgsz - boxes[:, 2], boxes[:, 1], imgsz - boxes[:, 0], boxes[:, 3]], axis=1)
+        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
     return boxes

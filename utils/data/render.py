@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from utils.data.plan import PADDING
-from utils.structures import SamplePlan, Tile
+from utils.structures import QuadPlan, SamplePlan, Tile
 
 _HALF_PX = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # pixel-centre coordinates -> points of the plane
 _EDGE_SLACK = 1e-6  # px^2, far above what rounding does to an edge seen from both of its sides
@@ -26,6 +26,18 @@ def render(plan: SamplePlan, base_image_of: Callable[[int], np.ndarray]) -> np.n
     picture = _to_rgb(picture, plan.hsv)
     if plan.flip_ud or plan.flip_lr:
         picture = cv2.flip(picture, -1 if plan.flip_ud and plan.flip_lr else int(plan.flip_lr))
+    return picture
+
+
+def render_quad(plan: QuadPlan, base_image_of: Callable[[int], np.ndarray]) -> np.ndarray:
+    """(H, W, 3) u8 RGB, as `render`."""
+    height, width = plan.shape
+    if plan.enlarge:
+        return cv2.resize(render(plan.samples[0], base_image_of), (width, height), interpolation=cv2.INTER_LINEAR)
+    picture = np.full((height, width, 3), PADDING, np.uint8)
+    for number, sample in enumerate(plan.samples):
+        y, x = (height // 2 * (number // 2), width // 2 * (number % 2))
+        picture[y : y + height // 2, x : x + width // 2] = render(sample, base_image_of)
     return picture
 
 

@@ -29,6 +29,7 @@ from utils.data.labels import (
     list_images,
     read_labels,
     shown_path,
+    single_class,
 )
 from utils.data.shapes import ensure_shapes
 from utils.files import cache_folder, read_arrays, write_arrays, write_text
@@ -209,14 +210,16 @@ class _MappedStore(LabelStore):
     key: str
 
     def __reduce__(self) -> tuple[Callable, tuple]:
-        return _map_store, (self.file, self.key)
+        one_class = self.classes.strides == (0,)  # by `single_class`: the file still has them all
+        return _map_store, (self.file, self.key, one_class)
 
 
-def _map_store(file: Path, key: str) -> _MappedStore:
+def _map_store(file: Path, key: str, one_class: bool) -> LabelStore:
     arrays, meta = read_arrays(file)
     if meta["key"] != key:
         raise UserError(f"{file}: the data set was scanned anew while it was in use; start again")
-    return _MappedStore(**arrays, file=file, key=key)
+    store = _MappedStore(**arrays, file=file, key=key)
+    return single_class(store) if one_class else store
 
 
 def _save(spec: DatasetSpec, split: str, key: str, store: LabelStore, report: ScanReport) -> None:

@@ -6,18 +6,23 @@ The surprise: an epoch is one and the same line on a terminal and in a log file;
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 from tqdm import tqdm
 
+from utils.clock import PARTS
 from utils.files import printable, write_text
 from utils.structures import LossMeans, Metrics
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 RESULT_COLUMNS = (
     "epoch",
@@ -35,7 +40,7 @@ RESULT_COLUMNS = (
     "x/lr1",
     "x/lr2",
 )
-TIMING_COLUMNS = ("epoch", "images_per_s", "epoch_s", "data_wait_s", "train_s", "evaluate_s", "save_s")
+TIMING_COLUMNS = ("epoch", "images_per_s", "epoch_s", *(f"{part}_s" for part in PARTS))
 
 Row = Mapping[str, float]  # by column; a column may be missing, and `epoch` counts from 1 as people do
 Note = Callable[[str], object]
@@ -166,19 +171,25 @@ class CsvLogger(Logger):
 
 
 class TensorBoardLogger(Logger):
-    """TensorBoard events under the column names of results.csv. Without tensorboard: a note, then nothing."""
+    """TensorBoard events under the column names of results.csv. Without tensorboard: a note, then nothing.
+
+    It is imported with the first event, as that takes as long as some steps of training.
+    """
 
     def __init__(self, folder: Path, *, start_epoch: int = 0, note: Note = print) -> None:
-        self._writer = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            note("no TensorBoard events: `pip install tensorboard` to get them")
-            return
-        self._writer = SummaryWriter(str(folder.resolve()), purge_step=start_epoch + 1)
+        self._folder, self._start_epoch, self._note = folder.resolve(), start_epoch, note
 
     def epoch(self, results: Row, timing: Row) -> None:
         self.scalars({tag: value for tag, value in results.items() if tag != "epoch"}, int(results["epoch"]))
+
+    @functools.cached_property
+    def _writer(self) -> SummaryWriter | None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._note("no TensorBoard events: `pip install tensorboard` to get them")
+            return None
+        return SummaryWriter(str(self._folder), purge_step=self._start_epoch + 1)
 
     def scalars(self, values: Row, step: int) -> None:
         if self._writer is None:

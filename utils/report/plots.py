@@ -471,9 +471,10 @@ def _draw_lines(axes: Axes, x: np.ndarray, lines: dict[str, np.ndarray], best: i
     if not drawn:
         _say(axes, "no data")
         return
-    marker = "o" if len(x) <= 30 else None
     for (legend, y), colour in zip(drawn.items(), (ACCENT, SECOND, THIRD)):
-        axes.plot(x, y, color=colour, linewidth=1.6, marker=marker, markersize=3, label=legend)
+        known = np.isfinite(y)  # an epoch without evaluation has no metrics
+        marker = "o" if known.sum() <= 30 else None
+        axes.plot(x[known], y[known], color=colour, linewidth=1.6, marker=marker, markersize=3, label=legend)
         if best is not None and not legend:
             axes.plot(x[best], y[best], "o", color=SECOND, markersize=6)
             axes.set_title(f"{axes.get_title(loc='left')}   {y[best]:.3f}", fontsize=10, color=INK, loc="left")

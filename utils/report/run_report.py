@@ -7,63 +7,24 @@ import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from utils.checkpoint import METRICS_FILE
+from utils.clock import TimeSplit
 from utils.data.loader import Stream
 from utils.files import this_python, write_text
 from utils.report import plots
 from utils.report.loggers import LOGGERS, Console, EpochSummary, Logger, format_duration, result_row, table
+from utils.report.timing import bottleneck, time_table, timing_row
 from utils.structures import Batch, Detections, LabelStore, LossMeans, Metrics
 
 _PICTURED_BATCHES = 3
-
-
-@dataclass
-class Stopwatch:
-    """Adds up the seconds spent in its `with` blocks."""
-
-    seconds: float = 0.0
-
-    def __enter__(self) -> None:
-        self._since = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds += time.perf_counter() - self._since
-
-
-@dataclass
-class EpochTimes:
-    """Where the time of an epoch went."""
-
-    images: int = 0
-    data: Stopwatch = field(default_factory=Stopwatch)
-    train: Stopwatch = field(default_factory=Stopwatch)
-    evaluate: Stopwatch = field(default_factory=Stopwatch)
-    save: Stopwatch = field(default_factory=Stopwatch)  # the checkpoint of the epoch before
-
-    @property
-    def total(self) -> float:
-        return sum(watch.seconds for watch in (self.data, self.train, self.evaluate, self.save))
-
-    @property
-    def images_per_s(self) -> float:
-        return self.images / max(self.data.seconds + self.train.seconds, 1e-9)
-
-    def row(self, epoch: int) -> dict[str, float]:
-        return {
-            "epoch": epoch + 1,
-            "images_per_s": self.images_per_s,
-            "epoch_s": self.total,
-            "data_wait_s": self.data.seconds,
-            "train_s": self.train.seconds,
-            "evaluate_s": self.evaluate.seconds,
-            "save_s": self.save.seconds,
-        }
 
 
 class Pictures:
@@ -142,11 +103,9 @@ class RunReport:
         self._loggers: list[Logger] = [
             make(folder, start_epoch=start_epoch, note=console.note) for make in LOGGERS.values()
         ]
-        self._epoch_seconds: list[float] = []
+        self._times: list[TimeSplit] = []  # of the epochs
         self._started = time.perf_counter()
         (folder / METRICS_FILE).unlink(missing_ok=True)  # a run that goes on is not finished
-        if start_epoch == 0:
-            pictures.labels()
 
     @contextmanager
     def training_bar(self, epoch: int, batches: int) -> Iterator:
@@ -158,20 +117,29 @@ class RunReport:
         return self.console.bar(batches, "Evaluating", images_each=batches.batch_size)
 
     def train_batch(self, epoch: int, index: int, batch: Batch) -> None:
-        if epoch == 0:
-            self.pictures.train_batch(index, batch)
+        """A batch has been trained on. Pictures are drawn after it, so that no run waits for them to start."""
+        if epoch > 0:
+            return
+        if index == 0:
+            self.pictures.labels()
+        self.pictures.train_batch(index, batch)
 
     def epoch(
-        self, epoch: int, losses: LossMeans, metrics: Metrics, learning_rates: Sequence[float], times: EpochTimes
+        self,
+        epoch: int,
+        losses: LossMeans,
+        metrics: Metrics | None,
+        learning_rates: Sequence[float],
+        times: TimeSplit,
     ) -> None:
-        """An epoch is over: its line, its rows, its scalars.
+        """An epoch is over, evaluated or not: its line, its rows, its scalars.
 
         To be called before its checkpoint is written: a resumed run drops a row too many, but never adds one.
         """
-        self._epoch_seconds.append(times.total)
+        self._times.append(times)
         for logger in self._loggers:
-            logger.epoch(result_row(epoch, losses, metrics, learning_rates), times.row(epoch))
-        recent = self._epoch_seconds[-5:]
+            logger.epoch(result_row(epoch, losses, metrics, learning_rates), timing_row(epoch, times))
+        recent = [one.wall - one.rest for one in self._times[-5:]]  # pictures are drawn once
         self.console.epoch(
             EpochSummary(
                 epoch=epoch,
@@ -193,9 +161,16 @@ class RunReport:
         trained = f"Epochs {self._start_epoch + 1} to {epochs}" if epochs > 1 else "One epoch"
         self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
         self.console.line(table(metrics, verbose=True))
+        self._account_for_time()
         self.console.line(f"Weights, tables and pictures: {self.folder}")
         logdir = shlex.quote(str(self.folder.parent))
         self.console.line(f"Curves: {this_python()} -m tensorboard.main --logdir {logdir}")
+
+    def _account_for_time(self) -> None:
+        """Where the time of the epochs went, unless a run was resumed for its final evaluation alone."""
+        if self._times:
+            whole = reduce(add, self._times)
+            self.console.line(f"\n{time_table(whole)}\n{bottleneck(whole)}\n")
 
 
 def write_metrics(path: Path, metrics: Metrics) -> None:

@@ -9,7 +9,7 @@ import math
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from utils.files import this_python
 from utils.hyp import Hyperparameters
 from utils.loss import LossGains, detection_losses
 from utils.report.loggers import format_losses
-from utils.report.run_report import EpochTimes, RunReport
+from utils.report.run_report import RunReport
 from utils.runtime import Runtime, mendable_errors
 from utils.structures import Batch, Losses, LossMeans, Metrics, UserError
 from utils.train.optim import Schedule, StepSettings, WeightAverage, apply_settings
@@ -70,10 +70,10 @@ class Trainer:
     run: RunFolder
     report: RunReport
     state: RunState
-    times: EpochTimes = field(default_factory=EpochTimes)
 
     def __post_init__(self) -> None:
         self.head = self.model.head
+        self.clock = self.runtime.step_clock()
 
     def fit(self) -> Metrics:
         """Train until the last epoch or until patience ends; the metrics of best.pt.
@@ -88,12 +88,11 @@ class Trainer:
             batches = iter(self.stream)
             while not self.finished:
                 losses = self.train_epoch(batches)
-                with self.times.evaluate:
+                with self.clock.part("evaluate"):
                     metrics = self.evaluate()
                 improved = self.state.finish_epoch(metrics)
-                self.report.epoch(self.state.epoch - 1, losses, metrics, self._last_settings().lrs, self.times)
-                self.times = EpochTimes()
-                with self.times.save:
+                self.report.epoch(self.state.epoch - 1, losses, metrics, self._last_settings().lrs, self.clock.split())
+                with self.clock.part("save"):
                     self.run.save(self.checkpoint(), best=improved)
             if self.state.epoch < options.epochs:
                 self.report.console.line(f"Stopped early: no improvement in {options.patience} epochs (--patience)")
@@ -111,18 +110,16 @@ class Trainer:
         sums, images = torch.zeros(3, device=self.runtime.device), 0
         with self.report.training_bar(epoch, per_epoch) as bar:
             for index in range(per_epoch):
-                with self.times.data:
+                with self.clock.part("data_wait"):
                     batch = next(batches)
-                with self.times.train:
-                    losses = self.train_batch(batch, self.schedule(epoch * per_epoch + index))
-                    sums += len(batch.images) * torch.stack([losses.box, losses.objectness, losses.classification])
-                images += len(batch.images)
+                losses = self.train_batch(batch, self.schedule(epoch * per_epoch + index))
+                sums += len(batch.indices) * torch.stack([losses.box, losses.objectness, losses.classification])
+                images += len(batch.indices)
                 self.report.train_batch(epoch, index, batch)
                 if bar.update(1):  # the bar was drawn: only now are losses read back from the device
                     bar.set_postfix_str(format_losses(_means(sums, images)), refresh=False)
-        self.times.images = images
-        with self.times.train:  # waits for what the device has not done yet
-            means = _means(sums, images)
+        self.clock.count(images)
+        means = _means(sums, images)  # waits for what the device has not done yet
         if not all(map(math.isfinite, asdict(means).values())):
             raise UserError(f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (now {self.hyp.lr0:g})")
         return means
@@ -131,10 +128,14 @@ class Trainer:
         """Forward, loss, backward, and the optimizer's step where the schedule has one."""
         apply_settings(self.optimizer, settings)
         batch = batch.to(self.runtime.device)
+        self.clock.lap("transfer")
         with self.runtime.autocast():
             predictions = self.model(batch.images.float() / 255)
+        self.clock.lap("forward")
         losses = detection_losses(predictions, batch, self.head, self.gains)
+        self.clock.lap("loss")
         self.scaler.scale(losses.total).backward()
+        self.clock.lap("backward")
         if settings.update:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRADIENT_NORM)
@@ -142,6 +143,7 @@ class Trainer:
             self.scaler.update()
             self.optimizer.zero_grad()
             self.average.update(self.model)
+            self.clock.lap("optimizer")
         return losses
 
     def evaluate(self) -> Metrics:
