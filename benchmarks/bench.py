@@ -1,28 +1,24 @@
 """`make bench`: what a step, the loader, an evaluation and a start cost on this machine; a table and a JSON file.
 
-python -m benchmarks.bench [--quick] [--only step] [--threads N] [--out FILE]
+    python -m benchmarks.bench [--quick] [--only step] [--threads N] [--out FILE]
+
+What is measured stands in cases.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import all_measurements
 from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
 from benchmarks.roofline import best_rate, floor_seconds, share_of_peak
-from benchmarks.workers import ROOT, Measurement, run_worker, usable_cores
-from utils.config import TrainOptions
+from benchmarks.workers import Measurement, run_worker, usable_cores
 
 Rates = dict[str, dict[str, Any]]  # by device flag, what `benchmarks.rates` found
-
-_CPU_STEPS = (("yolov5n.yaml", 320, 16), ("yolov5s.yaml", 640, 8))
-_CUDA_STEPS = (("yolov5s.yaml", 640, 64),)
-_TOY = (64, 2)  # image size and batch size of quick steps
-_BCCD = ROOT.parent / "shared" / "datasets" / "bccd" / "bccd.yaml"
 
 
 def main() -> int:
@@ -31,10 +27,11 @@ def main() -> int:
     print(headline(machine, quick=flags.quick))
     rates = _rates(flags.threads, quick=flags.quick)
     print("\n" + _rates_table(rates))
-    chosen = [one for one in _measurements(rates, flags) if _wanted(one, flags.only)]
+    everything = all_measurements(flags.threads, on_gpu="0" in rates, quick=flags.quick)
+    chosen = [one for one in everything if _wanted(one, flags.only)]
     if not chosen:
         print(f"bench: error: --only {' '.join(flags.only)} names no measurement; there is:", file=sys.stderr)
-        for one in _measurements(rates, flags):
+        for one in everything:
             print(f"  {one.section}: {one.name}", file=sys.stderr)
         return 2
     results = []
@@ -60,7 +57,9 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that all of it runs, measures nothing")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="sections or whole names, e.g. step loader"
@@ -79,9 +78,6 @@ def _measured(one: Measurement, threads: int) -> dict[str, Any]:
     return run_worker(one, threads=threads)
 
 
-# ---- what is measured ---------------------------------------------------------------------------------------------
-
-
 def _rates(threads: int, *, quick: bool) -> Rates:
     """The CPU's rates, and those of the first GPU where there is one."""
     rates = {}
@@ -94,117 +90,6 @@ def _rates(threads: int, *, quick: bool) -> Rates:
         if not rates["cpu"]["cuda"]:
             break
     return rates
-
-
-def _measurements(rates: Rates, flags: argparse.Namespace) -> list[Measurement]:
-    return [
-        *_steps(rates, flags.threads, quick=flags.quick),
-        *_loaders(quick=flags.quick),
-        *_evaluations(flags.threads, quick=flags.quick),
-        *_starts(quick=flags.quick),
-    ]
-
-
-def _steps(rates: Rates, threads: int, *, quick: bool) -> list[Measurement]:
-    cases = [("cpu", "auto", *size) for size in _CPU_STEPS]
-    if "0" in rates:
-        cases += [("0", amp, *size) for size in _CUDA_STEPS for amp in ("fp16", "bf16")]
-    modes = [False, *([True] if can_compile() else [])]
-    return [step_measurement(*case, threads, compiled=compiled, quick=quick) for case in cases for compiled in modes]
-
-
-def can_compile() -> bool:
-    return "compile" in {field.name for field in dataclasses.fields(TrainOptions)}
-
-
-def step_measurement(
-    device: str, amp: str, cfg: str, imgsz: int, batch_size: int, threads: int, *, compiled: bool, quick: bool
-) -> Measurement:
-    """The product's step; quick ones are of a toy size."""
-    where = "" if device == "cpu" else f" {amp} on GPU {device}"
-    name = f"{step_name(cfg, imgsz, batch_size, quick=quick)}{where}{' --compile' if compiled else ''}"
-    if quick:
-        imgsz, batch_size = _TOY
-    flags = [
-        *("--cfg", cfg),
-        *("--imgsz", str(imgsz)),
-        *("--batch-size", str(batch_size)),
-        *("--device", device),
-        *("--amp", amp),
-        *("--threads", str(threads)),
-        *step_counts(quick=quick),
-        *(["--compile"] if compiled else []),
-    ]
-    return Measurement(section="step", name=name, module="step", flags=flags)
-
-
-def step_name(cfg: str, imgsz: int, batch_size: int, *, quick: bool) -> str:
-    imgsz, batch_size = _TOY if quick else (imgsz, batch_size)
-    return f"{Path(cfg).stem} {imgsz} b{batch_size}"
-
-
-def step_counts(*, quick: bool) -> list[str]:
-    return ["--warmup", "1", "--steps", "2"] if quick else ["--warmup", "4", "--steps", "15"]
-
-
-def _data_sets() -> dict[str, tuple[str, int]]:
-    """Name: YAML and image size."""
-    real = {"bccd 640": (str(_BCCD), 640)} if _BCCD.is_file() else {}
-    return {"shapes 160": ("data/shapes.yaml", 160), **real}
-
-
-def _loaders(*, quick: bool) -> list[Measurement]:
-    return [
-        Measurement(
-            section="loader",
-            name=f"{name}, {workers} loader process{'es' * (workers != 1)}",
-            module="loading",
-            flags=[
-                *("--data", data),
-                *("--imgsz", str(imgsz)),
-                *("--workers", str(workers)),
-                *("--batches", "8" if quick else "96"),
-            ],
-        )
-        for name, (data, imgsz) in _data_sets().items()
-        for workers in _worker_counts()
-    ]
-
-
-def _worker_counts() -> list[int]:
-    """0, 1, 2, 4, ... up to the cores there are, 8 at most as is the default of train.py."""
-    return [0, *(count for count in (1, 2, 4, 8) if count <= usable_cores())]
-
-
-def _evaluations(threads: int, *, quick: bool) -> list[Measurement]:
-    return [
-        Measurement(
-            section="evaluation",
-            name=f"yolov5n {name}, {network}",
-            module="evaluation",
-            flags=[
-                *("--data", data),
-                *("--imgsz", str(imgsz)),
-                *("--threads", str(threads)),
-                *("--repeats", "1" if quick else "3"),
-                *(["--weights", weights] if weights else []),
-            ],
-        )
-        for name, (data, imgsz) in _data_sets().items()
-        for network, weights in {"fresh": "", "trained": "newest"}.items()
-    ]
-
-
-def _starts(*, quick: bool) -> list[Measurement]:
-    names = {
-        "first-step": "python train.py to the first optimizer step",
-        "help": "python train.py --help",
-        "torch": "for comparison: python -c 'import torch'",
-    }
-    repeats = ["--repeats", "1" if quick else "5"]
-    return [
-        Measurement(section="start", name=name, module="start", flags=[what, *repeats]) for what, name in names.items()
-    ]
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------

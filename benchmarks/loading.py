@@ -1,6 +1,6 @@
 """One process: how many augmented training images per second the loader delivers when nobody else wants the cores.
 
-python -m benchmarks.loading --data data/shapes.yaml --imgsz 160 --workers 2
+By hand: `python -m benchmarks.loading --data data/shapes.yaml --imgsz 160 --workers 2`.
 """
 
 from __future__ import annotations

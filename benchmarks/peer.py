@@ -17,12 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import can_compile, step_measurement, step_name
+from benchmarks.cases import CPU_STEPS, CUDA_STEPS, StepSize, compile_modes, step_measurement
 from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
 from benchmarks.workers import ROOT, Measurement, run_worker, usable_cores
 
-_CPU_CASES = (("yolov5n.yaml", 320, 16), ("yolov5s.yaml", 640, 8))
-_CUDA_CASES = (("yolov5s.yaml", 640, 64),)
+_STEPS = 8  # that count, per turn
 _FONT = "Arial.ttf"  # what the package would download for its plots
 
 Rounds = dict[str, list[dict[str, Any]]]  # by contender, its figures round by round; the peer comes first
@@ -39,12 +38,11 @@ def main() -> int:
     cases = []
     with tempfile.TemporaryDirectory(prefix="bench-peer-") as scratch:
         environment = _peer_environment(peer_python, Path(scratch) / "config")
-        for cfg, imgsz, batch_size in _CPU_CASES if flags.device == "cpu" else _CUDA_CASES:
-            contenders = _contenders(cfg, imgsz, batch_size, flags, peer_python, environment)
-            rounds = _play(contenders, flags.rounds, flags.threads, Path(scratch) / "compiled")
-            cases.append(
-                {"case": step_name(cfg, imgsz, batch_size, quick=flags.quick), **_compared(contenders, rounds)}
-            )
+        for size in CPU_STEPS if flags.device == "cpu" else CUDA_STEPS:
+            size = size.toy if flags.quick else size
+            contenders = _contenders(size, flags, peer_python, environment)
+            rounds = _play(contenders, 1 if flags.quick else flags.rounds, flags.threads, Path(scratch) / "compiled")
+            cases.append({"case": size.name, **_compared(contenders, rounds)})
             print("\n" + _table(cases[-1]), flush=True)
     out = Path(flags.out) if flags.out else FOLDER / ("peer-quick.json" if flags.quick else "peer.json")
     write_json(out, {"machine": machine, "quick": flags.quick, "rounds": flags.rounds, "cases": cases})
@@ -70,21 +68,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _contenders(
-    cfg: str,
-    imgsz: int,
-    batch_size: int,
-    flags: argparse.Namespace,
-    peer_python: Path,
-    environment: dict[str, str],
+    size: StepSize, flags: argparse.Namespace, peer_python: Path, environment: dict[str, str]
 ) -> list[Measurement]:
+    """The peer first."""
+    turn = {"device": flags.device, "amp": "auto", "threads": flags.threads, "steps": 2 if flags.quick else _STEPS}
     ours = [
-        replace(
-            step_measurement(
-                flags.device, "auto", cfg, imgsz, batch_size, flags.threads, compiled=compiled, quick=flags.quick
-            ),
-            name="ours --compile" if compiled else "ours",
-        )
-        for compiled in ([False, True] if can_compile() else [False])
+        replace(step_measurement(size, compiled=compiled, **turn), name="ours --compile" if compiled else "ours")
+        for compiled in compile_modes()
     ]
     peers = [[], *([["--relaxed"]] if flags.relaxed else [])]
     return [
@@ -145,7 +135,9 @@ def contender(one: Measurement, mine: list[dict[str, Any]], peers: list[dict[str
         "ratio": rate / peer_rate,
         "ratio_range": [min(ratios), max(ratios)],
         **{f"{kind}_mib": _memory(mine, kind) for kind in ("steps_add", "steps_peak", "peak")},
-        **{f"{kind}_ratio": _divided(_memory(mine, kind), _memory(peers, kind)) for kind in ("steps_add", "peak")},
+        **{
+            f"{kind}_ratio": _divided(_memory(mine, kind), _memory(peers, kind)) for kind in ("steps_add", "steps_peak")
+        },
     }
 
 
@@ -192,8 +184,8 @@ def _row(one: dict[str, Any], columns: int) -> list[str]:
         " to ".join(figure(ratio, 2) for ratio in one["ratio_range"]),
         figure(one["steps_add_mib"], 0),
         figure(one["steps_add_ratio"], 2),
-        figure(one["peak_mib"], 0),
-        figure(one["peak_ratio"], 2),
+        figure(one["steps_peak_mib"], 0),
+        figure(one["steps_peak_ratio"], 2),
         figure(one["rounds"][0]["first_step_seconds"]),
     ]
 

@@ -1,6 +1,6 @@
 """One process: how fast a device multiplies matrices and moves memory, as a line of JSON.
 
-python -m benchmarks.rates --threads 2
+By hand: `python -m benchmarks.rates --threads 2`.
 """
 
 from __future__ import annotations
