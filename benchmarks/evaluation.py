@@ -57,7 +57,7 @@ def _newest(data: str) -> Path | None:
 
 
 def _figures(trainer: Trainer, repeats: int) -> dict[str, Any]:
-    evaluator, model = trainer.evaluator, trainer.average.model
+    evaluator, model = trainer.evaluator, trainer.step.average.model
     found = []
     evaluator(model, on_batch=lambda index, batch, detections: found.extend(len(one.scores) for one in detections))
     total = _median_seconds(lambda: evaluator(model), repeats)
@@ -77,10 +77,10 @@ def _figures(trainer: Trainer, repeats: int) -> dict[str, Any]:
 def _forward(trainer: Trainer, batches: list[Any]) -> None:
     """What the evaluator does before decoding."""
     runtime = trainer.evaluator.runtime
-    network = fused(trainer.average.model).to(runtime.device, memory_format=torch.channels_last)
+    network = fused(trainer.step.average.model).to(runtime.device, memory_format=torch.channels_last)
     for batch in batches:
         with runtime.autocast():
-            raw = network(batch.to(runtime.device).images.float() / 255)
+            raw = network(runtime.network_input(batch.to(runtime.device).images))
         raw[0].flatten()[0].item()  # waits for the device
 
 

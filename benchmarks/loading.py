@@ -9,12 +9,10 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.product import built_trainer
-from utils.data.loader import Stream, TrainStream
-from utils.structures import Batch
+from utils.data.loader import TrainStream
 
 _SETTLED = 0.25  # of the batches pass before the clock starts: processes begin with some made in advance
 
@@ -32,9 +30,9 @@ def main() -> None:
         print(json.dumps(_figures(trainer.stream, flags.batches)), flush=True)
 
 
-def _figures(stream: Stream | TrainStream, batches: int) -> dict[str, Any]:
+def _figures(stream: TrainStream, batches: int) -> dict[str, Any]:
     start, arrivals, images = time.perf_counter(), [], []
-    for batch in itertools.islice(_through_epochs(stream), batches):
+    for batch in itertools.islice(itertools.chain.from_iterable(map(stream.epoch, itertools.count())), batches):
         arrivals.append(time.perf_counter())
         images.append(len(batch.images))
     settled = int(_SETTLED * batches)
@@ -44,12 +42,6 @@ def _figures(stream: Stream | TrainStream, batches: int) -> dict[str, Any]:
         "batches": len(images),
         "workers": stream.workers,
     }
-
-
-def _through_epochs(stream: Stream | TrainStream) -> Iterable[Batch]:
-    if isinstance(stream, Stream):  # as a Trainer had it before it had a TrainStream
-        return stream
-    return itertools.chain.from_iterable(map(stream.epoch, itertools.count()))
 
 
 if __name__ == "__main__":

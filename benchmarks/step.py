@@ -2,7 +2,7 @@
 
     python -m benchmarks.step --cfg yolov5n.yaml --imgsz 320 --batch-size 16 --threads 2
 
-A step is forward, loss, backward, optimizer and moving average, by `Trainer.train_batch`; every batch is an update.
+A step is forward, loss, backward, optimizer and moving average, by `TrainStep`; every batch is an update.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _figures(trainer: Trainer, flags: argparse.Namespace) -> dict[str, Any]:
         raise RuntimeError(f"the loss is no longer a number ({total}): these steps are no training")
     return {
         **figures,
-        "gflop": step_gflop(gflops(trainer.model, flags.imgsz), flags.batch_size),
+        "gflop": step_gflop(gflops(trainer.step.model, flags.imgsz), flags.batch_size),
         "precision": precision,
         "threads": torch.get_num_threads(),
         "device": trainer.runtime.description,
@@ -81,10 +81,10 @@ def _figures(trainer: Trainer, flags: argparse.Namespace) -> dict[str, Any]:
 
 def _step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], Any]:
     settings = replace(trainer.schedule(0), lrs=(LEARNING_RATE,) * 3, momentum=MOMENTUM, update=True)
-    trainer.model.train()
+    trainer.step.model.train()
 
     def step(number: int) -> Any:
-        return trainer.train_batch(batches[number % len(batches)], settings)
+        return trainer.step(batches[number % len(batches)], settings)
 
     return step
 

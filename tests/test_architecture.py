@@ -144,8 +144,8 @@ import sys
 import train
 from utils.train.build import build_trainer
 trainer = build_trainer({options!r})
-trainer.train_batch(next(trainer.stream.epoch(0)), trainer.schedule(0))
-assert trainer.average.updates == 1
+trainer.step(next(trainer.stream.epoch(0)), trainer.schedule(0))
+assert trainer.step.average.updates == 1
 trainer.checkpoint()
 print([name for name in ("torchvision", "matplotlib", "tensorboard", "torch._dynamo") if name in sys.modules])
 """

@@ -71,7 +71,10 @@ class TrainOptions:
     workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
     device: str = _flag("", "cpu, 0 (the first GPU), mps; default: the best there is")
     amp: Amp = _flag("auto", "mixed precision: auto picks bf16 or fp16 where the device computes it fast")
-    compile: bool = _flag(False, "let torch.compile speed up the network; the first batches take minutes")
+    compile: bool = _flag(
+        False,
+        "faster training by compiled code: of torch.compile on a GPU, minutes at the start; of ours on the CPU, a second",
+    )
     deterministic: bool = _flag(False, "on a GPU: kernels that repeat their result to the bit, where there are any")
     nosave: bool = _flag(False, "write weights only at the end of the run")
     noval: bool = _flag(False, "evaluate only the final epoch, whose weights become best.pt")

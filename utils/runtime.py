@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.clock import EventClock, StepClock
 from utils.structures import RunError, UserError
@@ -30,8 +30,15 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
     def compiled(self, model: nn.Module) -> Callable:
-        """What to call in the place of `model` for training: the same weights, compiled where that is asked for."""
-        return torch.compile(model) if self.compile else model
+        """What to call in the place of `model` for training: the same weights, by torch.compile where that is asked for.
+
+        Not on the CPU, where it gains nothing (docs/benchmarks.md); there models/fused.py changes the network itself.
+        """
+        return torch.compile(model) if self.compile and self.device.type != "cpu" else model
+
+    def network_input(self, images: Tensor) -> Tensor:
+        """u8 images as 0..1 in the precision of autocast, in which the quotients are rounded once, as they would be."""
+        return images.to(self.amp_dtype or torch.float32) / 255
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Scales losses for fp16 on CUDA; elsewhere it is a disabled one that passes everything through."""
@@ -97,7 +104,7 @@ def choose_runtime(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes (WORLD_SIZE > 1) are not supported yet; start train.py without the launcher")
     chosen = _choose_device(device.strip().lower())
-    if compile:
+    if compile and chosen.type != "cpu":
         _check_compiler()
     if deterministic:
         _be_deterministic()

@@ -87,7 +87,8 @@ def test_gradient_of_a_part_of_concatenated_maps():
         joined = torch.cat([beside, normalise(norm_of(8), maps)], 1)
         return torch.autograd.grad((joined * weights).sum(), maps)[0]
 
-    torch.testing.assert_close(gradient(fused.norm_silu), gradient(lambda norm, x: F.silu(norm(x))))
+    expected = gradient(lambda norm, x: F.silu(norm(x)))
+    torch.testing.assert_close(gradient(fused.norm_silu), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

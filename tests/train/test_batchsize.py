@@ -59,7 +59,7 @@ def parts(tiny):
     """What the choice is made of, from a built trainer."""
     trainer = build_trainer(tiny.options(batch_size=4))
     return {
-        "model": trainer.model,
+        "model": trainer.step.model,
         "hyp": trainer.hyp,
         "options": trainer.options,
         "store": trainer.evaluator.batches.store,

@@ -61,7 +61,7 @@ def test_evaluation_stays_in_full_precision(tiny):
 def test_weight_decay_is_that_of_the_nominal_batch(tiny):
     """3 images, accumulated to a nominal batch of 8, come to 9: the decay is scaled by 9 / 8."""
     trainer = build_trainer(tiny.options(batch_size=3, nominal_batch="8"))
-    decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
+    decays = [group["weight_decay"] for group in trainer.step.optimizer.param_groups]
     assert decays == [0, pytest.approx(0.0005 * 9 / 8), 0]
     assert build_trainer(tiny.options(name="auto")).optimizer.param_groups[1]["weight_decay"] == 0.0005
 
@@ -149,7 +149,7 @@ def test_anchors_that_do_not_fit_are_replaced_and_saved(tiny, capsys):
     found = trainer.head.anchors
     assert (found < 100).all()
     assert (found.prod(-1).flatten().diff() >= 0).all()  # small ones to the fine level
-    assert torch.equal(trainer.average.model.head.anchors, found)
+    assert torch.equal(trainer.step.average.model.head.anchors, found)
     train.run(**tiny.options(cfg=cfg, name="saved"))
     network = load_checkpoint(Path("runs/train/saved/weights/best.pt"))["network"]
     assert torch.equal(torch.tensor(network["anchors"]).view(2, 2, 2), found)
@@ -175,7 +175,7 @@ def test_the_hyp_file_may_ask_for_a_number_of_anchors(tiny):
 def test_weights_bring_network_and_values(trained, tiny, capsys):
     weights = trained / "weights/best.pt"
     trainer = build_trainer(tiny.options(weights=str(weights), cfg=None))
-    entries = trainer.model.state_dict()
+    entries = trainer.step.model.state_dict()
     count = len(entries) - 1  # anchors are not weights
     assert lines(capsys, "Weights:") == [f"Weights: {count} of {count} entries of {weights} fit this network"]
     given = load_checkpoint(weights)["ema"]
@@ -247,7 +247,7 @@ def test_resume_keeps_the_updates_of_the_run(tiny):
     trainer = build_trainer({"resume": str(LAST), "epochs": 3})
     assert trainer.schedule.accumulation == 2
     assert trainer.state.epoch == 2
-    assert trainer.average.updates == load_checkpoint(LAST)["ema_updates"]
+    assert trainer.step.average.updates == load_checkpoint(LAST)["ema_updates"]
 
 
 def test_copy_paste_is_refused_until_there_is_one(tiny):

@@ -361,7 +361,7 @@ def test_image_weights_follow_the_last_evaluation(tiny, monkeypatch):
 def scaled(tiny, init_scale: float) -> Trainer:
     """A trainer with a GradScaler at work, as on a GPU in fp16."""
     trainer = build_trainer(tiny.options(batch_size=1, nominal_batch="1"))
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    trainer.step.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
     return trainer
 
 
@@ -369,22 +369,22 @@ def test_an_overflow_of_the_gradients_is_nothing_to_speak_of(tiny, capsys, recwa
     """The step is left out, the scale is halved, the loss is as finite as ever."""
     trainer = scaled(tiny, 2.0**16)
     gradients = iter([float("inf"), float("nan")])
-    next(trainer.model.parameters()).register_hook(lambda gradient: gradient * next(gradients, 1.0))
-    weights, honest = [], trainer.train_batch
+    next(trainer.step.model.parameters()).register_hook(lambda gradient: gradient * next(gradients, 1.0))
+    weights, honest = [], trainer.step
 
     def recorded(batch, settings):
         losses = honest(batch, settings)
         assert losses.total.isfinite()
-        weights.append(next(trainer.model.parameters()).detach().clone())
+        weights.append(next(trainer.step.model.parameters()).detach().clone())
         return losses
 
-    trainer.train_batch = recorded
+    trainer.step = recorded
     capsys.readouterr()
     means = trainer.train_epoch()
     assert means.box > 0
     assert [torch.equal(before, after) for before, after in itertools.pairwise(weights)] == [True] + [False] * 6
-    assert trainer.scaler.get_scale() == 2.0**14
-    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    assert trainer.step.scaler.get_scale() == 2.0**14
+    assert all(value.isfinite().all() for value in trainer.step.model.state_dict().values())
     assert all(value.isfinite().all() for value in tensors(trainer.checkpoint()).values())
     assert "overflow" not in "".join(capsys.readouterr())
     assert not [str(one.message) for one in recwarn if "overflow" in str(one.message)]
@@ -392,7 +392,7 @@ def test_an_overflow_of_the_gradients_is_nothing_to_speak_of(tiny, capsys, recwa
 
 def test_gradients_that_never_fit_into_fp16_end_the_run_with_one_line(tiny):
     trainer = scaled(tiny, 2.0**-4)
-    next(trainer.model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    next(trainer.step.model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(RunError, match=r"overflow in fp16 at every step of epoch 1.*use --amp bf16 or --amp off"):
         trainer.fit()
 
@@ -401,9 +401,9 @@ def test_a_run_without_a_scaler_resumes_with_one(tiny):
     """As when a run moves from a CPU to an old GPU."""
     trainer = build_trainer(tiny.options())
     saved = trainer.checkpoint()
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.step.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     trainer.restore(saved)
-    assert trainer.scaler.get_scale() == 8.0
+    assert trainer.step.scaler.get_scale() == 8.0
 
 
 # ---- the loop's parts -----------------------------------------------------------------------------------------------
@@ -416,8 +416,8 @@ def metrics_of(fitness: float) -> Metrics:
 
 def test_an_input_is_resized_as_the_schedule_says(tiny):
     trainer = build_trainer(tiny.options(multi_scale=True, imgsz=64, batch_size=1, seed=1))
-    sides, honest = [], trainer.model.forward
-    trainer.model.forward = lambda images: (sides.append(tuple(images.shape[2:])), honest(images))[1]
+    sides, honest = [], trainer.step.model.forward
+    trainer.step.model.forward = lambda images: (sides.append(tuple(images.shape[2:])), honest(images))[1]
     trainer.train_epoch()
     assert sides == [(round(64 * trainer.schedule(step).scale),) * 2 for step in range(8)]
     assert len(set(sides)) > 2
@@ -426,8 +426,8 @@ def test_an_input_is_resized_as_the_schedule_says(tiny):
 def test_images_are_counted_before_they_are_merged(tiny):
     """Two quad batches of four images are two network inputs."""
     trainer = build_trainer(tiny.options(quad=True))
-    inputs, honest = [], trainer.model.forward
-    trainer.model.forward = lambda images: (inputs.append(tuple(images.shape)), honest(images))[1]
+    inputs, honest = [], trainer.step.model.forward
+    trainer.step.model.forward = lambda images: (inputs.append(tuple(images.shape)), honest(images))[1]
     trainer.train_epoch()
     assert inputs == [(1, 3, 128, 128)] * 2
     assert trainer.clock.split().images == 8
@@ -455,7 +455,7 @@ def test_evaluation_leaves_the_training_as_it_was(augmented, random_states):
     assert weights.keys() == after.keys()
     assert all(torch.equal(weights[key], after[key]) for key in weights)
     assert random_states() == states
-    assert trainer.model.training
+    assert trainer.step.model.training
     assert (first.losses, first.map50_95) == (second.losses, second.map50_95)
 
 
@@ -470,43 +470,43 @@ def test_gradients_add_up_over_batches_and_are_clipped(tiny):
     """Two batches before a step give the sum of their gradients; no step moves along more than norm 10."""
     trainer = build_trainer(tiny.options())
     batches = list(trainer.stream.epoch(0))
-    trainer.model.eval()  # so that a batch does not change the next one's normalisation
+    trainer.step.model.eval()  # so that a batch does not change the next one's normalisation
     waits = Schedule(hyp=trainer.hyp, epochs=1, batches_per_epoch=3, accumulation=3)(1)
     assert not waits.update
 
     def gradients(*listed) -> list[torch.Tensor]:
-        trainer.optimizer.zero_grad()
+        trainer.step.optimizer.zero_grad()
         for batch in listed:
-            trainer.train_batch(batch, waits)
-        return [parameter.grad.clone() for parameter in trainer.model.parameters()]
+            trainer.step(batch, waits)
+        return [parameter.grad.clone() for parameter in trainer.step.model.parameters()]
 
     one, two, both = gradients(batches[0]), gradients(batches[1]), gradients(*batches)
     for first, second, together in zip(one, two, both):
         torch.testing.assert_close(first + second, together, rtol=1e-4, atol=1e-6)
     norms = []
-    trainer.optimizer.step = lambda: norms.append(
-        torch.stack([parameter.grad.norm() for parameter in trainer.model.parameters()]).norm()
+    trainer.step.optimizer.step = lambda: norms.append(
+        torch.stack([parameter.grad.norm() for parameter in trainer.step.model.parameters()]).norm()
     )
-    for parameter in trainer.model.parameters():
+    for parameter in trainer.step.model.parameters():
         parameter.grad.fill_(3.0)
     steps = Schedule(hyp=trainer.hyp, epochs=1, batches_per_epoch=1, accumulation=1)(0)
-    trainer.train_batch(batches[0], steps)
+    trainer.step(batches[0], steps)
     assert norms[0] == pytest.approx(10, rel=1e-3)
-    assert trainer.average.updates == 1
-    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert trainer.step.average.updates == 1
+    assert all(parameter.grad is None for parameter in trainer.step.model.parameters())
 
 
 def test_losses_of_an_epoch_are_means_over_images(augmented):
     """The last batch of an epoch is smaller and counts for less."""
     trainer = build_trainer(augmented.options(batch_size=3))
-    seen, honest = [], trainer.train_batch
+    seen, honest = [], trainer.step
 
     def recorded(batch, settings):
         losses = honest(batch, settings)
         seen.append((len(batch.images), losses.box.item(), losses.objectness.item(), losses.classification.item()))
         return losses
 
-    trainer.train_batch = recorded
+    trainer.step = recorded
     means = trainer.train_epoch()
     assert [row[0] for row in seen] == [3, 3, 2]
     expected = [sum(row[0] * row[column] for row in seen) / 8 for column in (1, 2, 3)]

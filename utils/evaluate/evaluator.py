@@ -61,7 +61,7 @@ class Evaluator:
         for index, batch in enumerate(watch(self.stream) if watch else self.stream):
             on_device = batch.to(self.runtime.device)
             with self.runtime.autocast():
-                raw = network(on_device.images.float() / 255)
+                raw = network(self.runtime.network_input(on_device.images))
             if gains:
                 part = detection_losses(raw, on_device, head, gains)
                 losses += len(batch.images) * torch.stack([part.box, part.objectness, part.classification]).cpu()

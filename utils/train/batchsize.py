@@ -14,13 +14,13 @@ import torch
 
 from models.yolo import DetectionModel
 from utils.config import TrainOptions
-from utils.data.loader import resized
 from utils.hyp import Hyperparameters
-from utils.loss import LossGains, detection_losses
+from utils.loss import LossGains
 from utils.runtime import Runtime
 from utils.structures import Batch, LabelStore, UserError
 from utils.train.anchors import label_sizes
-from utils.train.optim import MAX_GRADIENT_NORM, WeightAverage, make_optimizer, multi_scales, trained_parameters
+from utils.train.optim import StepSettings, make_optimizer, multi_scales
+from utils.train.step import TrainStep
 
 _WHERE_NOBODY_COUNTS = 16  # images, on devices that do not say how much memory they have
 _SHARE_OF_FREE = 0.9
@@ -96,7 +96,7 @@ def _reach(fitting: dict[int, int], budget: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """Training steps as the run will make them, at the largest input and with as many labels as there may be."""
+    """Training steps as the run will make them, on copies, at the largest input and with as many labels as there may be."""
 
     model: DetectionModel
     hyp: Hyperparameters
@@ -117,24 +117,18 @@ class Rehearsal:
         return peak.bytes
 
     def train(self, batch_size: int) -> None:
-        """The twin of Trainer.train_batch, on copies."""
         runtime, head = self.runtime, self.model.head
         model = copy.deepcopy(self.model).to(runtime.device, memory_format=torch.channels_last).train()
-        optimizer = make_optimizer(model, self.hyp, weight_decay=0.0, kind=self.options.optimizer)
-        average, scaler = WeightAverage(model), runtime.grad_scaler()
-        gains = LossGains.for_head(self.hyp, head, self.options.imgsz, quad=self.options.quad)
-        made_up = self.batch(batch_size).to(runtime.device)
+        step = TrainStep(
+            runtime=runtime,
+            model=model,
+            optimizer=make_optimizer(model, self.hyp, weight_decay=0.0, kind=self.options.optimizer),
+            gains=LossGains.for_head(self.hyp, head, self.options.imgsz, quad=self.options.quad),
+        )
+        batch = self.batch(batch_size)
+        settings = StepSettings(lrs=(0.0,) * 3, momentum=0.0, update=True, scale=self._largest_scale())
         for _ in range(_STEPS):
-            batch = resized(made_up, self._largest_scale(), max(head.strides))
-            with runtime.autocast():
-                predictions = model(batch.images.float() / 255)
-            scaler.scale(detection_losses(predictions, batch, head, gains).total).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(trained_parameters(optimizer), MAX_GRADIENT_NORM)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            average.update(model)
+            step(batch, settings)
 
     def batch(self, batch_size: int) -> Batch:
         """Noise with the labels of the densest images, as many as mosaics and mixup can bring together."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from models.fused import accelerate
 from models.yolo import DetectionModel, count_parameters, gflops, read_network
 from utils.checkpoint import Checkpoint, LateRunFolder, RunFolder, load_checkpoint, newest_checkpoint, transfer
 from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, validated, whole_strides
@@ -31,12 +32,12 @@ from utils.train.batchsize import largest_batch_size
 from utils.train.optim import (
     NOMINAL_BATCH,
     Schedule,
-    WeightAverage,
     choose_accumulation,
     make_optimizer,
     multi_scales,
     rates_of_sgd,
 )
+from utils.train.step import TrainStep
 from utils.train.trainer import RunState, Trainer
 
 _DEFAULT_EPOCHS = 300
@@ -80,7 +81,7 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
     for line in _advice(given, hyp, names):
         console.note(line)
     runtime = _runtime(given)
-    model, lines = _model(given, hyp, names)
+    model, lines = _model(given, hyp, names, runtime)
     train, val = _scan(given, spec, "train", console), _scan(given, spec, "val", console)
     options = _resolved(given, hyp, spec, model, train.store, runtime, console)
     lines += _choose_anchors(model, options, hyp, train.store)
@@ -113,12 +114,12 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     if list(names) != checkpoint["names"]:
         raise UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run")
     runtime = _runtime(options)
-    model = _frozen(DetectionModel(checkpoint["network"], seed=options.seed), options)
+    model = _prepared(DetectionModel(checkpoint["network"], seed=options.seed), options, runtime)
     train, val = _scan(options, spec, "train", console), _scan(options, spec, "val", console)
     console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}")
     parts = _Parts(options, hyp, names, runtime, model, train.store, val.store, run, console)
     trainer = _assemble(parts, state, accumulation=checkpoint["accumulation"])
-    trainer.restore(checkpoint)
+    trainer.step.load_state_dict(checkpoint)
     return trainer
 
 
@@ -197,23 +198,28 @@ def _advice(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...])
     return [line for line in lines if line]
 
 
-def _model(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...]) -> tuple[DetectionModel, list[str]]:
+def _model(
+    options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...], runtime: Runtime
+) -> tuple[DetectionModel, list[str]]:
     """The network with the weights to start from, and lines on these for the user."""
     checkpoint = load_checkpoint(Path(options.weights)) if options.weights else None
     cfg = str(find_file(options.cfg or _DEFAULT_CFG, "models"))
     network = checkpoint["network"] if checkpoint and not options.cfg else read_network(cfg)
     anchors = _placeholder_anchors(network, round(hyp.anchors)) if hyp.anchors is not None else None
     model = DetectionModel(network, num_classes=len(names), anchors=anchors, seed=options.seed)
-    model = _frozen(model, options)
+    model = _prepared(model, options, runtime)
     if checkpoint is None:
         return model, []
     fitting, total = transfer(model, checkpoint["ema"])
     return model, [f"Weights: {fitting} of {total} entries of {options.weights} fit this network"]
 
 
-def _frozen(model: DetectionModel, options: TrainOptions) -> DetectionModel:
+def _prepared(model: DetectionModel, options: TrainOptions, runtime: Runtime) -> DetectionModel:
+    """The model, frozen and made fast as the options say."""
     if options.freeze:
         model.freeze(options.freeze)
+    if runtime.compile and runtime.device.type == "cpu":
+        accelerate(model)
     return model
 
 
@@ -321,19 +327,20 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
         hyp=hyp,
         names=parts.names,
         runtime=runtime,
-        model=model,
-        average=WeightAverage(model),
-        optimizer=make_optimizer(
-            model,
-            hyp,
-            weight_decay=_weight_decay(options, hyp, schedule.accumulation),
-            kind=options.optimizer,
+        step=TrainStep(
+            runtime=runtime,
+            model=model,
+            optimizer=make_optimizer(
+                model,
+                hyp,
+                weight_decay=_weight_decay(options, hyp, schedule.accumulation),
+                kind=options.optimizer,
+            ),
+            gains=LossGains.for_head(
+                hyp, model.head, options.imgsz, label_smoothing=options.label_smoothing, quad=options.quad
+            ),
         ),
-        scaler=runtime.grad_scaler(),
         schedule=schedule,
-        gains=LossGains.for_head(
-            hyp, model.head, options.imgsz, label_smoothing=options.label_smoothing, quad=options.quad
-        ),
         stream=TrainStream(
             batches,
             start_epoch=state.epoch,

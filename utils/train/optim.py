@@ -18,7 +18,6 @@ from utils.data.plan import SIZE, generator
 from utils.hyp import Hyperparameters
 
 NOMINAL_BATCH = 64
-MAX_GRADIENT_NORM = 10.0
 _MIN_UPDATES = 1000  # fewer optimizer updates than this in a run, and the nominal batch is lowered
 _MIN_WARMUP_BATCHES = 100
 _EMA_DECAY = 0.9999

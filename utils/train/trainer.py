@@ -14,27 +14,18 @@ from typing import Any
 
 import torch
 
-from models.yolo import DetectionModel
 from utils.checkpoint import RunFolder, averaged_model, load_checkpoint
 from utils.config import TrainOptions
-from utils.data.loader import TrainStream, resized
+from utils.data.loader import TrainStream
 from utils.evaluate.evaluator import Evaluator
 from utils.files import this_python
 from utils.hyp import Hyperparameters
-from utils.loss import LossGains, detection_losses
 from utils.report.loggers import format_losses
 from utils.report.run_report import RunReport
 from utils.runtime import Runtime, mendable_errors
-from utils.structures import Batch, Losses, LossMeans, Metrics, UserError
-from utils.train.optim import (
-    MAX_GRADIENT_NORM,
-    Schedule,
-    StepSettings,
-    WeightAverage,
-    apply_settings,
-    restore_optimizer,
-    trained_parameters,
-)
+from utils.structures import LossMeans, Metrics, UserError
+from utils.train.optim import Schedule, StepSettings
+from utils.train.step import TrainStep
 
 _LEAST_LOSS_SCALE = 2.0**-10  # it starts at 2^16 and is halved by each step that is skipped
 
@@ -73,12 +64,8 @@ class Trainer:
     hyp: Hyperparameters
     names: tuple[str, ...]
     runtime: Runtime
-    model: DetectionModel
-    average: WeightAverage
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    step: TrainStep
     schedule: Schedule
-    gains: LossGains
     stream: TrainStream
     evaluator: Evaluator
     run: RunFolder
@@ -86,10 +73,7 @@ class Trainer:
     state: RunState
 
     def __post_init__(self) -> None:
-        self.head = self.model.head
-        self.network = self.runtime.compiled(self.model)
-        self.parameters = trained_parameters(self.optimizer)
-        self.clock = self.runtime.step_clock()
+        self.clock = self.step.clock
 
     def fit(self) -> Metrics:
         """Train until the last epoch or until patience ends; the metrics of best.pt.
@@ -130,7 +114,7 @@ class Trainer:
 
     def train_epoch(self) -> LossMeans:
         """One pass over the images; the means of its losses over images."""
-        self.model.train()
+        self.step.model.train()
         batches = self.stream.epoch(self.state.epoch, self.state.class_maps)
         epoch, per_epoch = self.state.epoch, self.schedule.batches_per_epoch
         sums, images = torch.zeros(3, device=self.runtime.device), 0
@@ -138,7 +122,7 @@ class Trainer:
             for index in range(per_epoch):
                 with self.clock.part("data_wait"):
                     batch = next(batches)
-                losses = self.train_batch(batch, self.schedule(epoch * per_epoch + index))
+                losses = self.step(batch, self.schedule(epoch * per_epoch + index))
                 sums += len(batch.indices) * torch.stack([losses.box, losses.objectness, losses.classification])
                 images += len(batch.indices)
                 self.report.train_batch(epoch, index, batch)
@@ -148,45 +132,22 @@ class Trainer:
         means = _means(sums, images)  # waits for what the device has not done yet
         if not all(map(math.isfinite, asdict(means).values())):
             raise UserError(f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (now {self.hyp.lr0:g})")
-        if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_LOSS_SCALE:
+        if self.step.scaler.is_enabled() and self.step.scaler.get_scale() < _LEAST_LOSS_SCALE:
             raise UserError(
                 f"the gradients overflow in fp16 at every step of epoch {epoch + 1}, so nothing is learned: "
                 "use --amp bf16 or --amp off"
             )
         return means
 
-    def train_batch(self, batch: Batch, settings: StepSettings) -> Losses:
-        """Forward, loss, backward, and the optimizer's step where the schedule has one."""
-        apply_settings(self.optimizer, settings)
-        batch = batch.to(self.runtime.device)
-        self.clock.lap("transfer")
-        batch = resized(batch, settings.scale, max(self.head.strides))
-        with self.runtime.autocast():
-            predictions = self.network(batch.images.float() / 255)
-        self.clock.lap("forward")
-        losses = detection_losses(predictions, batch, self.head, self.gains)
-        self.clock.lap("loss")
-        self.scaler.scale(losses.total).backward()
-        self.clock.lap("backward")
-        if settings.update:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad()
-            self.average.update(self.model)
-            self.clock.lap("optimizer")
-        return losses
-
     def evaluate(self) -> Metrics:
         """The averaged model on the val split."""
-        return self.evaluator(self.average.model, gains=self.gains, watch=self.report.evaluation_bar)
+        return self.evaluator(self.step.average.model, gains=self.step.gains, watch=self.report.evaluation_bar)
 
     def finish(self) -> Metrics:
         """Evaluate best.pt as it was written, with the pictures of a finished run."""
         best = averaged_model(load_checkpoint(self.run.best)).to(self.runtime.device)
         metrics = self.evaluator(
-            best, gains=self.gains, on_batch=self.report.pictures.evaluated_batch, watch=self.report.evaluation_bar
+            best, gains=self.step.gains, on_batch=self.report.pictures.evaluated_batch, watch=self.report.evaluation_bar
         )
         self.report.finished(metrics, best_epoch=self.state.best_epoch, epochs=self.state.epoch)
         return metrics
@@ -194,27 +155,14 @@ class Trainer:
     def checkpoint(self) -> dict[str, Any]:
         """Tensors and plain values that continue this run."""
         return {
-            "model": self.model.state_dict(),
-            "ema": self.average.model.state_dict(),
-            "ema_updates": self.average.updates,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "network": self.model.network,
+            **self.step.state_dict(),
+            "network": self.step.model.network,
             "names": list(self.names),
             "options": asdict(self.options),
             "hyp": asdict(self.hyp),
             "accumulation": self.schedule.accumulation,
             **asdict(self.state),
         }
-
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the run of a checkpoint."""
-        self.model.load_state_dict(checkpoint["model"])
-        self.average.model.load_state_dict(checkpoint["ema"])
-        self.average.updates = checkpoint["ema_updates"]
-        restore_optimizer(self.optimizer, checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # else the run came from a device that needs none
-            self.scaler.load_state_dict(checkpoint["scaler"])
 
     def _last_settings(self) -> StepSettings:
         return self.schedule(self.state.epoch * self.schedule.batches_per_epoch - 1)

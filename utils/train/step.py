@@ -1,0 +1,86 @@
+"""One training step: a batch in, weights and their average moved, losses out.
+
+The surprise: it reads nothing back from the device. Losses are tensors, and whoever shows them waits for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from models.yolo import DetectionModel
+from utils.clock import StepClock
+from utils.data.loader import resized
+from utils.loss import LossGains, detection_losses
+from utils.runtime import Runtime
+from utils.structures import Batch, Losses
+from utils.train.optim import StepSettings, WeightAverage, apply_settings, restore_optimizer, trained_parameters
+
+_MAX_GRADIENT_NORM = 10.0
+
+
+@dataclass(kw_only=True)
+class TrainStep:
+    """Calling it with a batch and its settings trains on them: forward, loss, backward, and an update where it is due."""
+
+    runtime: Runtime
+    model: DetectionModel
+    optimizer: torch.optim.Optimizer
+    gains: LossGains
+    average: WeightAverage = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
+    clock: StepClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.average = WeightAverage(self.model)
+        self.scaler = self.runtime.grad_scaler()
+        self.clock = self.runtime.step_clock()
+        self._head = self.model.head
+        self._parameters = trained_parameters(self.optimizer)
+        self._network = self.runtime.compiled(self.model)
+
+    def __call__(self, batch: Batch, settings: StepSettings) -> Losses:
+        apply_settings(self.optimizer, settings)
+        batch = batch.to(self.runtime.device)
+        self.clock.lap("transfer")
+        batch = resized(batch, settings.scale, max(self._head.strides))
+        with self.runtime.autocast():
+            predictions = self._network(self.runtime.network_input(batch.images))
+        self.clock.lap("forward")
+        losses = detection_losses(predictions, batch, self._head, self.gains)
+        self.clock.lap("loss")
+        self.scaler.scale(losses.total).backward()
+        self.clock.lap("backward")
+        if settings.update:
+            self._update()
+            self.clock.lap("optimizer")
+        return losses
+
+    def _update(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.average.update(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on, as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.average.model.state_dict(),
+            "ema_updates": self.average.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave; other entries are left aside."""
+        self.model.load_state_dict(state["model"])
+        self.average.model.load_state_dict(state["ema"])
+        self.average.updates = state["ema_updates"]
+        restore_optimizer(self.optimizer, state["optimizer"])
+        if state["scaler"]:  # else the run came from a device that needs none
+            self.scaler.load_state_dict(state["scaler"])
