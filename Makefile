@@ -1,9 +1,11 @@
 # make demo: install into .venv and train on the embedded data set.   make test: install and run the tests.
+# make bench: what a step, the loader, an evaluation and a start cost here.   make bench-peer: our step against yolov5's.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEER := .venv-peer
 
-.PHONY: demo test install lint clean
+.PHONY: demo test install lint clean bench bench-peer
 
 demo: $(VENV)/.installed
 	$(BIN)/python train.py --name demo
@@ -13,6 +15,12 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.bench
+
+bench-peer: $(PEER)/.installed
+	$(BIN)/python -m benchmarks.peer
 
 install: $(VENV)/.installed
 
@@ -29,5 +37,13 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+$(PEER)/.installed: requirements-peer.txt $(VENV)/.installed
+	@echo "Installing yolov5 7.0.14 into $(PEER), with the torch of $(VENV): several GB, some minutes"
+	@$(BIN)/python -m venv --clear $(PEER)
+	@$(BIN)/python -m pip freeze | grep -E '^torch(vision)?==' > $(PEER)/torch.txt
+	@$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peer.txt -r $(PEER)/torch.txt
+	@$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps yolov5==7.0.14
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEER) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -5,6 +5,7 @@ network; the other arguments are the row's, checked against the annotations here
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,11 @@ class Conv(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.03)
         self.act = nn.SiLU()  # in place, autograd would copy its input first
+        self.normalise: Callable[[nn.Module, Tensor], Tensor] | None = None  # takes the place of bn and act: fused.py
 
     def forward(self, maps: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(maps)))
+        maps = self.conv(maps)
+        return self.normalise(self.bn, maps) if self.normalise else self.act(self.bn(maps))
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -1,0 +1,194 @@
+"""`make bench-peer`: our training step and that of the published yolov5 package in turn, A B A B, in one run; ratios.
+
+    python -m benchmarks.peer [--quick] [--rounds 3] [--relaxed] [--out FILE]
+
+Both work on the same synthetic batches, with as many threads, each turn in a process of its own; the peer in its own
+environment, which `make bench-peer` fills from requirements-peer.txt. It is measured as published (see peer_step.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import CPU_STEPS, CUDA_STEPS, StepSize, compile_modes, step_measurement
+from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
+from benchmarks.workers import ROOT, Measurement, run_worker, usable_cores
+
+_STEPS = 8  # that count, per turn
+_FONT = "Arial.ttf"  # what the package would download for its plots
+
+Rounds = dict[str, list[dict[str, Any]]]  # by contender, its figures round by round; the peer comes first
+
+
+def main() -> int:
+    flags = _parser().parse_args()
+    peer_python = Path(flags.peer_python).absolute()  # not resolved: an environment's python is a link
+    if not peer_python.exists():
+        print(f"bench-peer: error: {peer_python} is missing: `make bench-peer` makes it", file=sys.stderr)
+        return 2
+    machine = describe_machine() | {"threads": flags.threads}
+    print(headline(machine, quick=flags.quick))
+    cases = []
+    with tempfile.TemporaryDirectory(prefix="bench-peer-") as scratch:
+        environment = _peer_environment(peer_python, Path(scratch) / "config")
+        for size in CPU_STEPS if flags.device == "cpu" else CUDA_STEPS:
+            size = size.toy if flags.quick else size
+            contenders = _contenders(size, flags, peer_python, environment)
+            rounds = _play(contenders, 1 if flags.quick else flags.rounds, flags.threads, Path(scratch) / "compiled")
+            cases.append({"case": size.name, **_compared(contenders, rounds)})
+            print("\n" + _table(cases[-1]), flush=True)
+    out = Path(flags.out) if flags.out else FOLDER / ("peer-quick.json" if flags.quick else "peer.json")
+    write_json(out, {"machine": machine, "quick": flags.quick, "rounds": flags.rounds, "cases": cases})
+    print(f"\nAll figures: {out}")
+    return 1 if any(turn["failed"] for case in cases for turn in case["contenders"]) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="toy sizes, one round: shows that it runs")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--relaxed", action="store_true", help="also the peer without deterministic algorithms")
+    parser.add_argument("--device", default="cpu", help="cpu, or 0: the first GPU")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="default: as many as there are cores")
+    parser.add_argument("--peer-python", default=str(ROOT / ".venv-peer/bin/python"), metavar="PATH")
+    parser.add_argument("--out", default="", metavar="FILE", help="default: benchmarks/results/peer.json")
+    return parser
+
+
+# ---- turns --------------------------------------------------------------------------------------------------------
+
+
+def _contenders(
+    size: StepSize, flags: argparse.Namespace, peer_python: Path, environment: dict[str, str]
+) -> list[Measurement]:
+    """The peer first."""
+    turn = {"device": flags.device, "amp": "auto", "threads": flags.threads, "steps": 2 if flags.quick else _STEPS}
+    ours = [
+        replace(step_measurement(size, compiled=compiled, **turn), name="ours --compile" if compiled else "ours")
+        for compiled in compile_modes()
+    ]
+    peers = [[], *([["--relaxed"]] if flags.relaxed else [])]
+    return [
+        *(
+            Measurement(
+                section="step",
+                name=" ".join(["yolov5 7.0.14", *extra]),
+                module="peer_step",
+                flags=[*ours[0].flags, *extra],
+                python=peer_python,
+                environment=environment,
+            )
+            for extra in peers
+        ),
+        *ours,
+    ]
+
+
+def _peer_environment(peer_python: Path, folder: Path) -> dict[str, str]:
+    """What the package needs to be content with itself: a font where it looks for one, no installing, old loading."""
+    folder.mkdir()
+    fonts = peer_python.parent.parent.glob("lib/python*/site-packages/matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf")
+    shutil.copyfile(next(fonts), folder / _FONT)
+    return {"YOLOV5_CONFIG_DIR": str(folder), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "YOLOv5_AUTOINSTALL": "false"}
+
+
+def _play(contenders: list[Measurement], rounds: int, threads: int, compile_cache: Path) -> Rounds:
+    """Every contender once per round; the compiler's cache is empty in the first round and warm afterwards."""
+    played: Rounds = {one.name: [] for one in contenders}
+    for number in range(rounds):
+        for one in contenders:
+            print(f"round {number + 1} of {rounds}: {one.name}", file=sys.stderr, flush=True)
+            played[one.name].append(run_worker(one, threads=threads, compile_cache=compile_cache))
+    return played
+
+
+# ---- ratios -------------------------------------------------------------------------------------------------------
+
+
+def _compared(contenders: list[Measurement], rounds: Rounds) -> dict[str, Any]:
+    return {"contenders": [contender(one, rounds[one.name], rounds[contenders[0].name]) for one in contenders]}
+
+
+def contender(one: Measurement, mine: list[dict[str, Any]], peers: list[dict[str, Any]]) -> dict[str, Any]:
+    """One side's figures: medians over rounds, and their ratios to the peer's. `ratio_range` is of single rounds.
+
+    Memory above 1 means that ours takes more.
+    """
+    failed = next((turn["failed"] for turn in [*mine, *peers] if "failed" in turn), None)
+    summary: dict[str, Any] = {"name": one.name, "command": one.command, "failed": failed, "rounds": mine}
+    if failed:
+        return summary
+    pairs = list(zip(mine, peers))
+    ratios = [turn["images_per_second"] / peer["images_per_second"] for turn, peer in pairs]
+    rate, peer_rate = (_median(turns, "images_per_second") for turns in (mine, peers))
+    return summary | {
+        "images_per_second": rate,
+        "ratio": rate / peer_rate,
+        "ratio_range": [min(ratios), max(ratios)],
+        **{f"{kind}_mib": _memory(mine, kind) for kind in ("steps_add", "steps_peak", "peak")},
+        **{
+            f"{kind}_ratio": _divided(_memory(mine, kind), _memory(peers, kind)) for kind in ("steps_add", "steps_peak")
+        },
+    }
+
+
+def _median(turns: list[dict[str, Any]], name: str) -> float:
+    return statistics.median(turn[name] for turn in turns)
+
+
+def _memory(turns: list[dict[str, Any]], kind: str) -> float | None:
+    """The most over rounds; on a GPU the same figure, what torch had allocated at most, for every kind."""
+    if "cuda_peak_mib" in turns[0]:
+        return max(turn["cuda_peak_mib"] for turn in turns)
+    values = [turn["memory_mib"][kind] for turn in turns]
+    return None if None in values else max(values)
+
+
+def _divided(mine: float | None, peers: float | None) -> float | None:
+    return mine / peers if mine is not None and peers else None
+
+
+def _table(case: dict[str, Any]) -> str:
+    headers = [
+        case["case"],
+        "precision",
+        "images/s",
+        "x peer",
+        "single rounds",
+        "steps add MiB",
+        "x peer",
+        "peak MiB",
+        "x peer",
+        "first step s",
+    ]
+    return table(headers, [_row(one, len(headers)) for one in case["contenders"]])
+
+
+def _row(one: dict[str, Any], columns: int) -> list[str]:
+    if one["failed"]:
+        return [f"{one['name']}: {one['failed']:.120}", *[""] * (columns - 1)]
+    return [
+        one["name"],
+        one["rounds"][0]["precision"],
+        figure(one["images_per_second"], 2),
+        figure(one["ratio"], 2),
+        " to ".join(figure(ratio, 2) for ratio in one["ratio_range"]),
+        figure(one["steps_add_mib"], 0),
+        figure(one["steps_add_ratio"], 2),
+        figure(one["steps_peak_mib"], 0),
+        figure(one["steps_peak_ratio"], 2),
+        figure(one["rounds"][0]["first_step_seconds"]),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

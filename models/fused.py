@@ -1,0 +1,159 @@
+"""Batch normalisation and SiLU as one operation on the CPU, by a small C++ library that is compiled on first use.
+
+torch takes them apart into many passes over the maps, which cost more than the convolutions between them, and
+torch.compile's own code for the CPU was measured to be no faster than that (docs/benchmarks.md). `accelerate` gives a
+network these operations instead; where one does not fit, torch's are used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import Conv
+from utils.files import cache_folder
+from utils.structures import UserError
+
+_SOURCE = Path(__file__).with_name("fused.cpp")
+_COMPILERS = ("g++", "clang++", "c++")
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    # what vectorising sums and divisions needs of -ffast-math, whose rest would change how torch computes as well
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
+    *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []),
+)
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def accelerate(model: nn.Module) -> None:
+    """Let each Conv of `model` normalise and activate in one, when training on the CPU.
+
+    Raises UserError where there is no C++ compiler, or none that can compile the library.
+    """
+    _library()
+    for module in model.modules():
+        if isinstance(module, Conv):
+            module.normalise = norm_silu
+
+
+def norm_silu(norm: nn.Module, maps: Tensor) -> Tensor:
+    """silu(norm(maps)) of (B, C, h, w) maps."""
+    if not _fits(norm, maps):
+        return F.silu(norm(maps))
+    norm.num_batches_tracked.add_(1)
+    return _NormSiLU.apply(maps, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum)
+
+
+def _fits(norm: nn.Module, maps: Tensor) -> bool:
+    return (
+        isinstance(norm, nn.BatchNorm2d)
+        and norm.training
+        and maps.device.type == "cpu"
+        and maps.dtype in _SUFFIXES
+        and maps.is_contiguous(memory_format=torch.channels_last)
+        and maps.numel() > maps.shape[1]  # of a single value torch says that it has no variance
+    )
+
+
+class _NormSiLU(torch.autograd.Function):
+    """Ioffe and Szegedy, "Batch Normalization", ICML 2015, with SiLU's derivative folded into its gradient.
+
+    For the gradient only the input is kept; what lies between norm and activation is computed anew.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, momentum: float
+    ) -> Tensor:
+        out, kept = torch.empty_like(maps), maps.new_empty(4, maps.shape[1], dtype=torch.float32)
+        size = maps.numel() // maps.shape[1], maps.shape[1]
+        arrays = (maps, out, weight, bias, mean, var, kept)
+        _call("forward", maps.dtype, *arrays, *size, ctypes.c_float(eps), ctypes.c_float(momentum))
+        ctx.save_for_backward(maps, kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        maps, kept = ctx.saved_tensors
+        if not _lies_in_rows(gradient):
+            gradient = gradient.contiguous(memory_format=torch.channels_last)
+        for_maps, for_weight, for_bias = torch.empty_like(maps), torch.empty_like(kept[0]), torch.empty_like(kept[0])
+        row = gradient.stride(3) if gradient.shape[3] > 1 else gradient.stride(2)
+        size = maps.numel() // maps.shape[1], maps.shape[1]
+        _call("backward", maps.dtype, gradient, row, maps, for_maps, kept, for_weight, for_bias, *size)
+        return for_maps, for_weight, for_bias, None, None, None, None
+
+
+def _lies_in_rows(maps: Tensor) -> bool:
+    """Whether channels lie side by side and pixels at equal distances, as in a part of concatenated maps."""
+    _, C, H, W = maps.shape
+    image, channel, row, column = maps.stride()
+    return channel == 1 and H > 1 and W > 1 and row == W * column and image == H * row and column >= C
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    passed = []
+    for argument in (*arguments, torch.get_num_threads()):
+        if isinstance(argument, Tensor):
+            argument = ctypes.c_void_p(argument.data_ptr())
+        passed.append(ctypes.c_int64(argument) if isinstance(argument, int) else argument)
+    getattr(_library(), f"{name}_{_SUFFIXES[dtype]}")(*passed)
+
+
+# ---- the library --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise UserError(
+            f"--compile needs a C++ compiler on the CPU ({', '.join(_COMPILERS)}); install one or leave it out"
+        )
+    path = cache_folder() / f"fused-{_fingerprint(compiler)}.so"
+    if not _is_ours(path):
+        _build(compiler, path)
+    return ctypes.CDLL(str(path))
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of all that the library depends on; a home folder may be shared by machines with other instructions."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    native = subprocess.run(
+        [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=False
+    )
+    parts = (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, native.stdout)
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the file exists and nobody else could have put it there."""
+    return path.exists() and (not hasattr(os, "getuid") or path.stat().st_uid == os.getuid())
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Compile beside `path`, then rename, so that no half-written library is ever loaded."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / "fused.so"
+            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+            if done.returncode:
+                problem = next((line for line in done.stderr.splitlines() if "error" in line), "it gave no reason")
+                raise UserError(f"--compile: {compiler} cannot compile {_SOURCE.name}: {problem}; leave it out")
+            made.replace(path)
+    except OSError as error:
+        raise UserError(f"--compile: cannot write {path}: {error.strerror}; leave it out") from None
