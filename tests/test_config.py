@@ -226,6 +226,9 @@ def test_resume_takes_a_path_or_none(argv, resume):
         ("--epoch=3", "unknown flag '--epoch=3'; did you mean '--epochs'?"),  # no abbreviations
         ("--exist_okay", "unknown flag '--exist_okay'; did you mean '--exist-ok'?"),
         ("--frobnicate", "unknown flag '--frobnicate'"),
+        ("--evolve 3", "--evolve: not available yet; leave it out"),
+        ("--cache=ram", "--cache=ram: not available yet; leave it out"),
+        ("--upload_dataset", "--upload_dataset: not available yet; leave it out"),
         ("train", "unknown argument 'train'"),
         ("--epochs three", "--epochs: invalid int value: 'three'"),
         ("--epochs", "--epochs: expected one argument"),
