@@ -186,22 +186,30 @@ def test_what_breaks_in_the_compiler_is_one_line():
 
 
 def test_a_platform_where_nothing_is_compiled_is_known_at_once(machine, monkeypatch):
-    machine()
+    machine(mps=True)
     monkeypatch.setattr(torch, "compile", lambda model: (_ for _ in ()).throw(RuntimeError("not on this moon.\n\nSee")))
     with pytest.raises(UserError) as error:
         choose_runtime(device="", amp="off", workers=0, compile=True)
     assert str(error.value) == "--compile: not on this moon; leave it out"
-    assert chosen().compile is False
+    assert choose_runtime(device="cpu", amp="off", workers=0, compile=True).compile  # not by torch
 
 
 def test_a_network_is_compiled_where_that_is_asked_for(machine, monkeypatch):
-    machine()
+    machine(mps=True)
     monkeypatch.setattr(torch, "compile", lambda model: ("compiled", model))
     model = torch.nn.Linear(2, 2)
     assert chosen().compiled(model) is model
-    asked = choose_runtime(device="", amp="off", workers=0, compile=True)
+    asked, on_cpu = (choose_runtime(device=device, amp="off", workers=0, compile=True) for device in ("mps", "cpu"))
     assert asked.compiled(model) == ("compiled", model)
+    assert on_cpu.compiled(model) is model
     assert ", compiled, " in asked.description
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_images_enter_the_network_as_autocast_would_round_them(dtype):
+    levels = torch.arange(256, dtype=torch.uint8)
+    runtime = Runtime(device=torch.device("cpu"), amp_dtype=dtype, workers=0)
+    assert torch.equal(runtime.network_input(levels), (levels.float() / 255).to(dtype or torch.float32))
 
 
 def test_deterministic_is_torchs_own_switch(machine, monkeypatch):

@@ -77,7 +77,7 @@ class TrainOptions:
     amp: Amp = _flag("auto", "mixed precision: auto picks bf16 or fp16 where the device computes it fast")
     compile: bool = _flag(
         False,
-        "faster training by compiled code: of torch.compile on a GPU, minutes at the start; of ours on the CPU, a second",
+        "faster steps: by torch.compile on a GPU, which takes minutes; by a C++ library on the CPU",
     )
     deterministic: bool = _flag(False, "on a GPU: kernels that repeat their result to the bit, where there are any")
     nosave: bool = _flag(False, "write weights only at the end of the run")

@@ -30,7 +30,7 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
     def compiled(self, model: nn.Module) -> Callable:
-        """What to call in the place of `model` for training: the same weights, by torch.compile where that is asked for.
+        """What to call in the place of `model` for training: its twin of torch.compile where that is asked for.
 
         Not on the CPU, where it gains nothing (docs/benchmarks.md); there models/fused.py changes the network itself.
         """

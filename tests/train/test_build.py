@@ -47,7 +47,7 @@ def test_the_head_gets_the_classes_of_the_data_set(tiny):
     content = yaml.safe_load(tiny.data.read_text()) | {"names": ["blue", "red", "green", "grey"]}
     tiny.data.write_text(yaml.safe_dump(content))
     trainer = build_trainer(tiny.options())
-    assert trainer.head.num_classes == 4
+    assert trainer.step.model.head.num_classes == 4
     assert trainer.names == ("blue", "red", "green", "grey")
     assert trainer.checkpoint()["network"]["nc"] == 4
 
@@ -63,11 +63,11 @@ def test_weight_decay_is_that_of_the_nominal_batch(tiny):
     trainer = build_trainer(tiny.options(batch_size=3, nominal_batch="8"))
     decays = [group["weight_decay"] for group in trainer.step.optimizer.param_groups]
     assert decays == [0, pytest.approx(0.0005 * 9 / 8), 0]
-    assert build_trainer(tiny.options(name="auto")).optimizer.param_groups[1]["weight_decay"] == 0.0005
+    assert build_trainer(tiny.options(name="auto")).step.optimizer.param_groups[1]["weight_decay"] == 0.0005
 
 
 def test_label_smoothing_reaches_the_loss(tiny):
-    assert build_trainer(tiny.options(label_smoothing=0.2)).gains.label_smoothing == 0.2
+    assert build_trainer(tiny.options(label_smoothing=0.2)).step.gains.label_smoothing == 0.2
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_chosen_batch_size_is_written_down(tiny, monkeypatch):
 
 def test_frozen_layers_are_those_of_the_options(trained, tiny):
     weights = str(trained / "weights/best.pt")
-    model = build_trainer(tiny.options(weights=weights, cfg=None, freeze=[0, 3])).model
+    model = build_trainer(tiny.options(weights=weights, cfg=None, freeze=[0, 3])).step.model
     assert [layer.training for layer in model.train().model] == [index not in (0, 3) for index in range(11)]
     with pytest.raises(UserError, match="--freeze 30: this network has 11 layers"):
         build_trainer(tiny.options(freeze=30))
@@ -122,7 +122,7 @@ def test_adam_needs_a_momentum_below_one(tiny):
 def test_a_single_class_replaces_all(tiny):
     trainer = build_trainer(tiny.options(single_cls=True))
     assert trainer.names == ("item",)
-    assert trainer.head.num_classes == 1
+    assert trainer.step.model.head.num_classes == 1
     batch = next(trainer.stream.epoch(0))
     assert len(batch.classes) and not batch.classes.any()
 
@@ -138,7 +138,7 @@ def network_with(tiny, anchors) -> str:
 
 def test_anchors_that_fit_are_kept(tiny, capsys):
     trainer = build_trainer(tiny.options())
-    assert trainer.head.anchors.tolist() == [[[10, 13], [33, 23]], [[30, 61], [59, 119]]]
+    assert trainer.step.model.head.anchors.tolist() == [[[10, 13], [33, 23]], [[30, 61], [59, 119]]]
     assert lines(capsys, "Anchors") == ["Anchors reach 100.0% of the labels"]
 
 
@@ -146,7 +146,7 @@ def test_anchors_that_do_not_fit_are_replaced_and_saved(tiny, capsys):
     cfg = network_with(tiny, [[300, 10, 10, 300], [500, 20, 20, 500]])
     trainer = build_trainer(tiny.options(cfg=cfg))
     assert "Anchors reach 0.0% of the labels; new ones" in lines(capsys, "Anchors")[0]
-    found = trainer.head.anchors
+    found = trainer.step.model.head.anchors
     assert (found < 100).all()
     assert (found.prod(-1).flatten().diff() >= 0).all()  # small ones to the fine level
     assert torch.equal(trainer.step.average.model.head.anchors, found)
@@ -158,13 +158,13 @@ def test_anchors_that_do_not_fit_are_replaced_and_saved(tiny, capsys):
 def test_noautoanchor_keeps_any(tiny, capsys):
     given = [[300, 10, 10, 300], [500, 20, 20, 500]]
     trainer = build_trainer(tiny.options(cfg=network_with(tiny, given), noautoanchor=True))
-    assert trainer.head.anchors.flatten(1).tolist() == given
+    assert trainer.step.model.head.anchors.flatten(1).tolist() == given
     assert lines(capsys, "Anchors") == []
 
 
 def test_the_hyp_file_may_ask_for_a_number_of_anchors(tiny):
     tiny.hyp.write_text(tiny.hyp.read_text() + "anchors: 3\n")
-    assert build_trainer(tiny.options()).head.anchors.shape == (2, 3, 2)
+    assert build_trainer(tiny.options()).step.model.head.anchors.shape == (2, 3, 2)
     with pytest.raises(UserError, match="--noautoanchor"):
         build_trainer(tiny.options(noautoanchor=True))
 
@@ -187,7 +187,7 @@ def test_weights_of_other_classes_keep_all_but_the_head(trained, tiny):
     content = yaml.safe_load(tiny.data.read_text()) | {"names": ["blue", "red", "green"]}
     tiny.data.write_text(yaml.safe_dump(content))
     given = load_checkpoint(trained / "weights/best.pt")["ema"]
-    entries = build_trainer(tiny.options(weights=str(trained / "weights/best.pt"))).model.state_dict()
+    entries = build_trainer(tiny.options(weights=str(trained / "weights/best.pt"))).step.model.state_dict()
     taken = {name for name in given if entries[name].shape == given[name].shape}
     assert {name for name in given if name not in taken} == {name for name in given if name.startswith("model.10.m.")}
     assert all(torch.equal(entries[name], given[name].to(entries[name].dtype)) for name in taken)
@@ -276,5 +276,5 @@ def test_a_real_data_set(shared_datasets, tiny, monkeypatch):
     monkeypatch.setattr("utils.data.scan._cache_files", lambda spec, split: [])  # leave the shared folder alone
     trainer = build_trainer(tiny.options(data=str(shared_datasets / "road_signs/data.yaml")))
     assert len(trainer.evaluator.batches.store) == 128
-    assert trainer.head.num_classes == 21
+    assert trainer.step.model.head.num_classes == 21
     assert next(trainer.stream.epoch(0)).images.shape == (4, 3, 64, 64)

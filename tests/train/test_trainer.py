@@ -12,9 +12,11 @@ import yaml
 
 import train
 from utils.checkpoint import RunFolder, averaged_model, load_checkpoint
+from utils.data.loader import TrainStream
 from utils.structures import ClassMetrics, LossMeans, Metrics, RunError, UserError
 from utils.train.build import build_trainer
 from utils.train.optim import Schedule
+from utils.train.step import TrainStep
 from utils.train.trainer import RunState, Trainer
 
 RUNS = Path("runs/train")
@@ -58,15 +60,15 @@ def augmented(tiny):
 
 def interrupt(monkeypatch, *, epoch: int, batch: int):
     """Ctrl-C at a batch of an epoch, both counted from 0."""
-    honest, seen = Trainer.train_batch, []
+    honest = TrainStream.epoch
 
-    def interrupted(self, *args):
-        seen.append(self.state.epoch)
-        if seen.count(epoch) > batch:
-            raise KeyboardInterrupt
-        return honest(self, *args)
+    def interrupted(self, number, *args):
+        for index, one in enumerate(honest(self, number, *args)):
+            if (number, index) == (epoch, batch):
+                raise KeyboardInterrupt
+            yield one
 
-    monkeypatch.setattr(Trainer, "train_batch", interrupted)
+    monkeypatch.setattr(TrainStream, "epoch", interrupted)
 
 
 # ---- the same again -------------------------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ def test_every_option_lives_on_in_a_resumed_run(augmented, monkeypatch, chosen, 
 def test_the_head_alone_may_learn(tiny, kind):
     """All batch norms are frozen, so a group of the optimizer is empty."""
     train.run(**tiny.options(optimizer=kind, freeze=10, epochs=2))
-    fresh = build_trainer(tiny.options(name="fresh")).model.state_dict()
+    fresh = build_trainer(tiny.options(name="fresh")).step.model.state_dict()
     trained = load_checkpoint(LAST)["model"]
     changed = {name for name, value in fresh.items() if not torch.equal(value, trained[name])}
     assert changed == {name for name in fresh if name.startswith("model.10.m.")}
@@ -344,13 +346,14 @@ def test_image_weights_follow_the_last_evaluation(tiny, monkeypatch):
     """A class that is found for certain is not shown again."""
     certain = [ClassMetrics(**CLASS, name="blue", map50_95=1.0), ClassMetrics(**CLASS, name="red", map50_95=0.0)]
     monkeypatch.setattr(Trainer, "evaluate", lambda self: replace(metrics_of(0.1), per_class=tuple(certain)))
-    shown, honest = {0: set(), 1: set()}, Trainer.train_batch
+    shown, honest = {0: set(), 1: set()}, TrainStream.epoch
 
-    def watched(self, batch, settings):
-        shown[self.state.epoch] |= set(batch.classes.tolist())
-        return honest(self, batch, settings)
+    def watched(self, number, *args):
+        for batch in honest(self, number, *args):
+            shown[number] |= set(batch.classes.tolist())
+            yield batch
 
-    monkeypatch.setattr(Trainer, "train_batch", watched)
+    monkeypatch.setattr(TrainStream, "epoch", watched)
     train.run(**tiny.options(epochs=2, image_weights=True))
     assert shown == {0: {0, 1}, 1: {1}}
 
@@ -365,20 +368,20 @@ def scaled(tiny, init_scale: float) -> Trainer:
     return trainer
 
 
-def test_an_overflow_of_the_gradients_is_nothing_to_speak_of(tiny, capsys, recwarn):
+def test_an_overflow_of_the_gradients_is_nothing_to_speak_of(tiny, capsys, recwarn, monkeypatch):
     """The step is left out, the scale is halved, the loss is as finite as ever."""
     trainer = scaled(tiny, 2.0**16)
     gradients = iter([float("inf"), float("nan")])
     next(trainer.step.model.parameters()).register_hook(lambda gradient: gradient * next(gradients, 1.0))
-    weights, honest = [], trainer.step
+    weights, honest = [], TrainStep.__call__
 
-    def recorded(batch, settings):
-        losses = honest(batch, settings)
+    def recorded(step, batch, settings):
+        losses = honest(step, batch, settings)
         assert losses.total.isfinite()
         weights.append(next(trainer.step.model.parameters()).detach().clone())
         return losses
 
-    trainer.step = recorded
+    monkeypatch.setattr(TrainStep, "__call__", recorded)
     capsys.readouterr()
     means = trainer.train_epoch()
     assert means.box > 0
@@ -402,7 +405,7 @@ def test_a_run_without_a_scaler_resumes_with_one(tiny):
     trainer = build_trainer(tiny.options())
     saved = trainer.checkpoint()
     trainer.step.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    trainer.restore(saved)
+    trainer.step.load_state_dict(saved)
     assert trainer.step.scaler.get_scale() == 8.0
 
 
@@ -496,17 +499,17 @@ def test_gradients_add_up_over_batches_and_are_clipped(tiny):
     assert all(parameter.grad is None for parameter in trainer.step.model.parameters())
 
 
-def test_losses_of_an_epoch_are_means_over_images(augmented):
+def test_losses_of_an_epoch_are_means_over_images(augmented, monkeypatch):
     """The last batch of an epoch is smaller and counts for less."""
     trainer = build_trainer(augmented.options(batch_size=3))
-    seen, honest = [], trainer.step
+    seen, honest = [], TrainStep.__call__
 
-    def recorded(batch, settings):
-        losses = honest(batch, settings)
+    def recorded(step, batch, settings):
+        losses = honest(step, batch, settings)
         seen.append((len(batch.images), losses.box.item(), losses.objectness.item(), losses.classification.item()))
         return losses
 
-    trainer.step = recorded
+    monkeypatch.setattr(TrainStep, "__call__", recorded)
     means = trainer.train_epoch()
     assert [row[0] for row in seen] == [3, 3, 2]
     expected = [sum(row[0] * row[column] for row in seen) / 8 for column in (1, 2, 3)]

@@ -96,7 +96,7 @@ def _reach(fitting: dict[int, int], budget: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """Training steps as the run will make them, on copies, at the largest input and with as many labels as there may be."""
+    """The steps of the run, on copies of its parts, at the largest input and with as many labels as there may be."""
 
     model: DetectionModel
     hyp: Hyperparameters

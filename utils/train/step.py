@@ -23,7 +23,7 @@ _MAX_GRADIENT_NORM = 10.0
 
 @dataclass(kw_only=True)
 class TrainStep:
-    """Calling it with a batch and its settings trains on them: forward, loss, backward, and an update where it is due."""
+    """Calling it with a batch and its settings trains on them: forward, loss, backward, an update where one is due."""
 
     runtime: Runtime
     model: DetectionModel
