@@ -37,7 +37,9 @@ inline void store(bf16* to, float value) {  // rounds to nearest, ties to even
 
 // 1 / (1 + 2^t), t = -u / ln 2; the Taylor series of 2^f on [-1/2, 1/2] is good to a unit in the last place of a float.
 inline float sigmoid(float u) {
-  const float t = std::min(std::max(u * -1.44269504f, -126.0f), 126.0f);
+  float t = u * -1.44269504f;
+  t = t > -126.0f ? t : -126.0f;  // written as the instructions compare, which settles what becomes of NaN
+  t = t < 126.0f ? t : 126.0f;
   const float whole = std::nearbyint(t), f = t - whole;
   float power = 1.5403530e-4f;
   power = power * f + 1.3333558e-3f;
@@ -53,20 +55,44 @@ inline float sigmoid(float u) {
   return 1.0f / (1.0f + power);
 }
 
+// Narrow rows are taken several at a time, as one of more channels: a loop over 16 channels is hardly begun when it ends.
+struct Shape {
+  int64_t channels, together, rows, width;  // of `together` rows, `width` channels
+
+  Shape(int64_t rows, int64_t channels, bool side_by_side) : channels(channels), together(1) {
+    while (side_by_side && together * channels < 128 && rows % (2 * together) == 0) together *= 2;
+    this->rows = rows / together;
+    width = channels * together;
+  }
+
+  int64_t blocks() const { return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+
+  std::vector<float> repeated(const float* of_channel) const {
+    std::vector<float> values(width);
+    for (int64_t c = 0; c < width; c++) values[c] = of_channel[c % channels];
+    return values;
+  }
+};
+
 // Two sums per channel and block, and their totals.
 struct Sums {
-  int64_t channels, blocks;
+  const Shape& shape;
   std::vector<float> of_block;
 
-  Sums(int64_t rows, int64_t channels)
-      : channels(channels), blocks((rows + BLOCK_ROWS - 1) / BLOCK_ROWS), of_block(blocks * 2 * channels) {}
+  explicit Sums(const Shape& shape) : shape(shape), of_block(shape.blocks() * 2 * shape.width) {}
 
-  float* first(int64_t block) { return of_block.data() + block * 2 * channels; }
-  float* second(int64_t block) { return first(block) + channels; }
+  float* first(int64_t block) { return of_block.data() + block * 2 * shape.width; }
+  float* second(int64_t block) { return first(block) + shape.width; }
 
-  double total(int64_t channel) const {
+  double total_first(int64_t channel) const { return total(channel); }
+  double total_second(int64_t channel) const { return total(shape.width + channel); }
+
+ private:
+  double total(int64_t start) const {
     double sum = 0;
-    for (int64_t at = channel; at < int64_t(of_block.size()); at += 2 * channels) sum += of_block[at];
+    for (int64_t block = 0; block < shape.blocks(); block++)
+      for (int64_t row = 0; row < shape.together; row++)
+        sum += of_block[block * 2 * shape.width + start + row * shape.channels];
     return sum;
   }
 };
@@ -79,56 +105,54 @@ struct Channels {
 template <class T>
 void forward(const T* maps, T* out, const float* weight, const float* bias, float* running_mean, float* running_var,
              Channels kept, int64_t rows, int64_t C, float eps, float momentum, int threads) {
-  Sums sums(rows, C);
+  const Shape shape(rows, C, true);
+  const int64_t width = shape.width;
+  Sums sums(shape);
   std::vector<float> pivot(C);  // any value of the channel keeps the variance from cancelling
   for (int64_t c = 0; c < C; c++) pivot[c] = load(maps + c);
-  const float* __restrict near = pivot.data();
+  const std::vector<float> pivots = shape.repeated(pivot.data());
+  std::vector<float> scales, shifts;
 
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t block = 0; block < sums.blocks; block++) {
+    for (int64_t block = 0; block < shape.blocks(); block++) {
       float *__restrict sum = sums.first(block), *__restrict squares = sums.second(block);
-      const int64_t end = std::min(rows, (block + 1) * BLOCK_ROWS);
-      int64_t row = block * BLOCK_ROWS;
-      for (; row + 4 <= end; row += 4) {
-        const T* __restrict map = maps + row * C;
+      const float* __restrict near = pivots.data();
+      const int64_t end = std::min(shape.rows, (block + 1) * BLOCK_ROWS);
+      for (int64_t row = block * BLOCK_ROWS; row < end; row++) {
+        const T* __restrict map = maps + row * width;
 #pragma omp simd
-        for (int64_t c = 0; c < C; c++) {
-          const float a = load(map + c) - near[c], b = load(map + C + c) - near[c];
-          const float d = load(map + 2 * C + c) - near[c], e = load(map + 3 * C + c) - near[c];
-          sum[c] += (a + b) + (d + e);
-          squares[c] += (a * a + b * b) + (d * d + e * e);
-        }
-      }
-      for (; row < end; row++) {
-        const T* __restrict map = maps + row * C;
-        for (int64_t c = 0; c < C; c++) {
-          const float a = load(map + c) - near[c];
-          sum[c] += a;
-          squares[c] += a * a;
+        for (int64_t c = 0; c < width; c++) {
+          const float offset = load(map + c) - near[c];
+          sum[c] += offset;
+          squares[c] += offset * offset;
         }
       }
     }
 #pragma omp single
-    for (int64_t c = 0; c < C; c++) {
-      const double offset = sums.total(c) / rows;
-      const double mean = offset + pivot[c], var = std::max(sums.total(C + c) / rows - offset * offset, 0.0);
-      const double inverse_std = 1 / std::sqrt(var + eps), unbiased = var * rows / (rows - 1);
-      running_mean[c] += momentum * (float(mean) - running_mean[c]);
-      running_var[c] += momentum * (float(unbiased) - running_var[c]);
-      kept.mean[c] = float(mean);
-      kept.inverse_std[c] = float(inverse_std);
-      kept.scale[c] = float(weight[c] * inverse_std);
-      kept.shift[c] = float(bias[c] - mean * weight[c] * inverse_std);
+    {
+      for (int64_t c = 0; c < C; c++) {
+        const double offset = sums.total_first(c) / rows;
+        const double mean = offset + pivot[c], var = std::max(sums.total_second(c) / rows - offset * offset, 0.0);
+        const double inverse_std = 1 / std::sqrt(var + eps), unbiased = var * rows / (rows - 1);
+        running_mean[c] += momentum * (float(mean) - running_mean[c]);
+        running_var[c] += momentum * (float(unbiased) - running_var[c]);
+        kept.mean[c] = float(mean);
+        kept.inverse_std[c] = float(inverse_std);
+        kept.scale[c] = float(weight[c] * inverse_std);
+        kept.shift[c] = float(bias[c] - mean * weight[c] * inverse_std);
+      }
+      scales = shape.repeated(kept.scale);
+      shifts = shape.repeated(kept.shift);
     }
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-      const T* __restrict map = maps + row * C;
-      T* __restrict to = out + row * C;
-      const float *__restrict scale = kept.scale, *__restrict shift = kept.shift;
+    for (int64_t row = 0; row < shape.rows; row++) {
+      const T* __restrict map = maps + row * width;
+      T* __restrict to = out + row * width;
+      const float *__restrict scale = scales.data(), *__restrict shift = shifts.data();
 #pragma omp simd
-      for (int64_t c = 0; c < C; c++) {
+      for (int64_t c = 0; c < width; c++) {
         const float u = load(map + c) * scale[c] + shift[c];
         store(to + c, u * sigmoid(u));
       }
@@ -140,21 +164,25 @@ void forward(const T* maps, T* out, const float* weight, const float* bias, floa
 template <class T>
 void backward(const T* gradient, int64_t stride, const T* maps, T* for_maps, Channels kept, float* for_weight,
               float* for_bias, int64_t rows, int64_t C, int threads) {
-  Sums sums(rows, C);
-  std::vector<float> per_map(C), constant(C);
+  const Shape shape(rows, C, stride == C);
+  const int64_t width = shape.width, step = stride * shape.together;
+  Sums sums(shape);
+  const std::vector<float> scales = shape.repeated(kept.scale), shifts = shape.repeated(kept.shift);
+  const std::vector<float> means = shape.repeated(kept.mean);
+  std::vector<float> slope(C), constant(C), slopes, constants;
 
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t block = 0; block < sums.blocks; block++) {
+    for (int64_t block = 0; block < shape.blocks(); block++) {
       float *__restrict sum = sums.first(block), *__restrict products = sums.second(block);
-      const float *__restrict scale = kept.scale, *__restrict shift = kept.shift, *__restrict mean = kept.mean;
-      const int64_t end = std::min(rows, (block + 1) * BLOCK_ROWS);
+      const float *__restrict scale = scales.data(), *__restrict shift = shifts.data(), *__restrict mean = means.data();
+      const int64_t end = std::min(shape.rows, (block + 1) * BLOCK_ROWS);
       for (int64_t row = block * BLOCK_ROWS; row < end; row++) {
-        const T *__restrict map = maps + row * C, *__restrict from = gradient + row * stride;
-        T* __restrict to = for_maps + row * C;
+        const T *__restrict map = maps + row * width, *__restrict from = gradient + row * step;
+        T* __restrict to = for_maps + row * width;
 #pragma omp simd
-        for (int64_t c = 0; c < C; c++) {
+        for (int64_t c = 0; c < width; c++) {
           const float x = load(map + c), u = x * scale[c] + shift[c], s = sigmoid(u);
           const float for_u = load(from + c) * s * (1 + u * (1 - s));
           store(to + c, for_u);
@@ -164,22 +192,25 @@ void backward(const T* gradient, int64_t stride, const T* maps, T* for_maps, Cha
       }
     }
 #pragma omp single
-    for (int64_t c = 0; c < C; c++) {
-      const double sum = sums.total(c), product = sums.total(C + c), inverse_std = kept.inverse_std[c];
-      for_bias[c] = float(sum);
-      for_weight[c] = float(product * inverse_std);
-      // d/d map = scale * (for_u - mean(for_u) - normalised * mean(for_u * normalised))
-      const double slope = -kept.scale[c] * inverse_std * inverse_std * product / rows;
-      per_map[c] = float(slope);
-      constant[c] = float(-kept.scale[c] * sum / rows - slope * kept.mean[c]);
+    {
+      for (int64_t c = 0; c < C; c++) {
+        const double sum = sums.total_first(c), product = sums.total_second(c), inverse_std = kept.inverse_std[c];
+        for_bias[c] = float(sum);
+        for_weight[c] = float(product * inverse_std);
+        // d/d map = scale * (for_u - mean(for_u) - normalised * mean(for_u * normalised))
+        slope[c] = float(-kept.scale[c] * inverse_std * inverse_std * product / rows);
+        constant[c] = float(-kept.scale[c] * sum / rows - slope[c] * kept.mean[c]);
+      }
+      slopes = shape.repeated(slope.data());
+      constants = shape.repeated(constant.data());
     }
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-      const T* __restrict map = maps + row * C;
-      T* __restrict to = for_maps + row * C;
-      const float *__restrict scale = kept.scale, *__restrict slope = per_map.data(), *__restrict rest = constant.data();
+    for (int64_t row = 0; row < shape.rows; row++) {
+      const T* __restrict map = maps + row * width;
+      T* __restrict to = for_maps + row * width;
+      const float *__restrict scale = scales.data(), *__restrict along = slopes.data(), *__restrict rest = constants.data();
 #pragma omp simd
-      for (int64_t c = 0; c < C; c++) store(to + c, load(to + c) * scale[c] + load(map + c) * slope[c] + rest[c]);
+      for (int64_t c = 0; c < width; c++) store(to + c, load(to + c) * scale[c] + load(map + c) * along[c] + rest[c]);
     }
   }
 }
