@@ -138,7 +138,7 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
         meaning = item.metadata["meaning"].replace("%", "%%")
         if item.default not in (None, "", False, ()):
             meaning += f" (default: {item.default})"
-        spelled = [_spelling(item.name), *item.metadata["also"]]
+        spelled = [spelling(item.name), *item.metadata["also"]]
         if base is bool:
             parser.add_argument(*spelled, dest=item.name, action="store_true", help=meaning)
         elif get_origin(base) is Literal:
@@ -153,8 +153,8 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
             metavar = {int: "N", float: "X", str: "TEXT"}[base]
             parser.add_argument(*spelled, dest=item.name, type=base, metavar=metavar, help=meaning)
         for short, (_, value) in _shorts_of(item.name):
-            meaning = f"the same as {_spelling(item.name)} {value}"
-            parser.add_argument(_spelling(short), dest=short, action="store_true", help=meaning)
+            meaning = f"the same as {spelling(item.name)} {value}"
+            parser.add_argument(spelling(short), dest=short, action="store_true", help=meaning)
     values, unknown = parser.parse_known_args(_underscores_to_dashes(kind, argv))
     if unknown:
         if unknown[0].split("=")[0].replace("_", "-") in _NOT_YET:
@@ -171,16 +171,17 @@ def _shorts_of(name: str) -> list[tuple[str, tuple[str, Any]]]:
     return [(short, whole) for short, whole in _SHORT_FOR.items() if whole[0] == name]
 
 
-def _spelling(name: str) -> str:
+def spelling(name: str) -> str:
+    """The flag of an option."""
     return "--" + name.replace("_", "-")
 
 
 def _underscores_to_dashes(kind: type[Options], argv: Sequence[str]) -> list[str]:
     """`--batch_size 8` is as good as `--batch-size 8`, and so for further spellings."""
-    dashed = {spelled for item in fields(kind) for spelled in (_spelling(item.name), *item.metadata["also"])}
+    dashed = {spelled for item in fields(kind) for spelled in (spelling(item.name), *item.metadata["also"])}
     known = {"--" + spelled[2:].replace("-", "_") for spelled in dashed}
     heads = [argument.split("=", 1) for argument in argv]
-    return ["=".join([_spelling(head[0][2:]), *head[1:]] if head[0] in known else head) for head in heads]
+    return ["=".join([spelling(head[0][2:]), *head[1:]] if head[0] in known else head) for head in heads]
 
 
 def _typed_fields(kind: type[Options]) -> list[tuple[Any, Any]]:
@@ -256,16 +257,16 @@ def _without_shorts(values: dict[str, Any], known: Container[str]) -> dict[str, 
             continue
         wanted = result.pop(short)
         if wanted is not None and not isinstance(wanted, bool):
-            raise UserError(f"{_spelling(short)} {wanted!r}: should be bool, got {type(wanted).__name__}")
+            raise UserError(f"{spelling(short)} {wanted!r}: should be bool, got {type(wanted).__name__}")
         if wanted and result.get(name) not in (None, stands_for):
-            raise UserError(f"{_spelling(short)} and {_spelling(name)} {result[name]}: choose one")
+            raise UserError(f"{spelling(short)} and {spelling(name)} {result[name]}: choose one")
         if wanted:
             result[name] = stands_for
     return result
 
 
 def _checked(item: Any, base: Any, value: Any) -> Any:
-    flag, low = _spelling(item.name), item.metadata["low"]
+    flag, low = spelling(item.name), item.metadata["low"]
     if get_origin(base) is tuple:
         return _checked_numbers(flag, value, low)
     if get_origin(base) is Literal:
@@ -310,7 +311,7 @@ def _check_excluded(options: TrainOptions) -> None:
     for names, reason in _EXCLUDED:
         # 0 turns off what a number turns on
         if all(getattr(options, name) not in (getattr(default, name), 0) for name in names):
-            raise UserError(f"{' and '.join(map(_spelling, names))}: {reason}")
+            raise UserError(f"{' and '.join(map(spelling, names))}: {reason}")
 
 
 def _check_train(options: TrainOptions) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -96,9 +96,18 @@ class RunReport:
     """The reporter of a training run."""
 
     def __init__(
-        self, folder: Path, *, console: Console, pictures: Pictures, epochs: int, batch_size: int, start_epoch: int = 0
+        self,
+        folder: Path,
+        *,
+        console: Console,
+        pictures: Pictures,
+        epochs: int,
+        batch_size: int,
+        start_epoch: int = 0,
+        flags: Container[str] = (),
     ):
-        self.folder, self.console, self.pictures = folder, console, pictures
+        """`flags` are those that were given, which the last words then do not advise."""
+        self.folder, self.console, self.pictures, self._flags = folder, console, pictures, flags
         self._epochs, self._batch_size, self._start_epoch = epochs, batch_size, start_epoch
         self._loggers: list[Logger] = [
             make(folder, start_epoch=start_epoch, note=console.note) for make in LOGGERS.values()
@@ -158,7 +167,8 @@ class RunReport:
         self.pictures.finished(metrics)
         write_metrics(self.folder / METRICS_FILE, metrics)  # last, as it marks the run as finished
         took = format_duration(time.perf_counter() - self._started)
-        trained = f"Epochs {self._start_epoch + 1} to {epochs}" if epochs > 1 else "One epoch"
+        first = self._start_epoch + 1
+        trained = f"Epochs {first} to {epochs}" if epochs > first else f"Epoch {epochs}"
         self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
         self.console.line(table(metrics, verbose=True))
         self._account_for_time()
@@ -170,7 +180,7 @@ class RunReport:
         """Where the time of the epochs went, unless a run was resumed for its final evaluation alone."""
         if self._times:
             whole = reduce(add, self._times)
-            self.console.line(f"\n{time_table(whole)}\n{bottleneck(whole)}\n")
+            self.console.line(f"\n{time_table(whole)}\n{bottleneck(whole, self._flags)}\n")
 
 
 def write_metrics(path: Path, metrics: Metrics) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from utils.clock import PARTS, TimeSplit
@@ -37,12 +38,19 @@ class _Cost:
     name: str
     parts: tuple[str, ...]
     remedy: str
+    flag: str = ""  # that the remedy advises; a run that has it is told `otherwise`
+    otherwise: str = ""
+
+    def advice(self, in_use: Container[str]) -> str:
+        return self.otherwise if self.flag in in_use else self.remedy
 
 
 _NETWORK = _Cost(
     "the network",
     ("forward", "backward"),
     "only a smaller --cfg or --imgsz, --compile or a faster device would change that",
+    "--compile",
+    "only a smaller --cfg or --imgsz or a faster device would change that",
 )
 _COSTS = (
     _NETWORK,
@@ -58,21 +66,39 @@ _COSTS = (
         ("optimizer",),
         "its cost is the same for any batch, so a larger --batch-size makes it less",
     ),
-    _Cost("evaluation", ("evaluate",), "--noval leaves it to the end of the run"),
-    _Cost("saving", ("save",), "--nosave writes weights at the end alone, and --project can name a faster disk"),
-    _Cost("pictures, tables and the rest", ("rest",), "--noplots draws no pictures"),
+    _Cost(
+        "evaluation",
+        ("evaluate",),
+        "--noval leaves it to the end of the run",
+        "--noval",
+        "of the final epoch alone, as --noval asks",
+    ),
+    _Cost(
+        "saving",
+        ("save",),
+        "--nosave writes weights at the end alone, and --project can name a faster disk",
+        "--nosave",
+        "--project can name a faster disk",
+    ),
+    _Cost(
+        "pictures, tables and the rest",
+        ("rest",),
+        "--noplots draws no pictures",
+        "--noplots",
+        "it weighs less in a longer run",
+    ),
 )
 
 
-def bottleneck(split: TimeSplit) -> str:
-    """One sentence that names what took the most time, and what would make that less."""
+def bottleneck(split: TimeSplit, in_use: Container[str] = ()) -> str:
+    """One sentence that names what took the most time, and what would make that less; not by flags already `in_use`."""
     seconds = {**split.parts, "rest": split.rest}
     whole = max(split.wall, sum(split.parts.values()), 1e-9)
     shares = {cost: sum(seconds[part] for part in cost.parts) / whole for cost in _COSTS}
     most, next_most = sorted(_COSTS, key=lambda cost: -shares[cost])[:2]
     if most is not _NETWORK:
-        return f"Bottleneck: {most.name}, {shares[most]:.0%} of the time; {most.remedy}."
+        return f"Bottleneck: {most.name}, {shares[most]:.0%} of the time; {most.advice(in_use)}."
     verdict = f"The network takes {shares[_NETWORK]:.0%} of the time, the most, as it should"
     if shares[next_most] < _NOTABLE:
-        return f"{verdict}; {_NETWORK.remedy}."
-    return f"{verdict}. Next comes {next_most.name} with {shares[next_most]:.0%}; {next_most.remedy}."
+        return f"{verdict}; {_NETWORK.advice(in_use)}."
+    return f"{verdict}. Next comes {next_most.name} with {shares[next_most]:.0%}; {next_most.advice(in_use)}."

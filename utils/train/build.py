@@ -15,7 +15,7 @@ import torch
 from models.fused import accelerate
 from models.yolo import DetectionModel, count_parameters, gflops, read_network
 from utils.checkpoint import Checkpoint, LateRunFolder, RunFolder, load_checkpoint, newest_checkpoint, transfer
-from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, validated, whole_strides
+from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling, validated, whole_strides
 from utils.data.labels import label_path, single_class
 from utils.data.loader import EvalBatches, TrainBatches, TrainStream
 from utils.data.scan import ScanReport, open_dataset, scan_split, write_findings
@@ -412,4 +412,5 @@ def _report(parts: _Parts, schedule: Schedule, *, start_epoch: int) -> RunReport
         epochs=options.epochs,
         batch_size=options.batch_size,
         start_epoch=start_epoch,
+        flags=[spelling(name) for name, value in asdict(options).items() if value is True],
     )
