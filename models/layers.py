@@ -22,7 +22,7 @@ class Conv(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.03)
         self.act = nn.SiLU()  # in place, autograd would copy its input first
-        self.normalise: Callable[[nn.Module, Tensor], Tensor] | None = None  # takes the place of bn and act: fused.py
+        self.normalise: Callable[[nn.Module, Tensor], Tensor] | None = None  # for bn and act: norm_silu.py
 
     def forward(self, maps: Tensor) -> Tensor:
         maps = self.conv(maps)

@@ -32,7 +32,7 @@ class Runtime:
     def compiled(self, model: nn.Module) -> Callable:
         """What to call in the place of `model` for training: its twin of torch.compile where that is asked for.
 
-        Not on the CPU, where it gains nothing (docs/benchmarks.md); there models/fused.py changes the network itself.
+        Not on the CPU, where that gains nothing (docs/benchmarks.md); there models/norm_silu.py changes the network.
         """
         return torch.compile(model) if self.compile and self.device.type != "cpu" else model
 

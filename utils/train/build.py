@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from models.fused import accelerate
+from models.norm_silu import accelerate
 from models.yolo import DetectionModel, count_parameters, gflops, read_network
 from utils.checkpoint import Checkpoint, LateRunFolder, RunFolder, load_checkpoint, newest_checkpoint, transfer
 from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling, validated, whole_strides

@@ -102,14 +102,23 @@ struct Channels {
   float *scale, *shift, *mean, *inverse_std;  // normalised map = scale * map + shift
 };
 
+// Means of some rows from all over the maps: what is summed lies near 0 then, and the variance does not cancel.
+template <class T>
+std::vector<float> near_means(const T* maps, int64_t rows, int64_t C) {
+  const int64_t looked_at = std::min<int64_t>(rows, 256);
+  std::vector<float> means(C);
+  for (int64_t k = 0; k < looked_at; k++)
+    for (int64_t c = 0; c < C; c++) means[c] += load(maps + (rows * k / looked_at) * C + c) / looked_at;
+  return means;
+}
+
 template <class T>
 void forward(const T* maps, T* out, const float* weight, const float* bias, float* running_mean, float* running_var,
              Channels kept, int64_t rows, int64_t C, float eps, float momentum, int threads) {
   const Shape shape(rows, C, true);
   const int64_t width = shape.width;
   Sums sums(shape);
-  std::vector<float> pivot(C);  // any value of the channel keeps the variance from cancelling
-  for (int64_t c = 0; c < C; c++) pivot[c] = load(maps + c);
+  const std::vector<float> pivot = near_means(maps, rows, C);
   const std::vector<float> pivots = shape.repeated(pivot.data());
   std::vector<float> scales, shifts;
 
@@ -217,18 +226,19 @@ void backward(const T* gradient, int64_t stride, const T* maps, T* for_maps, Cha
 
 }  // namespace
 
+// kept: scale, shift, mean and inverse standard deviation of each channel, (4, C)
 #define EXPORT(SUFFIX, T)                                                                                            \
   extern "C" void forward_##SUFFIX(const void* maps, void* out, const float* weight, const float* bias,              \
                                    float* running_mean, float* running_var, float* kept, int64_t rows, int64_t C,    \
-                                   float eps, float momentum, int64_t threads) {                                         \
+                                   float eps, float momentum, int64_t threads) {                                     \
     forward(static_cast<const T*>(maps), static_cast<T*>(out), weight, bias, running_mean, running_var,              \
-            Channels{kept, kept + C, kept + 2 * C, kept + 3 * C}, rows, C, eps, momentum, threads);                  \
+            Channels{kept, kept + C, kept + 2 * C, kept + 3 * C}, rows, C, eps, momentum, int(threads));             \
   }                                                                                                                  \
   extern "C" void backward_##SUFFIX(const void* gradient, int64_t stride, const void* maps, void* for_maps,          \
                                     float* kept, float* for_weight, float* for_bias, int64_t rows, int64_t C,        \
-                                    int64_t threads) {                                                                 \
+                                    int64_t threads) {                                                               \
     backward(static_cast<const T*>(gradient), stride, static_cast<const T*>(maps), static_cast<T*>(for_maps),        \
-             Channels{kept, kept + C, kept + 2 * C, kept + 3 * C}, for_weight, for_bias, rows, C, threads);          \
+             Channels{kept, kept + C, kept + 2 * C, kept + 3 * C}, for_weight, for_bias, rows, C, int(threads));     \
   }
 
 EXPORT(f32, float)

@@ -26,7 +26,7 @@ from models.layers import Conv
 from utils.files import cache_folder
 from utils.structures import UserError
 
-_SOURCE = Path(__file__).with_name("fused.cpp")
+_SOURCE = Path(__file__).with_name("norm_silu.cpp")
 _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -34,6 +34,11 @@ _FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
     *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []),
 )
+_POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_ARGUMENTS = {
+    "forward": [*[_POINTER] * 7, _SIZE, _SIZE, _NUMBER, _NUMBER, _SIZE],
+    "backward": [_POINTER, _SIZE, *[_POINTER] * 5, _SIZE, _SIZE, _SIZE],
+}
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -60,6 +65,9 @@ def _fits(norm: nn.Module, maps: Tensor) -> bool:
     return (
         isinstance(norm, nn.BatchNorm2d)
         and norm.training
+        and norm.affine
+        and norm.track_running_stats
+        and norm.weight.dtype == torch.float32
         and maps.device.type == "cpu"
         and maps.dtype in _SUFFIXES
         and maps.is_contiguous(memory_format=torch.channels_last)
@@ -80,17 +88,17 @@ class _NormSiLU(torch.autograd.Function):
         out, kept = torch.empty_like(maps), maps.new_empty(4, maps.shape[1], dtype=torch.float32)
         size = maps.numel() // maps.shape[1], maps.shape[1]
         arrays = (maps, out, weight, bias, mean, var, kept)
-        _call("forward", maps.dtype, *arrays, *size, ctypes.c_float(eps), ctypes.c_float(momentum))
+        _call("forward", maps.dtype, *arrays, *size, eps, momentum)
         ctx.save_for_backward(maps, kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         maps, kept = ctx.saved_tensors
+        row = gradient.stride(3)
         if not _lies_in_rows(gradient):
-            gradient = gradient.contiguous(memory_format=torch.channels_last)
+            gradient, row = gradient.contiguous(memory_format=torch.channels_last), gradient.shape[1]
         for_maps, for_weight, for_bias = torch.empty_like(maps), torch.empty_like(kept[0]), torch.empty_like(kept[0])
-        row = gradient.stride(3) if gradient.shape[3] > 1 else gradient.stride(2)
         size = maps.numel() // maps.shape[1], maps.shape[1]
         _call("backward", maps.dtype, gradient, row, maps, for_maps, kept, for_weight, for_bias, *size)
         return for_maps, for_weight, for_bias, None, None, None, None
@@ -103,13 +111,9 @@ def _lies_in_rows(maps: Tensor) -> bool:
     return channel == 1 and H > 1 and W > 1 and row == W * column and image == H * row and column >= C
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    passed = []
-    for argument in (*arguments, torch.get_num_threads()):
-        if isinstance(argument, Tensor):
-            argument = ctypes.c_void_p(argument.data_ptr())
-        passed.append(ctypes.c_int64(argument) if isinstance(argument, int) else argument)
-    getattr(_library(), f"{name}_{_SUFFIXES[dtype]}")(*passed)
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+    passed = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+    getattr(_library(), f"{name}_{_SUFFIXES[dtype]}")(*passed, torch.get_num_threads())
 
 
 # ---- the library --------------------------------------------------------------------------------------------------
@@ -122,10 +126,18 @@ def _library() -> ctypes.CDLL:
         raise UserError(
             f"--compile needs a C++ compiler on the CPU ({', '.join(_COMPILERS)}); install one or leave it out"
         )
-    path = cache_folder() / f"fused-{_fingerprint(compiler)}.so"
+    path = cache_folder() / f"norm_silu-{_fingerprint(compiler)}.so"
     if not _is_ours(path):
         _build(compiler, path)
-    return ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UserError(f"--compile: cannot load {path}: {error}; leave it out") from None
+    for name, arguments in _ARGUMENTS.items():
+        for suffix in _SUFFIXES.values():
+            function = getattr(library, f"{name}_{suffix}")
+            function.argtypes, function.restype = arguments, None
+    return library
 
 
 def _fingerprint(compiler: str) -> str:
@@ -148,7 +160,7 @@ def _build(compiler: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / "fused.so"
+            made = Path(folder) / "norm_silu.so"
             command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if done.returncode:
