@@ -10,7 +10,7 @@ from torch import Tensor
 
 from utils.boxes import ciou_factor
 from utils.hyp import Hyperparameters
-from utils.loss import Detached, LossGains, detach, detection_losses, match_labels
+from utils.loss import Detached, LossGains, detach, detection_losses, match_labels, pad_labels
 from utils.structures import Batch, HeadSpec, Losses
 
 ANCHORS = [  # px, of levels of stride 8, 16, ...
@@ -266,6 +266,20 @@ def test_shapes_depend_on_shapes_alone():
         on_meta = replace(head, anchors=head.anchors.to("meta"))
         detection_losses(levels, elsewhere, on_meta, gains_of(head, **hyp)).total.backward()
     assert [level.grad.shape for level in levels] == [level.shape for level in outputs]
+
+
+@pytest.mark.parametrize("count", [0, 1, 64, 65, 130])
+def test_labels_that_pad_a_batch_cost_nothing(count):
+    head = head_of(3, 4, shrink=0.5)
+    shape = (64, 96)
+    batch = batch_of(random_labels(1, count, 4, images=2, shape=shape)[:count], images=2, shape=shape)
+    outputs = [level.requires_grad_() for level in outputs_for(head, batch)]
+    padded = pad_labels(batch)
+    assert len(padded.boxes) == len(padded.classes) == len(padded.image_of) == {130: 256, 65: 128}.get(count, 64)
+    expected, got = (detection_losses(outputs, one, head, gains_of(head)).total for one in (batch, padded))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    for one, other in zip(torch.autograd.grad(got, outputs), torch.autograd.grad(expected, outputs)):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-15)
 
 
 def test_the_loss_compiles_in_one_piece():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from utils.structures import Batch, HeadSpec, Losses
 _BALANCE_OF_THREE = (4.0, 1.0, 0.4)  # objectness weight per level
 _BALANCE = (4.0, 1.0, 0.25, 0.06, 0.02)
 _FOCAL_ALPHA = 0.25
+_FEWEST_LABELS = 64  # of a padded batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +183,19 @@ def detection_losses(
     )
 
 
+def pad_labels(batch: Batch) -> Batch:
+    """The batch with labels up to a power of two, of boxes without area, which no anchor matches.
+
+    Shapes then repeat from batch to batch, as a compiler of shapes or a CUDA graph wants them.
+    """
+    missing = max(_FEWEST_LABELS, 1 << (len(batch.boxes) - 1).bit_length()) - len(batch.boxes)
+
+    def padded(labels: Tensor) -> Tensor:
+        return torch.cat([labels, labels.new_zeros(missing, *labels.shape[1:])])
+
+    return replace(batch, boxes=padded(batch.boxes), classes=padded(batch.classes), image_of=padded(batch.image_of))
+
+
 def detach(predictions: Sequence[Tensor], batch: Batch, head: HeadSpec, gains: LossGains) -> Detached:
     """What `detection_losses` holds constant for these predictions."""
     matches = _matches_for(predictions, batch, head, gains)
@@ -202,7 +216,7 @@ def _in_memory_order(level: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows (M, 5 + C) and the objectness column (N,) of predictions, in float32 or wider.
+    """Rows (M, 5 + C) and the objectness column (N,) of predictions (N, 5 + C), in float32 or wider.
 
     torch's own gradient would fill, per level and for each of the two, a float32 tensor as large as the predictions.
     """
@@ -224,7 +238,8 @@ class _Gather(torch.autograd.Function):
             _local_rows(rows, ctx.like), for_matched.chunk(len(ctx.like)), columns, ctx.like
         ):
             gradient = part.new_zeros(shape, dtype=dtype)
-            gradient.index_add_(0, local, part.to(dtype))  # in a fixed order on the CPU, which indexing is not
+            # in a fixed order on the CPU, which indexing is not; what meets in one row adds up in its precision
+            gradient.index_add_(0, local, part.to(dtype))
             gradient[:, 4] += column
             gradients.append(gradient)
         return None, *gradients
