@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.workers import ROOT, Measurement, usable_cores
+from benchmarks.workers import ROOT, Measurement
+from utils.runtime import usable_cores
 
 
 @dataclass(frozen=True)
