@@ -37,10 +37,11 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+# torch without a local part such as +cpu, which PyPI has none of; an index of pip's settings that has them finds them anyway
 $(PEER)/.installed: requirements-peer.txt $(VENV)/.installed
 	@echo "Installing yolov5 7.0.14 into $(PEER), with the torch of $(VENV): several GB, some minutes"
 	@$(BIN)/python -m venv --clear $(PEER)
-	@$(BIN)/python -m pip freeze | grep -E '^torch(vision)?==' > $(PEER)/torch.txt
+	@$(BIN)/python -m pip list --format=freeze --disable-pip-version-check | sed -nE 's/^(torch(vision)?==[^+]+).*/\1/p' > $(PEER)/torch.txt
 	@$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peer.txt -r $(PEER)/torch.txt
 	@$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps yolov5==7.0.14
 	@touch $@

@@ -16,7 +16,8 @@ from typing import Any
 from benchmarks.cases import all_measurements
 from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
 from benchmarks.roofline import best_rate, floor_seconds, share_of_peak
-from benchmarks.workers import Measurement, run_worker, usable_cores
+from benchmarks.workers import Measurement, run_worker
+from utils.runtime import usable_cores
 
 Rates = dict[str, dict[str, Any]]  # by device flag, what `benchmarks.rates` found
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.workers import ROOT, Measurement, usable_cores
-from utils.config import TrainOptions
+from benchmarks.workers import ROOT, Measurement
+from utils.runtime import usable_cores
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,8 @@ def _steps(threads: int, *, on_gpu: bool, quick: bool) -> list[Measurement]:
             steps=2 if quick else 15,
         )
         for device, amp, size in cases
-        for compiled in compile_modes()
+        for compiled in (False, True)
     ]
-
-
-def compile_modes() -> list[bool]:
-    """Without --compile, and with it once train.py has that flag."""
-    return [False, *([True] if "compile" in {field.name for field in fields(TrainOptions)} else [])]
 
 
 def step_measurement(size: StepSize, *, device: str, amp: str, compiled: bool, threads: int, steps: int) -> Measurement:

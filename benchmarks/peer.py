@@ -17,9 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import CPU_STEPS, CUDA_STEPS, StepSize, compile_modes, step_measurement
+from benchmarks.cases import CPU_STEPS, CUDA_STEPS, StepSize, step_measurement
 from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
-from benchmarks.workers import ROOT, Measurement, run_worker, usable_cores
+from benchmarks.workers import ROOT, Measurement, run_worker
+from utils.runtime import usable_cores
 
 _STEPS = 8  # that count, per turn
 _FONT = "Arial.ttf"  # what the package would download for its plots
@@ -74,7 +75,7 @@ def _contenders(
     turn = {"device": flags.device, "amp": "auto", "threads": flags.threads, "steps": 2 if flags.quick else _STEPS}
     ours = [
         replace(step_measurement(size, compiled=compiled, **turn), name="ours --compile" if compiled else "ours")
-        for compiled in compile_modes()
+        for compiled in (False, True)
     ]
     peers = [[], *([["--relaxed"]] if flags.relaxed else [])]
     return [

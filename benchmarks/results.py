@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workers import ROOT, usable_cores
+from benchmarks.workers import ROOT
+from utils.runtime import usable_cores
 
 _IDLE_LOAD = 0.5
 FOLDER = ROOT / "benchmarks" / "results"

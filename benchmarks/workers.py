@@ -35,10 +35,6 @@ class Measurement:
         return shlex.join([str(python), "-m", f"benchmarks.{self.module}", *self.flags])
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_worker(measurement: Measurement, *, threads: int, compile_cache: Path | None = None) -> dict[str, Any]:
     """The figures of a measurement, or {"failed": the last line of its complaint}.
 

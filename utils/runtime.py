@@ -109,7 +109,7 @@ def choose_runtime(
     if deterministic:
         _be_deterministic()
     return Runtime(
-        device=chosen, amp_dtype=_choose_amp(amp, chosen), workers=min(workers, _usable_cores()), compile=compile
+        device=chosen, amp_dtype=_choose_amp(amp, chosen), workers=min(workers, usable_cores()), compile=compile
     )
 
 
@@ -129,7 +129,7 @@ def _be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

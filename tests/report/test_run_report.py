@@ -69,6 +69,12 @@ def tell(reporter: RunReport, epoch: int, metrics: Metrics | None = METRICS) -> 
     reporter.epoch(epoch, LOSSES, metrics, (0.1, 0.1, 0.2), took(3.0, forward=1.0, evaluate=0.5))
 
 
+def finish(reporter: RunReport, *, best_epoch: int, epochs: int) -> None:
+    reporter.finished(
+        METRICS, best_epoch=best_epoch, epochs=epochs, last_times=lambda: took(2.0, evaluate=0.7, save=0.2)
+    )
+
+
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +106,7 @@ def test_story_of_a_run(tmp_path):
     for epoch in range(3):
         reporter.train_batch(epoch, 0, None)
         tell(reporter, epoch)
-    reporter.finished(METRICS, best_epoch=1, epochs=3)
+    finish(reporter, best_epoch=1, epochs=3)
     assert pictures.drawn == ["labels", "train_batch0", "finished"]
     assert [row.split(",")[0].strip() for row in rows(tmp_path)] == ["epoch", "1", "2", "3"]
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
@@ -144,7 +150,7 @@ def test_metrics_are_written_when_all_else_is(tmp_path):
 
     reporter, _ = report(tmp_path, pictures=Failing())
     with pytest.raises(OSError):
-        reporter.finished(METRICS, best_epoch=0, epochs=1)
+        finish(reporter, best_epoch=0, epochs=1)
     assert not (tmp_path / "metrics.json").exists()
 
 
@@ -164,20 +170,20 @@ def test_epochs_without_evaluation(tmp_path, store):
     assert (cv2.imread(str(tmp_path / "results.png")) != never).any()
 
 
-def test_the_summary_accounts_for_the_time_of_all_epochs(tmp_path):
+def test_the_summary_accounts_for_the_time_of_all_epochs_and_of_what_came_after(tmp_path):
     reporter, stream = report(tmp_path)
     for epoch in range(2):
         tell(reporter, epoch)
-    reporter.finished(METRICS, best_epoch=1, epochs=2)
+    finish(reporter, best_epoch=1, epochs=2)
     lines = [line.split() for line in stream.getvalue().splitlines()]
     seconds = next(line for line in lines if line[:1] == ["seconds"])
-    assert seconds[1:] == ["0.0", "0.0", "2.0", "0.0", "0.0", "0.0", "1.0", "0.0", "3.0", "6.0"]
+    assert seconds[1:] == ["0.0", "0.0", "2.0", "0.0", "0.0", "0.0", "1.7", "0.2", "4.1", "8.0"]
     assert "Bottleneck: pictures" in stream.getvalue()
 
 
 def test_a_run_resumed_to_be_evaluated_alone_has_no_time_to_account_for(tmp_path):
     reporter, stream = report(tmp_path, start_epoch=2)
-    reporter.finished(METRICS, best_epoch=1, epochs=2)
+    finish(reporter, best_epoch=1, epochs=2)
     assert "seconds" not in stream.getvalue()
 
 

@@ -1,18 +1,22 @@
 """Training as a whole: the same bytes from the same seed, an interrupted run equal to an uninterrupted one."""
 
+import csv
 import itertools
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 import train
-from utils.checkpoint import RunFolder, averaged_model, load_checkpoint
+from utils.checkpoint import LateRunFolder, RunFolder, averaged_model, load_checkpoint
 from utils.data.loader import TrainStream
+from utils.evaluate.evaluator import Evaluator
+from utils.report.run_report import PictureFiles
 from utils.structures import ClassMetrics, LossMeans, Metrics, RunError, UserError
 from utils.train.build import build_trainer
 from utils.train.optim import Schedule
@@ -407,6 +411,53 @@ def test_a_run_without_a_scaler_resumes_with_one(tiny):
     trainer.step.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     trainer.step.load_state_dict(saved)
     assert trainer.step.scaler.get_scale() == 8.0
+
+
+# ---- where the time goes --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Time that stands still but for these: slow(owner, name, seconds) per call. The calls so far."""
+    now = [0.0]
+    monkeypatch.setattr("utils.clock.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def make(owner: type, name: str, seconds: float) -> list:
+        honest, calls = getattr(owner, name), []
+
+        def slowed(*args, **choices):
+            now[0] += seconds
+            calls.append(name)
+            return honest(*args, **choices)
+
+        monkeypatch.setattr(owner, name, slowed)
+        return calls
+
+    return make
+
+
+@pytest.mark.parametrize("options", [{"epochs": 1}, {"epochs": 2}, {"epochs": 2, "nosave": True, "noval": True}])
+def test_the_summary_covers_the_run_to_its_end_and_the_table_each_epoch(tiny, slow, cli, options):
+    """The last checkpoint and the evaluation of best.pt come after the last row; pictures are the rest."""
+    saves = slow(LateRunFolder if "nosave" in options else RunFolder, "save", 1)
+    evaluations = slow(Evaluator, "__call__", 10)
+    batches = slow(PictureFiles, "evaluated_batch", 100)
+    slow(PictureFiles, "finished", 1000)
+    code, output, _ = cli(train, *tiny.flags(**options, noplots=None))
+    assert code == 0 and saves and batches
+    saved, evaluated, rest = len(saves), 10 * len(evaluations), 1000 + 100 * len(batches)
+    names, seconds = output[output.index("   time") :].replace("data wait", "data_wait").splitlines()[:2]
+    said = dict(zip(names.split(), seconds.split()))
+    assert {name: float(said[name]) for name in ("evaluate", "save", "rest", "all")} == {
+        "evaluate": evaluated,
+        "save": saved,
+        "rest": rest,
+        "all": saved + evaluated + rest,
+    }
+    with (RUNS / "exp/timing.csv").open() as file:
+        rows = list(csv.DictReader(file, skipinitialspace=True))
+    assert sum(float(row["save_s"]) for row in rows) == saved - 1
+    assert sum(float(row["evaluate_s"]) for row in rows) == evaluated - 10
 
 
 # ---- the loop's parts -----------------------------------------------------------------------------------------------

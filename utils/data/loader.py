@@ -1,7 +1,7 @@
 """Batches in order: which images make a batch, and a stream of them from loader processes.
 
-A batch is a pure function of its number, so as many processes as you like yield the same stream. Only --image-weights
-makes an epoch depend on the evaluation before it; else the processes already work on it while that one runs.
+A batch is a pure function of its place in the run, so as many processes as you like yield the same stream. Only
+--image-weights makes an epoch depend on the evaluation before it; else they already work on it while that one runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -44,15 +44,6 @@ _PREFETCH = 4  # batches that each loader process works ahead
 _SHARED_MEMORY = Path("/dev/shm")  # Linux; torch hands batches from process to process through it
 
 
-class Batches(Protocol):
-    """Batches by number. `batch_bytes` is what the images of one take at most."""
-
-    batch_size: int
-    batch_bytes: int
-
-    def batch(self, number: int) -> Batch: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Lot:
     """The images that a training batch grows out of, and their place: with the seed, all that the batch depends on."""
@@ -70,9 +61,9 @@ class EpochOrder:
     cuts: Sequence[int]  # (batches,)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class TrainBatches:
-    """The augmented batches of a training run, numbered through all epochs. One batch of an epoch may be smaller.
+    """The augmented batches of a training run, each made of its lot. One batch of an epoch may be smaller.
 
     rect: images of like aspect share a batch and its shape, and there is no mosaic. quad: each four samples make one
     network input of twice the side; see `quad_plan`.
@@ -89,6 +80,7 @@ class TrainBatches:
 
     @property
     def batch_bytes(self) -> int:
+        """What the images of a batch take at most."""
         height, width = self._shape(np.ones(1))
         samples = 4 * -(-self.batch_size // 4) if self.quad else self.batch_size
         return samples * 3 * height * width
@@ -96,13 +88,6 @@ class TrainBatches:
     @property
     def per_epoch(self) -> int:
         return -(-len(self.store) // self.batch_size)
-
-    def numbers(self, start_epoch: int, end_epoch: int) -> range:
-        return range(start_epoch * self.per_epoch, end_epoch * self.per_epoch)
-
-    def batch(self, number: int) -> Batch:
-        epoch, index = divmod(number, self.per_epoch)
-        return self.batch_of(self.lot(epoch, index, _cached_order(self, epoch)))
 
     def order(self, epoch: int, weights: np.ndarray | None = None) -> EpochOrder:
         """The order of an epoch whose images are all there once or, with (I,) `weights`, drawn by them."""
@@ -142,11 +127,6 @@ class TrainBatches:
         return plans
 
 
-@functools.lru_cache(maxsize=2)
-def _cached_order(batches: TrainBatches, epoch: int) -> EpochOrder:
-    return batches.order(epoch)
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvalBatches:
     """Every image of a split once, letterboxed. Images of like aspect share a batch and its shape."""
@@ -158,6 +138,7 @@ class EvalBatches:
 
     @property
     def batch_bytes(self) -> int:
+        """What the images of a batch take at most."""
         return self.batch_size * 3 * (self.imgsz + 2 * self.stride) ** 2
 
     def numbers(self) -> range:
@@ -256,14 +237,10 @@ class Stream:
     ahead. Leaves the global random state alone. Raises UserError when an image has vanished since the scan.
     """
 
-    def __init__(self, batches: Batches, numbers: Sequence[int], *, workers: int, pin_memory: bool = False):
+    def __init__(self, batches: EvalBatches, numbers: Sequence[int], *, workers: int, pin_memory: bool = False):
         self.batch_size = batches.batch_size
         self._numbers = numbers
         self._loader = _loader(batches.batch, numbers, batches.batch_bytes, workers=workers, pin_memory=pin_memory)
-
-    @property
-    def workers(self) -> int:
-        return self._loader.num_workers
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -160,8 +160,11 @@ class RunReport:
             )
         )
 
-    def finished(self, metrics: Metrics, *, best_epoch: int, epochs: int) -> None:
-        """The last words of a run: the table, metrics.json, the pictures, and where everything lies."""
+    def finished(self, metrics: Metrics, *, best_epoch: int, epochs: int, last_times: Callable[[], TimeSplit]) -> None:
+        """The last words of a run: the table, metrics.json, the pictures, and where everything lies.
+
+        `last_times` tells what came since the row of the last epoch; it is asked when the pictures are drawn.
+        """
         for logger in self._loggers:
             logger.close()
         self.pictures.finished(metrics)
@@ -171,15 +174,15 @@ class RunReport:
         trained = f"Epochs {first} to {epochs}" if epochs > first else f"Epoch {epochs}"
         self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
         self.console.line(table(metrics, verbose=True))
-        self._account_for_time()
+        self._account_for_time(last_times())
         self.console.line(f"Weights, tables and pictures: {self.folder}")
         logdir = shlex.quote(str(self.folder.parent))
         self.console.line(f"Curves: {this_python()} -m tensorboard.main --logdir {logdir}")
 
-    def _account_for_time(self) -> None:
-        """Where the time of the epochs went, unless a run was resumed for its final evaluation alone."""
+    def _account_for_time(self, last: TimeSplit) -> None:
+        """Where the time of the run went, unless it was resumed for its final evaluation alone."""
         if self._times:
-            whole = reduce(add, self._times)
+            whole = reduce(add, self._times, last)
             self.console.line(f"\n{time_table(whole)}\n{bottleneck(whole, self._flags)}\n")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from utils.hyp import Hyperparameters
 from utils.report.loggers import format_losses
 from utils.report.run_report import RunReport
 from utils.runtime import Runtime, mendable_errors
-from utils.structures import LossMeans, Metrics, UserError
+from utils.structures import Batch, Detections, LossMeans, Metrics, UserError
 from utils.train.optim import Schedule, StepSettings
 from utils.train.step import TrainStep
 
@@ -146,11 +146,20 @@ class Trainer:
     def finish(self) -> Metrics:
         """Evaluate best.pt as it was written, with the pictures of a finished run."""
         best = averaged_model(load_checkpoint(self.run.best)).to(self.runtime.device)
-        metrics = self.evaluator(
-            best, gains=self.step.gains, on_batch=self.report.pictures.evaluated_batch, watch=self.report.evaluation_bar
+        with self.clock.part("evaluate"):
+            metrics = self.evaluator(
+                best, gains=self.step.gains, on_batch=self._picture, watch=self.report.evaluation_bar
+            )
+        self.report.finished(
+            metrics, best_epoch=self.state.best_epoch, epochs=self.state.epoch, last_times=self.clock.split
         )
-        self.report.finished(metrics, best_epoch=self.state.best_epoch, epochs=self.state.epoch)
         return metrics
+
+    def _picture(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
+        """Drawn in the midst of an evaluation, but no part of what that takes."""
+        self.clock.lap("evaluate")
+        self.report.pictures.evaluated_batch(index, batch, detections)
+        self.clock.skip()
 
     def checkpoint(self) -> dict[str, Any]:
         """Tensors and plain values that continue this run."""
