@@ -234,32 +234,32 @@ def test_only_a_cuda_device_counts_its_memory(machine):
 
 
 @pytest.fixture
-def gpu_of_100_bytes(monkeypatch) -> tuple[Runtime, list[int]]:
-    """A runtime on a GPU of which 30 bytes are reserved, and the list that holds how many are at most."""
-    peak = [30]
+def gpu_of_100_bytes(monkeypatch) -> tuple[Runtime, list[int], list[int]]:
+    """A runtime on a GPU of which 30 bytes are reserved; lists that hold how many are at most, and how many are now."""
+    peak, held = [30], [30]
     for name, answer in {
         "empty_cache": lambda: None,
         "synchronize": lambda device: None,
         "mem_get_info": lambda device: (70, 100),
-        "memory_reserved": lambda device: 30,
+        "memory_reserved": lambda device: held[0],
         "reset_peak_memory_stats": lambda device: peak.__setitem__(0, 30),
         "max_memory_reserved": lambda device: peak[0],
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer)
-    return Runtime(device=torch.device("cuda:0"), amp_dtype=None, workers=0), peak
+    return Runtime(device=torch.device("cuda:0"), amp_dtype=None, workers=0), peak, held
 
 
 def test_the_memory_that_a_block_takes(gpu_of_100_bytes):
-    runtime, reserved = gpu_of_100_bytes
+    runtime, most, now = gpu_of_100_bytes
     assert runtime.free_memory() == 70
-    reserved[0] = 99  # of what came before
+    most[0] = 99  # of what came before
     with runtime.memory_peak() as peak:
-        reserved[0] = 80
-    assert peak.bytes == 50
+        most[0], now[0] = 80, 40
+    assert (peak.bytes, peak.kept) == (50, 10)
 
 
 def test_a_block_that_runs_out_of_memory_ends_without_a_figure(gpu_of_100_bytes):
-    runtime, _ = gpu_of_100_bytes
+    runtime, *_ = gpu_of_100_bytes
     with runtime.memory_peak() as peak:
         raise torch.OutOfMemoryError("CUDA")
     assert peak.bytes is None

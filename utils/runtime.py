@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class Runtime:
     @contextlib.contextmanager
     def memory_peak(self) -> Iterator[MemoryPeak]:
         """How much device memory a `with` block takes. Running out of it ends the block, and `bytes` is None."""
+        gc.collect()  # what ran out of memory before may live on in a cycle
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -62,6 +64,8 @@ class Runtime:
             yield peak
             torch.cuda.synchronize(self.device)
             peak.bytes = torch.cuda.max_memory_reserved(self.device) - before
+            torch.cuda.empty_cache()
+            peak.kept = torch.cuda.memory_reserved(self.device) - before
         except torch.OutOfMemoryError:
             peak.bytes = None
 
@@ -92,6 +96,7 @@ class Runtime:
 @dataclass
 class MemoryPeak:
     bytes: int | None = None
+    kept: int = 0  # bytes, of what still lives after the block
 
 
 def choose_runtime(

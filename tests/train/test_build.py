@@ -39,8 +39,9 @@ def test_defaults_without_anyone_asking(tiny):
     assert Path(options.data).is_absolute()
 
 
-def test_batch_size_minus_one_on_the_cpu(tiny):
+def test_batch_size_minus_one_on_the_cpu(tiny, capsys):
     assert build_trainer(tiny.options(batch_size=-1)).options.batch_size == 8
+    assert "--batch-size 16 is larger than the 8 training images: using 8" in capsys.readouterr().out
 
 
 def test_the_head_gets_the_classes_of_the_data_set(tiny):

@@ -19,7 +19,7 @@ from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling
 from utils.data.labels import label_path, single_class
 from utils.data.loader import EvalBatches, TrainBatches, TrainStream
 from utils.data.scan import ScanReport, open_dataset, scan_split, write_findings
-from utils.evaluate.evaluator import Evaluator
+from utils.evaluate.evaluator import Evaluator, evaluated_at_once
 from utils.files import from_here, new_run_folder, write_yaml
 from utils.hyp import Hyperparameters, hyperparameters, read_hyp
 from utils.loss import LossGains
@@ -83,7 +83,8 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
     runtime = _runtime(given)
     model, lines = _model(given, hyp, names, runtime)
     train, val = _scan(given, spec, "train", console), _scan(given, spec, "val", console)
-    options = _resolved(given, hyp, spec, model, train.store, runtime, console)
+    options = _resolved(given, spec, model, console)
+    options = _with_batch_size(options, hyp, model, runtime, train=train.store, val=val.store, console=console)
     lines += _choose_anchors(model, options, hyp, train.store)
     run = _run_folder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok), options)
     write_yaml(run.path / "hyp.yaml", asdict(hyp))
@@ -247,42 +248,46 @@ def _why_no_label(store: LabelStore, report: ScanReport) -> str:
     return f"that of {image} should be {label_path(image)}"
 
 
-def _resolved(
-    options: TrainOptions,
-    hyp: Hyperparameters,
-    spec: DatasetSpec,
-    model: DetectionModel,
-    store: LabelStore,
-    runtime: Runtime,
-    console: Console,
-) -> TrainOptions:
-    """The options with every `automatic` replaced by what it means for this run."""
-    options = replace(
+def _resolved(options: TrainOptions, spec: DatasetSpec, model: DetectionModel, console: Console) -> TrainOptions:
+    """The options with what is `automatic` in them replaced by what it means for this run; all but the batch size."""
+    return replace(
         options,
         data=str(spec.source),
         epochs=options.epochs or spec.epochs or _DEFAULT_EPOCHS,
         imgsz=whole_strides(options.imgsz or spec.imgsz or _DEFAULT_IMGSZ, max(model.head.strides), note=console.note),
     )
-    return replace(options, batch_size=_batch_size(options, hyp, model, store, runtime, console))
 
 
-def _batch_size(
+def _with_batch_size(
     options: TrainOptions,
     hyp: Hyperparameters,
     model: DetectionModel,
-    store: LabelStore,
     runtime: Runtime,
+    *,
+    train: LabelStore,
+    val: LabelStore,
     console: Console,
-) -> int:
+) -> TrainOptions:
+    """The options with the batch size that the run works with."""
     step = 4 if options.quad else 1
-    batch_size, most = options.batch_size, len(store) // step * step
+    batch_size, most = options.batch_size, len(train) // step * step
     if not most:
-        raise UserError(f"--quad takes images by four, and there are {len(store)} to train on")
+        raise UserError(f"--quad takes images by four, and there are {len(train)} to train on")
     if batch_size == -1:
-        batch_size = largest_batch_size(model, hyp, options, store, runtime, limit=most, step=step, note=console.note)
-    elif batch_size > len(store):
-        console.note(f"--batch-size {batch_size} is larger than the {len(store)} training images: using {most}")
-    return min(batch_size, most)
+        batch_size = largest_batch_size(
+            model=model,
+            hyp=hyp,
+            options=options,
+            train=train,
+            val=val,
+            runtime=runtime,
+            limit=most,
+            step=step,
+            note=console.note,
+        )
+    if batch_size > most:
+        console.note(f"--batch-size {batch_size} is larger than the {len(train)} training images: using {most}")
+    return replace(options, batch_size=min(batch_size, most))
 
 
 def _choose_anchors(model: DetectionModel, options: TrainOptions, hyp: Hyperparameters, store: LabelStore) -> list[str]:
@@ -388,7 +393,9 @@ def _weight_decay(options: TrainOptions, hyp: Hyperparameters, accumulation: int
 def _evaluator(parts: _Parts) -> Evaluator:
     options, stride = parts.options, max(parts.model.head.strides)
     return Evaluator(
-        batches=EvalBatches(store=parts.val, imgsz=options.imgsz, batch_size=2 * options.batch_size, stride=stride),
+        batches=EvalBatches(
+            store=parts.val, imgsz=options.imgsz, batch_size=evaluated_at_once(options.batch_size), stride=stride
+        ),
         names=parts.names,
         runtime=replace(parts.runtime, amp_dtype=None),  # a figure must not depend on the precision of training
     )
