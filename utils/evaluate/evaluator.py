@@ -41,7 +41,7 @@ class Evaluator:
             self.batches,
             self.batches.numbers(),
             workers=min(self.runtime.workers, len(self.batches.numbers())),
-            pin_memory=self.runtime.device.type == "cuda",
+            pin_memory=self.runtime.pin_memory,
         )
         object.__setattr__(self, "stream", stream)
 
