@@ -127,13 +127,13 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     return trainer
 
 
-def _run_folder(path: Path, options: TrainOptions) -> RunFolder:
-    return LateRunFolder(path) if options.nosave else RunFolder(path)
+def _run_folder(path: Path, options: TrainOptions, *, saved: bool = False) -> RunFolder:
+    return LateRunFolder(path, saved) if options.nosave else RunFolder(path, saved)
 
 
 def _run_of(path: Path, checkpoint: Checkpoint, options: TrainOptions) -> RunFolder:
     """The folder that a last.pt continues to fill. Raises UserError for a file that is not in its place."""
-    run = _run_folder(from_here(path.resolve().parent.parent), options)
+    run = _run_folder(from_here(path.resolve().parent.parent), options, saved=True)
     if "optimizer" not in checkpoint:
         raise UserError(
             f"--resume {path}: holds weights alone; continue from last.pt, or start anew with --weights {path}"
