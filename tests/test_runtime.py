@@ -1,5 +1,6 @@
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,10 +94,20 @@ def test_mixed_precision(machine, here, amp, dtype):
     assert chosen(amp=amp).amp_dtype == dtype
 
 
-def test_fp16_on_the_cpu_is_refused(machine):
-    machine(cuda=1)
-    with pytest.raises(UserError, match="--amp fp16: the CPU trains in bf16 or fp32"):
-        chosen("cpu", amp="fp16")
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_fp16_needs_scaled_losses_which_are_for_cuda_alone(machine, device):
+    machine(cuda=1, mps=True)
+    with pytest.raises(UserError, match="--amp fp16: needs a CUDA GPU; use --amp auto, bf16 or off"):
+        chosen(device, amp="fp16")
+
+
+@pytest.mark.parametrize("bf16_cpu", [False, True])
+def test_a_run_that_cannot_be_given_another_precision_gets_it_by_itself(machine, bf16_cpu):
+    machine(bf16_cpu=bf16_cpu)
+    notes = []
+    runtime = choose_runtime(device="", amp="fp16", workers=0, note=notes.append)
+    assert runtime.amp_dtype is (torch.bfloat16 if bf16_cpu else None)
+    assert notes == ["--amp fp16: needs a CUDA GPU; going on with --amp auto"]
 
 
 def test_a_torch_without_the_private_questions_trains_in_fp32(machine, monkeypatch):
@@ -185,24 +196,43 @@ def test_what_breaks_in_the_compiler_is_one_line():
     assert "no compiler" in line and "\n" not in line
 
 
-def test_a_platform_where_nothing_is_compiled_is_known_at_once(machine, monkeypatch):
+def fail(*_, **__):
+    raise RuntimeError("not on this moon.\n\nSee")
+
+
+@pytest.mark.parametrize("compile_", [fail, lambda model: fail], ids=["at once", "when it computes"])
+def test_a_compiler_that_does_not_work_is_known_at_once(machine, monkeypatch, compile_):
     machine(mps=True)
-    monkeypatch.setattr(torch, "compile", lambda model: (_ for _ in ()).throw(RuntimeError("not on this moon.\n\nSee")))
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch, "ones", lambda *_, device: None)
     with pytest.raises(UserError) as error:
         choose_runtime(device="", amp="off", workers=0, compile=True)
     assert str(error.value) == "--compile: not on this moon; leave it out"
     assert choose_runtime(device="cpu", amp="off", workers=0, compile=True).compile  # not by torch
+    notes = []
+    assert not choose_runtime(device="", amp="off", workers=0, compile=True, note=notes.append).compile
+    assert notes == ["--compile: not on this moon; going on without it"]
 
 
-def test_a_network_is_compiled_where_that_is_asked_for(machine, monkeypatch):
-    machine(mps=True)
+@pytest.mark.parametrize(
+    ("device", "compile", "by_torch", "by_library"),
+    [
+        ("cpu", True, False, True),
+        ("cuda", True, True, False),
+        ("cpu", False, False, False),
+        ("mps", False, False, False),
+    ],
+)
+def test_what_compile_means_depends_on_the_device(monkeypatch, device, compile, by_torch, by_library):
     monkeypatch.setattr(torch, "compile", lambda model: ("compiled", model))
     model = torch.nn.Linear(2, 2)
-    assert chosen().compiled(model) is model
-    asked, on_cpu = (choose_runtime(device=device, amp="off", workers=0, compile=True) for device in ("mps", "cpu"))
-    assert asked.compiled(model) == ("compiled", model)
-    assert on_cpu.compiled(model) is model
-    assert ", compiled, " in asked.description
+    runtime = Runtime(device=torch.device(device), amp_dtype=None, workers=0, compile=compile)
+    assert runtime.compiled(model) == (("compiled", model) if by_torch else model)
+    assert runtime.uses_library == by_library
+
+
+def test_a_compiled_run_says_so():
+    assert ", compiled, " in Runtime(device=CPU, amp_dtype=None, workers=0, compile=True).description
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
@@ -216,6 +246,7 @@ def test_deterministic_is_torchs_own_switch(machine, monkeypatch):
     machine()
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     try:
         chosen()
         assert not torch.are_deterministic_algorithms_enabled()
@@ -223,9 +254,27 @@ def test_deterministic_is_torchs_own_switch(machine, monkeypatch):
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
         assert torch.backends.cudnn.deterministic
+        assert not torch.utils.deterministic.fill_uninitialized_memory
         assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "tries"),
+    [
+        ("0", {"fixed_shapes": True}, True),
+        ("0", {}, False),
+        ("0", {"fixed_shapes": True, "deterministic": True}, False),
+        ("cpu", {"fixed_shapes": True}, "as it was"),
+    ],
+)
+def test_cudnn_looks_for_the_fastest_kernels_where_shapes_stay(machine, monkeypatch, device, options, tries):
+    machine(cuda=1)
+    monkeypatch.setattr("utils.runtime._be_deterministic", lambda: setattr(torch.backends.cudnn, "benchmark", False))
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(benchmark="as it was"))
+    choose_runtime(device=device, amp="off", workers=0, **options)
+    assert torch.backends.cudnn.benchmark == tries
 
 
 def test_only_a_cuda_device_counts_its_memory(machine):
@@ -234,32 +283,32 @@ def test_only_a_cuda_device_counts_its_memory(machine):
 
 
 @pytest.fixture
-def gpu_of_100_bytes(monkeypatch) -> tuple[Runtime, list[int]]:
-    """A runtime on a GPU of which 30 bytes are reserved, and the list that holds how many are at most."""
-    peak = [30]
+def gpu_of_100_bytes(monkeypatch) -> tuple[Runtime, list[int], list[int]]:
+    """A runtime on a GPU of which 30 bytes are reserved; lists that hold how many are at most, and how many are now."""
+    peak, held = [30], [30]
     for name, answer in {
         "empty_cache": lambda: None,
         "synchronize": lambda device: None,
         "mem_get_info": lambda device: (70, 100),
-        "memory_reserved": lambda device: 30,
+        "memory_reserved": lambda device: held[0],
         "reset_peak_memory_stats": lambda device: peak.__setitem__(0, 30),
         "max_memory_reserved": lambda device: peak[0],
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer)
-    return Runtime(device=torch.device("cuda:0"), amp_dtype=None, workers=0), peak
+    return Runtime(device=torch.device("cuda:0"), amp_dtype=None, workers=0), peak, held
 
 
 def test_the_memory_that_a_block_takes(gpu_of_100_bytes):
-    runtime, reserved = gpu_of_100_bytes
+    runtime, most, now = gpu_of_100_bytes
     assert runtime.free_memory() == 70
-    reserved[0] = 99  # of what came before
+    most[0] = 99  # of what came before
     with runtime.memory_peak() as peak:
-        reserved[0] = 80
-    assert peak.bytes == 50
+        most[0], now[0] = 80, 40
+    assert (peak.bytes, peak.kept) == (50, 10)
 
 
 def test_a_block_that_runs_out_of_memory_ends_without_a_figure(gpu_of_100_bytes):
-    runtime, _ = gpu_of_100_bytes
+    runtime, *_ = gpu_of_100_bytes
     with runtime.memory_peak() as peak:
         raise torch.OutOfMemoryError("CUDA")
     assert peak.bytes is None

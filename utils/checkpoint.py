@@ -25,11 +25,12 @@ METRICS_FILE = "metrics.json"
 Checkpoint = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
     """Where the files of a run lie."""
 
     path: Path
+    saved: bool = False  # whether last.pt is of this run; with --exist-ok there may be that of an earlier one
 
     @property
     def last(self) -> Path:
@@ -56,23 +57,25 @@ class RunFolder:
         if keep:
             save_checkpoint(self.last.with_name(f"epoch{checkpoint['epoch']}.pt"), checkpoint)
         save_checkpoint(self.last, checkpoint)
+        self.saved = True
 
 
-@dataclass(frozen=True)
+@dataclass
 class LateRunFolder(RunFolder):
-    """The folder of a run with `--nosave`: weights are written after the final epoch, and the best wait in memory."""
+    """The folder of a run with `--nosave`: weights are written after the final epoch."""
 
-    _waiting: Checkpoint = field(default_factory=dict, repr=False)
+    waiting: Checkpoint | None = field(default=None, repr=False)  # the best so far, as best.pt will hold them
 
     def save(self, checkpoint: Checkpoint, *, best: bool, final: bool = False, keep: bool = False) -> None:
         if best:
-            self._waiting.update(for_inference(checkpoint))
+            self.waiting = for_inference(checkpoint)
         if not final:
             return
         self.last.parent.mkdir(exist_ok=True)
-        if self._waiting:
-            save_checkpoint(self.best, self._waiting)
+        if self.waiting is not None:
+            save_checkpoint(self.best, self.waiting)
         save_checkpoint(self.last, checkpoint)
+        self.saved = True
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

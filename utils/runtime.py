@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from utils.clock import EventClock, StepClock
 from utils.structures import RunError, UserError
+
+Note = Callable[[str], object]  # takes a line for the user
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +32,31 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
-    def compiled(self, model: nn.Module) -> Callable:
-        """What to call in the place of `model` for training: its twin of torch.compile where that is asked for.
+    @property
+    def compiles_network(self) -> bool:
+        """Whether `compile` means torch.compile here: everywhere but on the CPU, where it gains nothing."""
+        return self.compile and self.device.type != "cpu"
 
-        Not on the CPU, where that gains nothing (docs/benchmarks.md); there models/norm_silu.py changes the network.
-        """
-        return torch.compile(model) if self.compile and self.device.type != "cpu" else model
+    @property
+    def uses_library(self) -> bool:
+        """Whether `compile` means that the network is given the operations of models/norm_silu.py."""
+        return self.compile and self.device.type == "cpu"
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether batches reach the device faster from memory that stays in its place."""
+        return self.device.type == "cuda"
+
+    def compiled(self, function: Callable) -> Callable:
+        """What to call in the place of a network or a loss in training: its twin of torch.compile where that is due."""
+        return torch.compile(function) if self.compiles_network else function
 
     def network_input(self, images: Tensor) -> Tensor:
         """u8 images as 0..1 in the precision of autocast, in which the quotients are rounded once, as they would be."""
         return images.to(self.amp_dtype or torch.float32) / 255
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Scales losses for fp16 on CUDA; elsewhere it is a disabled one that passes everything through."""
+        """Scales losses for fp16; for other precisions it is a disabled one that passes everything through."""
         return torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
 
     def free_memory(self) -> int | None:
@@ -54,6 +69,7 @@ class Runtime:
     @contextlib.contextmanager
     def memory_peak(self) -> Iterator[MemoryPeak]:
         """How much device memory a `with` block takes. Running out of it ends the block, and `bytes` is None."""
+        gc.collect()  # what ran out of memory before may live on in a cycle
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -62,6 +78,8 @@ class Runtime:
             yield peak
             torch.cuda.synchronize(self.device)
             peak.bytes = torch.cuda.max_memory_reserved(self.device) - before
+            torch.cuda.empty_cache()
+            peak.kept = torch.cuda.memory_reserved(self.device) - before
         except torch.OutOfMemoryError:
             peak.bytes = None
 
@@ -92,31 +110,59 @@ class Runtime:
 @dataclass
 class MemoryPeak:
     bytes: int | None = None
+    kept: int = 0  # bytes, of what still lives after the block
 
 
 def choose_runtime(
-    *, device: str, amp: str, workers: int, compile: bool = False, deterministic: bool = False
+    *,
+    device: str,
+    amp: str,
+    workers: int,
+    compile: bool = False,
+    deterministic: bool = False,
+    fixed_shapes: bool = False,
+    note: Note | None = None,
 ) -> Runtime:
     """The runtime for the options of these names. Raises UserError for a device that is not there.
 
-    `deterministic` is torch's own switch, and so holds for the whole process.
+    And for what the device cannot do; but with `note` that is a line, and something else is taken.
+
+    `deterministic` is torch's own switch, and so holds for the whole process, as does what follows from it and from
+    `fixed_shapes`, inputs of one size: whether cuDNN tries which of its kernels are the fastest.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes (WORLD_SIZE > 1) are not supported yet; start train.py without the launcher")
     chosen = _choose_device(device.strip().lower())
+    try:
+        amp_dtype = _choose_amp(amp, chosen)
+    except UserError as refusal:
+        raise_or_note(refusal, note, "with --amp auto")
+        amp_dtype = _choose_amp("auto", chosen)
     if compile and chosen.type != "cpu":
-        _check_compiler()
+        try:
+            _try_compiler(chosen)
+        except UserError as refusal:
+            raise_or_note(refusal, note, "without it")
+            compile = False
     if deterministic:
         _be_deterministic()
-    return Runtime(
-        device=chosen, amp_dtype=_choose_amp(amp, chosen), workers=min(workers, usable_cores()), compile=compile
-    )
+    elif chosen.type == "cuda":
+        torch.backends.cudnn.benchmark = fixed_shapes
+    return Runtime(device=chosen, amp_dtype=amp_dtype, workers=min(workers, usable_cores()), compile=compile)
 
 
-def _check_compiler() -> None:
-    """Raises UserError where torch says that it does not compile on this platform; the rest shows at the first step."""
+def raise_or_note(refusal: UserError, note: Note | None, instead: str) -> None:
+    """Raise the refusal; but where the user cannot choose any more, note its reason and what is done `instead`."""
+    if note is None:
+        raise refusal
+    reason, _, _ = str(refusal).rpartition("; ")
+    note(f"{reason}; going on {instead}")
+
+
+def _try_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile does not work, for lack of a C compiler for one."""
     try:
-        torch.compile(nn.Identity())
+        torch.compile(nn.SiLU())(torch.ones(8, device=device))
     except RuntimeError as error:
         raise UserError(f"--compile: {_first_line(error)}; leave it out") from error
 
@@ -125,6 +171,7 @@ def _be_deterministic() -> None:
     """Kernels that repeat their result; where torch has none for an operation it warns and takes what there is."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would cost a pass, and we read nothing unwritten
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
@@ -158,8 +205,8 @@ def _choose_amp(flag: str, device: torch.device) -> torch.dtype | None:
     if flag == "bf16":
         return torch.bfloat16
     if flag == "fp16":
-        if device.type == "cpu":
-            raise UserError("--amp fp16: the CPU trains in bf16 or fp32; use --amp auto, bf16 or off")
+        if device.type != "cuda":  # the scaler of losses counts in float64, which MPS lacks
+            raise UserError("--amp fp16: needs a CUDA GPU; use --amp auto, bf16 or off")
         return torch.float16
     if flag == "off":
         return None

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.runtime import MemoryPeak, Runtime
-from utils.structures import UserError
+from utils.structures import LabelStore, RunError, UserError
 from utils.train.batchsize import Rehearsal, largest_batch, largest_batch_size
 from utils.train.build import build_trainer
 
@@ -62,7 +62,8 @@ def parts(tiny):
         "model": trainer.step.model,
         "hyp": trainer.hyp,
         "options": trainer.options,
-        "store": trainer.evaluator.batches.store,
+        "train": trainer.evaluator.batches.store,
+        "val": trainer.evaluator.batches.store,
         "runtime": trainer.runtime,
     }
 
@@ -74,27 +75,34 @@ def test_where_nobody_counts_memory_it_is_16(parts, capsys):
 
 
 class SmallGpu(Runtime):
-    """A CPU that says it has 10,000 bytes, of which a network takes 1,000 and each image 700."""
+    """A CPU that says it has 10,000 bytes. A network takes 1,000, and an image 700; one that is evaluated takes 100."""
+
+    free = 10_000
+    when_trained, when_evaluated = 700, 100
 
     def free_memory(self) -> int:
-        return 10_000
+        return self.free
 
     @contextmanager
     def memory_peak(self):
-        peak = MemoryPeak()
-        sizes = []
-        honest = Rehearsal.batch
+        peak, seen = MemoryPeak(), []
+        honest = Rehearsal._noise
 
-        def counted(rehearsal, batch_size):
-            sizes.append(batch_size)
-            return honest(rehearsal, batch_size)
+        def counted(rehearsal, images, side, **labels):
+            seen.append((images, side))
+            return honest(rehearsal, images, side, **labels)
 
-        Rehearsal.batch = counted
+        Rehearsal._noise = counted
         try:
             yield peak
         finally:
-            Rehearsal.batch = honest
-        peak.bytes = 1000 + 700 * sizes[0]
+            Rehearsal._noise = honest
+        ((images, side),) = seen
+        if side == 64:
+            peak.bytes, peak.kept = 1000 + self.when_trained * images, 1000
+        else:
+            assert side == 80  # padded
+            peak.bytes = self.when_evaluated * images
 
 
 def small_gpu() -> SmallGpu:
@@ -109,8 +117,37 @@ def test_on_a_gpu_nine_tenths_of_the_free_memory_are_used(parts, limit, step, ch
     assert notes == [f"--batch-size -1: {chosen}, of at most {limit}, for 90% of 0.0 GiB free"]
 
 
+@pytest.mark.parametrize(("images_of_val", "chosen"), [(1, 11), (100, 8)])
+def test_where_evaluation_takes_more_than_training_it_decides(parts, monkeypatch, images_of_val, chosen):
+    """Twice as many images are evaluated at once, if there are so many; the weights of training are there as well."""
+    parts["val"] = images(images_of_val)
+    parts["runtime"] = small_gpu()
+    monkeypatch.setattr(SmallGpu, "when_evaluated", 500)
+    assert largest_batch_size(**parts, limit=100, step=1, note=print) == chosen
+
+
+def images(count: int) -> LabelStore:
+    """A split without labels."""
+    return LabelStore(
+        boxes=np.empty((0, 4), np.float32),
+        classes=np.empty(0, np.int32),
+        ignore=np.empty(0, np.uint8),
+        area=np.empty(0),
+        offsets=np.zeros(count + 1, np.int64),
+        sizes=np.full((count, 2), 64, np.int32),
+        path_bytes=np.empty(0, np.uint8),
+        path_offsets=np.zeros(count + 1, np.int64),
+    )
+
+
+def test_no_size_is_compiled_for(parts, monkeypatch):
+    monkeypatch.setattr(SmallGpu, "compiled", lambda self, model: pytest.fail("compiled") if self.compile else model)
+    parts["runtime"] = replace(small_gpu(), compile=True)
+    assert largest_batch_size(**parts, limit=4, step=4, note=print) == 4
+
+
 def test_a_network_that_does_not_fit_at_all_is_refused(parts, monkeypatch):
-    monkeypatch.setattr(SmallGpu, "free_memory", lambda self: 100)
+    monkeypatch.setattr(SmallGpu, "free", 100)
     parts["runtime"] = small_gpu()
     with pytest.raises(UserError, match="not even 4 fit into the memory: lower --imgsz"):
         largest_batch_size(**parts, limit=100, step=4, note=print)
@@ -121,7 +158,8 @@ def test_the_rehearsal_leaves_network_and_random_state_as_they_were(parts, kind,
     parts["options"] = replace(parts["options"], optimizer=kind, multi_scale=True)
     before = {name: value.clone() for name, value in parts["model"].state_dict().items()}
     states = random_states()
-    Rehearsal(**parts).train(3)
+    rehearsal = Rehearsal(**parts)
+    rehearsal.evaluate(rehearsal.after_steps(3).average.model, 3)
     assert random_states() == states
     assert all(torch.equal(value, before[name]) for name, value in parts["model"].state_dict().items())
     assert all(parameter.grad is None for parameter in parts["model"].parameters())
@@ -153,14 +191,27 @@ def test_the_rehearsal_sees_the_largest_input_and_the_most_labels(parts, changes
     [
         (64, RuntimeError("upsample only supports output tensors with less than INT_MAX elements"), None),
         (64, torch.OutOfMemoryError("CUDA"), None),
+        (64, RuntimeError("CUDA error: out of memory"), None),
         (1, RuntimeError("a bug of ours"), RuntimeError),
+        (4, RuntimeError("CUDA error: out of memory"), RunError),
     ],
 )
-def test_a_batch_that_no_kernel_takes_does_not_fit(parts, monkeypatch, size, error, figure):
+@pytest.mark.parametrize("part", ["after_steps", "evaluate"])
+def test_a_batch_that_no_kernel_takes_does_not_fit(parts, monkeypatch, part, size, error, figure):
     parts["runtime"] = small_gpu()
-    monkeypatch.setattr(Rehearsal, "train", lambda self, batch_size: (_ for _ in ()).throw(error))
-    if figure is RuntimeError:
-        with pytest.raises(RuntimeError, match="a bug of ours"):
+    monkeypatch.setattr(Rehearsal, part, lambda *_: (_ for _ in ()).throw(error))
+    if figure:
+        with pytest.raises(figure, match=r"a bug of ours|out of memory: lower --batch-size \(now 4\) or --imgsz"):
             Rehearsal(**parts).peak_bytes(size)
     else:
-        assert Rehearsal(**parts).peak_bytes(size) is figure
+        assert Rehearsal(**parts).peak_bytes(size) is None
+
+
+def test_a_gpu_that_is_full_before_anything_begins_is_one_line(parts, monkeypatch):
+    def refuse(gpu):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(SmallGpu, "free_memory", refuse)
+    parts["runtime"] = small_gpu()
+    with pytest.raises(RunError, match=r"^out of memory: "):
+        largest_batch_size(**parts, limit=100, step=1, note=print)

@@ -7,8 +7,9 @@ import torch
 import yaml
 
 import train
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import TrainOptions
+from utils.runtime import Runtime
 from utils.structures import UserError
 from utils.train.build import _WITH_RESUME, build_trainer
 
@@ -39,8 +40,9 @@ def test_defaults_without_anyone_asking(tiny):
     assert Path(options.data).is_absolute()
 
 
-def test_batch_size_minus_one_on_the_cpu(tiny):
+def test_batch_size_minus_one_on_the_cpu(tiny, capsys):
     assert build_trainer(tiny.options(batch_size=-1)).options.batch_size == 8
+    assert "--batch-size 16 is larger than the 8 training images: using 8" in capsys.readouterr().out
 
 
 def test_the_head_gets_the_classes_of_the_data_set(tiny):
@@ -86,6 +88,19 @@ def test_options_that_may_surprise_are_worth_a_line(tiny, capsys, options, hyp, 
     assert line not in capsys.readouterr().out
     build_trainer(tiny.options() | options)
     assert line in capsys.readouterr().out
+
+
+def test_compiling_for_many_shapes_is_worth_a_line(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(Runtime, "compiles_network", True)  # as on a GPU
+    for options, line in (
+        ({}, None),
+        ({"multi_scale": True}, "--compile with --multi-scale: each new shape may be compiled anew"),
+        ({"rect": True}, "--compile with --rect: each new shape may be compiled anew"),
+    ):
+        monkeypatch.setattr(torch, "compile", lambda model: model)
+        build_trainer(tiny.options(**options))
+        out = capsys.readouterr().out
+        assert line in out if line else "--compile" not in out
 
 
 def test_a_chosen_batch_size_is_written_down(tiny, monkeypatch):
@@ -248,6 +263,29 @@ def test_resume_keeps_the_updates_of_the_run(tiny):
     assert trainer.schedule.accumulation == 2
     assert trainer.state.epoch == 2
     assert trainer.step.average.updates == load_checkpoint(LAST)["ema_updates"]
+
+
+def test_a_run_goes_on_where_its_precision_and_its_compiler_are_not(tiny, monkeypatch, capsys):
+    """Neither can be changed with --resume; neither is lost, should the run return to where it came from."""
+
+    def refuse(model):
+        raise UserError("--compile needs a C++ compiler on the CPU; install one or leave it out")
+
+    train.run(**tiny.options())
+    checkpoint = load_checkpoint(LAST)
+    checkpoint["options"] |= {"amp": "fp16", "compile": True}  # as on a GPU
+    save_checkpoint(LAST, checkpoint)
+    monkeypatch.setattr("utils.train.build.accelerate", refuse)
+    capsys.readouterr()
+    trainer = build_trainer({"resume": str(LAST), "device": "cpu", "epochs": 2})
+    out = capsys.readouterr().out
+    assert "--amp fp16: needs a CUDA GPU; going on with --amp auto\n" in out
+    assert "--compile needs a C++ compiler on the CPU; going on without it\n" in out
+    assert (trainer.runtime.amp_dtype, trainer.runtime.compile) in ((torch.bfloat16, False), (None, False))
+    assert (trainer.options.amp, trainer.options.compile) == ("fp16", True)
+    for options, message in (({"amp": "fp16"}, "needs a CUDA GPU; use --amp"), ({"compile": True}, "leave it out")):
+        with pytest.raises(UserError, match=message):
+            build_trainer(tiny.options(name="new", device="cpu", **options))
 
 
 def test_copy_paste_is_refused_until_there_is_one(tiny):

@@ -329,6 +329,25 @@ def test_ctrl_c_promises_no_checkpoint_that_nosave_never_wrote(tiny, monkeypatch
         train.run(**tiny.options(epochs=4, nosave=True, exist_ok=True))
 
 
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_the_first_save_does_not_offer_the_checkpoint_of_an_earlier_run(tiny, monkeypatch):
+    train.run(**tiny.options(epochs=1))
+    monkeypatch.setattr(RunFolder, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="no epoch was finished, so there is no checkpoint"):
+        train.run(**tiny.options(epochs=3, exist_ok=True))
+    with pytest.raises(KeyboardInterrupt, match=r"continue with: .* train\.py --resume "):
+        train.run(resume=str(LAST), epochs=3)
+
+
+def test_ctrl_c_while_nosave_writes_its_only_checkpoint(tiny, monkeypatch):
+    monkeypatch.setattr("utils.checkpoint.save_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="--nosave saves nothing before the end, so there is no checkpoint"):
+        train.run(**tiny.options(epochs=2, nosave=True))
+
+
 def test_save_period_keeps_every_so_many_epochs(tiny):
     train.run(**tiny.options(epochs=5, save_period=2))
     names = {path.name for path in (RUNS / "exp/weights").iterdir()}
@@ -402,6 +421,20 @@ def test_gradients_that_never_fit_into_fp16_end_the_run_with_one_line(tiny):
     next(trainer.step.model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(RunError, match=r"overflow in fp16 at every step of epoch 1.*use --amp bf16 or --amp off"):
         trainer.fit()
+
+
+def test_a_loss_that_overflows_in_fp16_may_do_so_for_lack_of_range(tiny, monkeypatch):
+    honest = TrainStep.__call__
+
+    def overflowing(step, batch, settings):
+        losses = honest(step, batch, settings)
+        return replace(losses, box=losses.box * float("inf"))
+
+    monkeypatch.setattr(TrainStep, "__call__", overflowing)
+    with pytest.raises(UserError, match=r"in epoch 1: use --amp bf16 or --amp off, or lower lr0 \(now 0\.02\)"):
+        scaled(tiny, 2.0**16).train_epoch()
+    with pytest.raises(UserError, match=r"in epoch 1: lower lr0"):
+        build_trainer(tiny.options()).train_epoch()
 
 
 def test_a_run_without_a_scaler_resumes_with_one(tiny):

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from models.yolo import DetectionModel
 from utils.config import TrainOptions
+from utils.evaluate.evaluator import evaluated_at_once, for_evaluation, predicted
 from utils.hyp import Hyperparameters
 from utils.loss import LossGains
-from utils.runtime import Runtime
+from utils.runtime import Runtime, mendable_errors
 from utils.structures import Batch, LabelStore, UserError
 from utils.train.anchors import label_sizes
 from utils.train.optim import StepSettings, make_optimizer, multi_scales
@@ -29,22 +30,27 @@ _FITTED_PROBES = 3
 
 
 def largest_batch_size(
+    *,
     model: DetectionModel,
     hyp: Hyperparameters,
     options: TrainOptions,
-    store: LabelStore,
+    train: LabelStore,
+    val: LabelStore,
     runtime: Runtime,
-    *,
     limit: int,
     step: int,
     note: Callable[[str], object],
 ) -> int:
-    """The batch size to train with, a multiple of `step`. Raises UserError when not even the least fits."""
-    free = runtime.free_memory()
+    """The batch size to train with, a multiple of `step`. Raises UserError when not even the least fits.
+
+    RunError for what else may strike on the device.
+    """
+    with mendable_errors(batch_size=step, imgsz=options.imgsz):  # a GPU that others fill refuses even the question
+        free = runtime.free_memory()
     if free is None:
         note(f"--batch-size -1: without a CUDA GPU that is {_WHERE_NOBODY_COUNTS}")
         return _WHERE_NOBODY_COUNTS
-    rehearsal = Rehearsal(model=model, hyp=hyp, options=options, store=store, runtime=runtime)
+    rehearsal = Rehearsal(model=model, hyp=hyp, options=options, train=train, val=val, runtime=runtime)
     chosen = largest_batch(rehearsal.peak_bytes, budget=int(free * _SHARE_OF_FREE), limit=limit, step=step)
     if chosen is None:
         raise UserError(f"--batch-size -1: not even {step} fit into the memory: lower --imgsz (now {options.imgsz})")
@@ -96,68 +102,104 @@ def _reach(fitting: dict[int, int], budget: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """The steps of the run, on copies of its parts, at the largest input and with as many labels as there may be."""
+    """The steps and the evaluation of the run, on copies of its parts, at the largest input and with many labels."""
 
     model: DetectionModel
     hyp: Hyperparameters
     options: TrainOptions
-    store: LabelStore
+    train: LabelStore
+    val: LabelStore
     runtime: Runtime
 
     def peak_bytes(self, batch_size: int) -> int | None:
-        """What the steps take of the device's memory; None where it ran out."""
-        try:
-            with self.runtime.memory_peak() as peak:
-                self.train(batch_size)
-        except RuntimeError:
-            # beyond 2^31 elements some kernels refuse to work, each in words of its own
-            if batch_size <= 4:
-                raise
-            return None
-        return peak.bytes
+        """What a run of this batch size takes of the device's memory; None where it ran out.
 
-    def train(self, batch_size: int) -> None:
-        runtime, head = self.runtime, self.model.head
+        Raises RunError for what a user can mend.
+        """
+        with mendable_errors(batch_size=batch_size, imgsz=self.options.imgsz):
+            try:
+                return self._peak_bytes(batch_size)
+            except RuntimeError:
+                # beyond 2^31 elements some kernels refuse to work, each in words of its own
+                if batch_size <= 4:
+                    raise
+                return None
+
+    def _peak_bytes(self, batch_size: int) -> int | None:
+        with self.runtime.memory_peak() as training:
+            step = self.after_steps(batch_size)
+        if training.bytes is None:
+            return None
+        with self.runtime.memory_peak() as evaluation:
+            self.evaluate(step.average.model, batch_size)
+        return None if evaluation.bytes is None else max(training.bytes, training.kept + evaluation.bytes)
+
+    def after_steps(self, batch_size: int) -> TrainStep:
+        """What training keeps on the device while it is evaluated, after its first steps."""
+        # as it is without torch.compile: that takes no more memory, but minutes for each size that is tried
+        runtime = replace(self.runtime, compile=False)
         model = copy.deepcopy(self.model).to(runtime.device, memory_format=torch.channels_last).train()
         step = TrainStep(
             runtime=runtime,
             model=model,
             optimizer=make_optimizer(model, self.hyp, weight_decay=0.0, kind=self.options.optimizer),
-            gains=LossGains.for_head(self.hyp, head, self.options.imgsz, quad=self.options.quad),
+            gains=self._gains,
         )
         batch = self.batch(batch_size)
         settings = StepSettings(lrs=(0.0,) * 3, momentum=0.0, update=True, scale=self._largest_scale())
         for _ in range(_STEPS):
             step(batch, settings)
+        return step
+
+    @torch.no_grad()
+    def evaluate(self, model: DetectionModel, batch_size: int) -> None:
+        """One batch of the evaluations in between, up to NMS, which takes one image after the other."""
+        images = min(evaluated_at_once(batch_size), len(self.val))
+        runtime = replace(self.runtime, amp_dtype=None)
+        side = self.options.imgsz + max(self.model.head.strides)  # of square images, with the padding they get
+        batch = self._noise(images, side, sizes_of=self.val, labels=_densest(self.val, images))
+        predicted(for_evaluation(model, runtime), batch, runtime, self._gains)
 
     def batch(self, batch_size: int) -> Batch:
-        """Noise with the labels of the densest images, as many as mosaics and mixup can bring together."""
-        stride = max(self.model.head.strides)
-        side = (self.options.imgsz + (stride if self.options.rect else 0)) * (2 if self.options.quad else 1)
-        inputs = -(-batch_size // 4) if self.options.quad else batch_size
+        """Noise with the labels of the densest images, each as often as an image may bring tiles into mosaics.
+
+        More come together only where one of these is drawn for other tiles as well.
+        """
+        quad, stride = self.options.quad, max(self.model.head.strides)
+        side = (self.options.imgsz + (stride if self.options.rect else 0)) * (2 if quad else 1)
+        mosaics = self.hyp.mosaic > 0 and not self.options.rect
+        tiles = (4 if mosaics else 1) * (2 if mosaics and self.hyp.mixup > 0 else 1)
+        labels = tiles * _densest(self.train, batch_size)
+        batch = self._noise(-(-batch_size // 4) if quad else batch_size, side, sizes_of=self.train, labels=labels)
+        return replace(batch, indices=torch.zeros(batch_size, dtype=torch.int64))
+
+    def _noise(self, images: int, side: int, *, sizes_of: LabelStore, labels: int) -> Batch:
         device = self.runtime.device
         noise = torch.Generator(device).manual_seed(self.options.seed)
-        pixels = torch.randint(0, 256, (inputs, side, side, 3), dtype=torch.uint8, device=device, generator=noise)
-        count = self._most_labels(batch_size)
+        pixels = torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8, device=device, generator=noise)
         rng = np.random.Generator(np.random.Philox(key=self.options.seed))
-        known = label_sizes(self.store, self.options.imgsz)
-        sizes = np.resize(known if len(known) else [[16.0, 16.0]], (count, 2))
-        centres = rng.uniform(0, side, (count, 2))
+        known = label_sizes(sizes_of, self.options.imgsz)
+        sizes = np.resize(known if len(known) else [[16.0, 16.0]], (labels, 2))
+        centres = rng.uniform(0, side, (labels, 2))
         corners = np.concatenate([centres - sizes / 2, centres + sizes / 2], axis=1).clip(0, side)
         return Batch(
             images=pixels.permute(0, 3, 1, 2),
             boxes=torch.from_numpy(corners.astype(np.float32)),
-            classes=torch.from_numpy(rng.integers(self.model.head.num_classes, size=count)),
-            image_of=torch.arange(count) % inputs,
-            indices=torch.zeros(batch_size, dtype=torch.int64),
+            classes=torch.from_numpy(rng.integers(self.model.head.num_classes, size=labels)),
+            image_of=torch.arange(labels) % images,
+            indices=torch.zeros(images, dtype=torch.int64),
         )
 
-    def _most_labels(self, batch_size: int) -> int:
-        densest = np.sort(np.diff(self.store.offsets))[::-1][:batch_size]
-        mosaics = self.hyp.mosaic > 0 and not self.options.rect
-        return int(densest.sum()) * (4 if mosaics else 1) * (2 if mosaics and self.hyp.mixup > 0 else 1)
+    @property
+    def _gains(self) -> LossGains:
+        return LossGains.for_head(self.hyp, self.model.head, self.options.imgsz, quad=self.options.quad)
 
     def _largest_scale(self) -> float:
         if not self.options.multi_scale:
             return 1.0
         return max(multi_scales(self.options.imgsz, max(self.model.head.strides)))
+
+
+def _densest(store: LabelStore, images: int) -> int:
+    """How many labels so many images have at most."""
+    return int(np.sort(np.diff(store.offsets))[::-1][:images].sum())

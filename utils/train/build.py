@@ -19,13 +19,13 @@ from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling
 from utils.data.labels import label_path, single_class
 from utils.data.loader import EvalBatches, TrainBatches, TrainStream
 from utils.data.scan import ScanReport, open_dataset, scan_split, write_findings
-from utils.evaluate.evaluator import Evaluator
+from utils.evaluate.evaluator import Evaluator, evaluated_at_once
 from utils.files import from_here, new_run_folder, write_yaml
 from utils.hyp import Hyperparameters, hyperparameters, read_hyp
 from utils.loss import LossGains
 from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport
-from utils.runtime import Runtime, choose_runtime, mendable_errors
+from utils.runtime import Note, Runtime, choose_runtime, mendable_errors, raise_or_note
 from utils.structures import DatasetSpec, LabelStore, UserError
 from utils.train.anchors import choose_anchors
 from utils.train.batchsize import largest_batch_size
@@ -78,12 +78,14 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
     hyp = _hyperparameters(given)
     spec = open_dataset(given.data, note=console.note)
     names = _names(given, spec)
-    for line in _advice(given, hyp, names):
-        console.note(line)
     runtime = _runtime(given)
-    model, lines = _model(given, hyp, names, runtime)
+    for line in _advice(given, hyp, names, runtime):
+        console.note(line)
+    model, lines = _model(given, hyp, names)
+    _accelerated(model, runtime)
     train, val = _scan(given, spec, "train", console), _scan(given, spec, "val", console)
-    options = _resolved(given, hyp, spec, model, train.store, runtime, console)
+    options = _resolved(given, spec, model, console)
+    options = _with_batch_size(options, hyp, model, runtime, train=train.store, val=val.store, console=console)
     lines += _choose_anchors(model, options, hyp, train.store)
     run = _run_folder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok), options)
     write_yaml(run.path / "hyp.yaml", asdict(hyp))
@@ -113,8 +115,10 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     names = _names(options, spec)
     if list(names) != checkpoint["names"]:
         raise UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run")
-    runtime = _runtime(options)
-    model = _prepared(DetectionModel(checkpoint["network"], seed=options.seed), options, runtime)
+    runtime = _runtime(options, note=console.note)  # another machine may lack what the run had, and the run goes on
+    model = DetectionModel(checkpoint["network"], seed=options.seed)
+    model.freeze(options.freeze)
+    runtime = _accelerated(model, runtime, note=console.note)
     train, val = _scan(options, spec, "train", console), _scan(options, spec, "val", console)
     console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}")
     parts = _Parts(options, hyp, names, runtime, model, train.store, val.store, run, console)
@@ -123,13 +127,13 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     return trainer
 
 
-def _run_folder(path: Path, options: TrainOptions) -> RunFolder:
-    return LateRunFolder(path) if options.nosave else RunFolder(path)
+def _run_folder(path: Path, options: TrainOptions, *, saved: bool = False) -> RunFolder:
+    return LateRunFolder(path, saved) if options.nosave else RunFolder(path, saved)
 
 
 def _run_of(path: Path, checkpoint: Checkpoint, options: TrainOptions) -> RunFolder:
     """The folder that a last.pt continues to fill. Raises UserError for a file that is not in its place."""
-    run = _run_folder(from_here(path.resolve().parent.parent), options)
+    run = _run_folder(from_here(path.resolve().parent.parent), options, saved=True)
     if "optimizer" not in checkpoint:
         raise UserError(
             f"--resume {path}: holds weights alone; continue from last.pt, or start anew with --weights {path}"
@@ -176,17 +180,31 @@ def _names(options: TrainOptions, spec: DatasetSpec) -> tuple[str, ...]:
     return SINGLE_CLASS if options.single_cls else spec.names
 
 
-def _runtime(options: TrainOptions) -> Runtime:
+def _runtime(options: TrainOptions, *, note: Note | None = None) -> Runtime:
     return choose_runtime(
         device=options.device,
         amp=options.amp,
         workers=options.workers,
         compile=options.compile,
         deterministic=options.deterministic,
+        fixed_shapes=not (options.rect or options.multi_scale),
+        note=note,
     )
 
 
-def _advice(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...]) -> list[str]:
+def _accelerated(model: DetectionModel, runtime: Runtime, *, note: Note | None = None) -> Runtime:
+    """Give the model what `runtime` has for it; the runtime that came of it. See `choose_runtime` for `note`."""
+    if not runtime.uses_library:
+        return runtime
+    try:
+        accelerate(model)
+    except UserError as refusal:
+        raise_or_note(refusal, note, "without it")
+        return replace(runtime, compile=False)
+    return runtime
+
+
+def _advice(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...], runtime: Runtime) -> list[str]:
     """Lines on options of a new run that do less, or other, than one may expect."""
     lines = [rates_of_sgd(options.optimizer, hyp)]
     if options.rect and hyp.mosaic > 0:
@@ -195,32 +213,24 @@ def _advice(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...])
         lines.append("--freeze without --weights: the frozen layers keep random weights")
     if options.label_smoothing and len(names) == 1:
         lines.append("--label-smoothing: with one class there is no class loss to smooth")
+    if runtime.compiles_network and (options.multi_scale or options.rect):
+        flag = "--multi-scale" if options.multi_scale else "--rect"
+        lines.append(f"--compile with {flag}: each new shape may be compiled anew, which takes minutes")
     return [line for line in lines if line]
 
 
-def _model(
-    options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...], runtime: Runtime
-) -> tuple[DetectionModel, list[str]]:
+def _model(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...]) -> tuple[DetectionModel, list[str]]:
     """The network with the weights to start from, and lines on these for the user."""
     checkpoint = load_checkpoint(Path(options.weights)) if options.weights else None
     cfg = str(find_file(options.cfg or _DEFAULT_CFG, "models"))
     network = checkpoint["network"] if checkpoint and not options.cfg else read_network(cfg)
     anchors = _placeholder_anchors(network, round(hyp.anchors)) if hyp.anchors is not None else None
     model = DetectionModel(network, num_classes=len(names), anchors=anchors, seed=options.seed)
-    model = _prepared(model, options, runtime)
+    model.freeze(options.freeze)
     if checkpoint is None:
         return model, []
     fitting, total = transfer(model, checkpoint["ema"])
     return model, [f"Weights: {fitting} of {total} entries of {options.weights} fit this network"]
-
-
-def _prepared(model: DetectionModel, options: TrainOptions, runtime: Runtime) -> DetectionModel:
-    """The model, frozen and made fast as the options say."""
-    if options.freeze:
-        model.freeze(options.freeze)
-    if runtime.compile and runtime.device.type == "cpu":
-        accelerate(model)
-    return model
 
 
 def _placeholder_anchors(network: dict[str, Any], per_level: int) -> torch.Tensor:
@@ -247,42 +257,46 @@ def _why_no_label(store: LabelStore, report: ScanReport) -> str:
     return f"that of {image} should be {label_path(image)}"
 
 
-def _resolved(
-    options: TrainOptions,
-    hyp: Hyperparameters,
-    spec: DatasetSpec,
-    model: DetectionModel,
-    store: LabelStore,
-    runtime: Runtime,
-    console: Console,
-) -> TrainOptions:
-    """The options with every `automatic` replaced by what it means for this run."""
-    options = replace(
+def _resolved(options: TrainOptions, spec: DatasetSpec, model: DetectionModel, console: Console) -> TrainOptions:
+    """The options with what is `automatic` in them replaced by what it means for this run; all but the batch size."""
+    return replace(
         options,
         data=str(spec.source),
         epochs=options.epochs or spec.epochs or _DEFAULT_EPOCHS,
         imgsz=whole_strides(options.imgsz or spec.imgsz or _DEFAULT_IMGSZ, max(model.head.strides), note=console.note),
     )
-    return replace(options, batch_size=_batch_size(options, hyp, model, store, runtime, console))
 
 
-def _batch_size(
+def _with_batch_size(
     options: TrainOptions,
     hyp: Hyperparameters,
     model: DetectionModel,
-    store: LabelStore,
     runtime: Runtime,
+    *,
+    train: LabelStore,
+    val: LabelStore,
     console: Console,
-) -> int:
+) -> TrainOptions:
+    """The options with the batch size that the run works with."""
     step = 4 if options.quad else 1
-    batch_size, most = options.batch_size, len(store) // step * step
+    batch_size, most = options.batch_size, len(train) // step * step
     if not most:
-        raise UserError(f"--quad takes images by four, and there are {len(store)} to train on")
+        raise UserError(f"--quad takes images by four, and there are {len(train)} to train on")
     if batch_size == -1:
-        batch_size = largest_batch_size(model, hyp, options, store, runtime, limit=most, step=step, note=console.note)
-    elif batch_size > len(store):
-        console.note(f"--batch-size {batch_size} is larger than the {len(store)} training images: using {most}")
-    return min(batch_size, most)
+        batch_size = largest_batch_size(
+            model=model,
+            hyp=hyp,
+            options=options,
+            train=train,
+            val=val,
+            runtime=runtime,
+            limit=most,
+            step=step,
+            note=console.note,
+        )
+    if batch_size > most:
+        console.note(f"--batch-size {batch_size} is larger than the {len(train)} training images: using {most}")
+    return replace(options, batch_size=min(batch_size, most))
 
 
 def _choose_anchors(model: DetectionModel, options: TrainOptions, hyp: Hyperparameters, store: LabelStore) -> list[str]:
@@ -321,7 +335,6 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
         stride=stride,
     )
     schedule = _schedule(options, hyp, stride, batches.per_epoch, accumulation)
-    pin_memory = runtime.device.type == "cuda"
     return Trainer(
         options=options,
         hyp=hyp,
@@ -346,7 +359,7 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
             start_epoch=state.epoch,
             end_epoch=options.epochs,
             workers=runtime.workers,
-            pin_memory=pin_memory,
+            pin_memory=runtime.pin_memory,
             image_weights=options.image_weights,
             num_classes=len(parts.names),
         ),
@@ -388,7 +401,9 @@ def _weight_decay(options: TrainOptions, hyp: Hyperparameters, accumulation: int
 def _evaluator(parts: _Parts) -> Evaluator:
     options, stride = parts.options, max(parts.model.head.strides)
     return Evaluator(
-        batches=EvalBatches(store=parts.val, imgsz=options.imgsz, batch_size=2 * options.batch_size, stride=stride),
+        batches=EvalBatches(
+            store=parts.val, imgsz=options.imgsz, batch_size=evaluated_at_once(options.batch_size), stride=stride
+        ),
         names=parts.names,
         runtime=replace(parts.runtime, amp_dtype=None),  # a figure must not depend on the precision of training
     )

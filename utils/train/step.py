@@ -13,7 +13,7 @@ import torch
 from models.yolo import DetectionModel
 from utils.clock import StepClock
 from utils.data.loader import resized
-from utils.loss import LossGains, detection_losses
+from utils.loss import LossGains, detection_losses, pad_labels
 from utils.runtime import Runtime
 from utils.structures import Batch, Losses
 from utils.train.optim import StepSettings, WeightAverage, apply_settings, restore_optimizer, trained_parameters
@@ -40,6 +40,7 @@ class TrainStep:
         self._head = self.model.head
         self._parameters = trained_parameters(self.optimizer)
         self._network = self.runtime.compiled(self.model)
+        self._losses = self.runtime.compiled(detection_losses)
 
     def __call__(self, batch: Batch, settings: StepSettings) -> Losses:
         apply_settings(self.optimizer, settings)
@@ -49,7 +50,8 @@ class TrainStep:
         with self.runtime.autocast():
             predictions = self._network(self.runtime.network_input(batch.images))
         self.clock.lap("forward")
-        losses = detection_losses(predictions, batch, self._head, self.gains)
+        labels = pad_labels(batch) if self.runtime.compiles_network else batch
+        losses = self._losses(predictions, labels, self._head, self.gains)
         self.clock.lap("loss")
         self.scaler.scale(losses.total).backward()
         self.clock.lap("backward")

@@ -131,7 +131,8 @@ class Trainer:
         self.clock.count(images)
         means = _means(sums, images)  # waits for what the device has not done yet
         if not all(map(math.isfinite, asdict(means).values())):
-            raise UserError(f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (now {self.hyp.lr0:g})")
+            remedy = "use --amp bf16 or --amp off, or lower" if self.step.scaler.is_enabled() else "lower"
+            raise UserError(f"the loss is no longer a number in epoch {epoch + 1}: {remedy} lr0 (now {self.hyp.lr0:g})")
         if self.step.scaler.is_enabled() and self.step.scaler.get_scale() < _LEAST_LOSS_SCALE:
             raise UserError(
                 f"the gradients overflow in fp16 at every step of epoch {epoch + 1}, so nothing is learned: "
@@ -185,18 +186,16 @@ def _means(sums: torch.Tensor, images: int) -> LossMeans:
 @contextmanager
 def _interruptible(trainer: Trainer) -> Iterator[None]:
     """Ctrl-C leaves with a line on how to continue."""
-    start = trainer.state.epoch
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_continue(trainer, start)) from None
+        raise KeyboardInterrupt(_how_to_continue(trainer)) from None
 
 
-def _how_to_continue(trainer: Trainer, start: int) -> str:
-    """What to type after Ctrl-C in a run that began after `start` epochs."""
-    epochs, last = trainer.state.epoch, trainer.run.last
-    waits = trainer.options.nosave and not trainer.finished
-    if (start if waits else epochs) and last.exists():  # else it may be of an earlier run, with --exist-ok
-        return f"continue with: {this_python()} train.py --resume {shlex.quote(str(last))}"
-    reason = "--nosave saves nothing before the end" if waits and epochs else "no epoch was finished"
+def _how_to_continue(trainer: Trainer) -> str:
+    """What to type after Ctrl-C."""
+    if trainer.run.saved:
+        return f"continue with: {this_python()} train.py --resume {shlex.quote(str(trainer.run.last))}"
+    waits = trainer.options.nosave and trainer.state.epoch > 0
+    reason = "--nosave saves nothing before the end" if waits else "no epoch was finished"
     return f"{reason}, so there is no checkpoint to continue from"
