@@ -170,6 +170,7 @@ def test_the_rehearsal_leaves_network_and_random_state_as_they_were(parts, kind,
     [
         ({}, 0.0, 5, 64, 4),  # of five images, as the four of the split have one label each
         ({}, 1.0, 5, 64, 16),
+        ({"image_weights": True}, 1.0, 5, 64, 20),
         ({"rect": True}, 1.0, 5, 80, 4),
         ({"quad": True}, 1.0, 2, 128, 16),
     ],

@@ -161,15 +161,15 @@ class Rehearsal:
         predicted(for_evaluation(model, runtime), batch, runtime, self._gains)
 
     def batch(self, batch_size: int) -> Batch:
-        """Noise with the labels of the densest images, each as often as an image may bring tiles into mosaics.
+        """Noise with as many labels as the densest images have, each in all the tiles of a sample.
 
-        More come together only where one of these is drawn for other tiles as well.
+        Not the most there can be, as a mosaic may draw an image that another has, too, but far above what is usual.
         """
         quad, stride = self.options.quad, max(self.model.head.strides)
         side = (self.options.imgsz + (stride if self.options.rect else 0)) * (2 if quad else 1)
         mosaics = self.hyp.mosaic > 0 and not self.options.rect
         tiles = (4 if mosaics else 1) * (2 if mosaics and self.hyp.mixup > 0 else 1)
-        labels = tiles * _densest(self.train, batch_size)
+        labels = tiles * _densest(self.train, batch_size, repeated=self.options.image_weights)
         batch = self._noise(-(-batch_size // 4) if quad else batch_size, side, sizes_of=self.train, labels=labels)
         return replace(batch, indices=torch.zeros(batch_size, dtype=torch.int64))
 
@@ -200,6 +200,7 @@ class Rehearsal:
         return max(multi_scales(self.options.imgsz, max(self.model.head.strides)))
 
 
-def _densest(store: LabelStore, images: int) -> int:
-    """How many labels so many images have at most."""
-    return int(np.sort(np.diff(store.offsets))[::-1][:images].sum())
+def _densest(store: LabelStore, images: int, *, repeated: bool = False) -> int:
+    """How many labels so many images have at most, if each is there but once or may be `repeated`."""
+    counts = np.sort(np.diff(store.offsets))[::-1]
+    return int(counts[0]) * images if repeated else int(counts[:images].sum())

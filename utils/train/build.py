@@ -52,7 +52,7 @@ class _Split:
     report: ScanReport
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Parts:
     """What new and resumed runs have found out before they are put together."""
 
@@ -94,7 +94,18 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
         lines.append(f"All findings in the data: {run.path / 'scan.csv'}")
     for line in lines:
         console.line(line)
-    return _assemble(_Parts(options, hyp, names, runtime, model, train.store, val.store, run, console), RunState())
+    parts = _Parts(
+        options=options,
+        hyp=hyp,
+        names=names,
+        runtime=runtime,
+        model=model,
+        train=train.store,
+        val=val.store,
+        run=run,
+        console=console,
+    )
+    return _assemble(parts, RunState())
 
 
 def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -> Trainer:
@@ -121,7 +132,17 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     runtime = _accelerated(model, runtime, note=console.note)
     train, val = _scan(options, spec, "train", console), _scan(options, spec, "val", console)
     console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}")
-    parts = _Parts(options, hyp, names, runtime, model, train.store, val.store, run, console)
+    parts = _Parts(
+        options=options,
+        hyp=hyp,
+        names=names,
+        runtime=runtime,
+        model=model,
+        train=train.store,
+        val=val.store,
+        run=run,
+        console=console,
+    )
     trainer = _assemble(parts, state, accumulation=checkpoint["accumulation"])
     trainer.step.load_state_dict(checkpoint)
     return trainer
@@ -319,40 +340,18 @@ def _choose_anchors(model: DetectionModel, options: TrainOptions, hyp: Hyperpara
 
 
 def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None) -> Trainer:
-    options, hyp, runtime = parts.options, parts.hyp, parts.runtime
+    options, runtime = parts.options, parts.runtime
     with mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz):
         model = parts.model.to(runtime.device, memory_format=torch.channels_last)
     write_yaml(parts.run.path / "opt.yaml", asdict(options))
-    stride = max(model.head.strides)
-    batches = TrainBatches(
-        store=parts.train,
-        imgsz=options.imgsz,
-        batch_size=options.batch_size,
-        hyp=hyp,
-        seed=options.seed,
-        rect=options.rect,
-        quad=options.quad,
-        stride=stride,
-    )
-    schedule = _schedule(options, hyp, stride, batches.per_epoch, accumulation)
+    batches = _batches(parts)
+    schedule = _schedule(parts, batches.per_epoch, accumulation=accumulation)
     return Trainer(
         options=options,
-        hyp=hyp,
+        hyp=parts.hyp,
         names=parts.names,
         runtime=runtime,
-        step=TrainStep(
-            runtime=runtime,
-            model=model,
-            optimizer=make_optimizer(
-                model,
-                hyp,
-                weight_decay=_weight_decay(options, hyp, schedule.accumulation),
-                kind=options.optimizer,
-            ),
-            gains=LossGains.for_head(
-                hyp, model.head, options.imgsz, label_smoothing=options.label_smoothing, quad=options.quad
-            ),
-        ),
+        step=_step(parts, model, schedule),
         schedule=schedule,
         stream=TrainStream(
             batches,
@@ -370,20 +369,47 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
     )
 
 
-def _schedule(
-    options: TrainOptions, hyp: Hyperparameters, stride: int, per_epoch: int, accumulation: int | None
-) -> Schedule:
+def _batches(parts: _Parts) -> TrainBatches:
+    options = parts.options
+    return TrainBatches(
+        store=parts.train,
+        imgsz=options.imgsz,
+        batch_size=options.batch_size,
+        hyp=parts.hyp,
+        seed=options.seed,
+        rect=options.rect,
+        quad=options.quad,
+        stride=max(parts.model.head.strides),
+    )
+
+
+def _schedule(parts: _Parts, per_epoch: int, *, accumulation: int | None) -> Schedule:
+    """The schedule of so many batches per epoch; without `accumulation` one is chosen."""
+    options, stride = parts.options, max(parts.model.head.strides)
     chosen = accumulation or choose_accumulation(
         options.nominal_batch, batch_size=options.batch_size, batches_per_epoch=per_epoch, epochs=options.epochs
     )
     return Schedule(
-        hyp=hyp,
+        hyp=parts.hyp,
         epochs=options.epochs,
         batches_per_epoch=per_epoch,
         accumulation=chosen,
         linear=options.linear_lr,
         seed=options.seed,
         scales=multi_scales(options.imgsz, stride) if options.multi_scale else (1.0,),
+    )
+
+
+def _step(parts: _Parts, model: DetectionModel, schedule: Schedule) -> TrainStep:
+    """The step that trains `model`, which lies on its device already: the optimizer holds its very tensors."""
+    options, hyp = parts.options, parts.hyp
+    weight_decay = _weight_decay(options, hyp, schedule.accumulation)
+    smoothing = options.label_smoothing
+    return TrainStep(
+        runtime=parts.runtime,
+        model=model,
+        optimizer=make_optimizer(model, hyp, weight_decay=weight_decay, kind=options.optimizer),
+        gains=LossGains.for_head(hyp, model.head, options.imgsz, label_smoothing=smoothing, quad=options.quad),
     )
 
 
