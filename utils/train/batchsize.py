@@ -97,7 +97,7 @@ def _reach(fitting: dict[int, int], budget: int) -> int:
     if len(sizes) == 1:
         return sizes[0] * budget // max(fitting[sizes[0]], 1)
     slope, start = np.polyfit(sizes, [fitting[size] for size in sizes], 1)
-    return int((budget - start) / max(slope, 1.0))
+    return int((budget - start) / max(slope, 1.0) + 1e-6)  # the fit is exact but for rounding
 
 
 @dataclass(frozen=True, kw_only=True)
