@@ -131,6 +131,12 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
+    def share_memory(self) -> None:
+        """Move all of it to where other processes can see it. Raises RuntimeError where there is no room."""
+        for tensor in vars(self).values():
+            if tensor is not None:
+                tensor.share_memory_()
+
     def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
         moved = {name: move(getattr(self, name)) for name in ("images", "boxes", "classes", "image_of")}
         return replace(self, **moved)

@@ -1,4 +1,5 @@
 import math
+import multiprocessing
 import pickle
 import re
 from dataclasses import replace
@@ -504,6 +505,18 @@ def test_an_image_that_vanished_after_the_scan_is_named(workers, evaluation, sto
     says = f"^{re.escape(str(gone))}: No such file or directory, though it was fine when the data set was scanned$"
     with pytest.raises(UserError, match=says):
         list(stream)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the loader process must inherit the failure")
+def test_shared_memory_that_is_full_is_named_and_nobody_waits(evaluation, monkeypatch):
+    def full(self: torch.Tensor) -> None:
+        raise RuntimeError("unable to resize file </torch_1> to the right size: No space left on device (28)\nmore")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    says = r"no room in shared memory \(unable to .* device \(28\)\): lower --workers \(0 needs none\), --batch-size or"
+    with pytest.raises(UserError, match=says):
+        list(Stream(evaluation, evaluation.numbers(), workers=1))
+    assert list(Stream(evaluation, evaluation.numbers(), workers=0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from utils.data.images import ImageError, base_image
 from utils.data.plan import (
@@ -362,11 +362,22 @@ class _Made(Dataset):
 
     def __getitem__(self, key: _Key) -> Batch | _Failure:
         try:
-            return self.make(key)
+            batch = self.make(key)
         except UserError as error:
             return _Failure(str(error))
         except MemoryError:
             return _Failure("a loader process is out of memory: lower --workers, --batch-size or --imgsz")
+        return batch if get_worker_info() is None else _shared(batch)
+
+
+def _shared(batch: Batch) -> Batch | _Failure:
+    """The batch where the main process can see it; left to torch, a failure would be a wait without end."""
+    try:
+        batch.share_memory()
+    except RuntimeError as error:
+        reason = f"a loader process finds no room in shared memory ({str(error).splitlines()[0]})"
+        return _Failure(f"{reason}: lower --workers (0 needs none), --batch-size or --imgsz")
+    return batch
 
 
 def _start_worker(worker: int) -> None:
