@@ -71,7 +71,7 @@ _COSTS = (
         ("evaluate",),
         "--noval leaves it to the end of the run",
         "--noval",
-        "of the final epoch and of best.pt alone, as --noval asks",
+        "there is none but of the final epoch and of best.pt, as --noval asks",
     ),
     _Cost(
         "saving",
