@@ -24,6 +24,7 @@ LATEST = "latest"  # what `--resume` without a path means
 
 Amp = Literal["auto", "bf16", "fp16", "off"]
 OptimizerName = Literal["SGD", "Adam", "AdamW"]
+CacheKind = Literal["ram", "disk"]
 Task = Literal["train", "val", "test", "speed"]
 
 
@@ -32,7 +33,10 @@ def _flag(default: Any, meaning: str, *, also: Sequence[str] = (), low: float | 
     return field(default=default, metadata={"meaning": meaning, "also": tuple(also), "low": low, "bare": bare})
 
 
-_SHORT_FOR = {"adam": ("optimizer", "Adam")}  # flags that stand for a value of another
+_SHORT_FOR = {
+    "adam": ("optimizer", "Adam"),
+    "cache_images": ("cache", "ram"),
+}  # flags that stand for a value of another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,17 @@ class TrainOptions:
     linear_lr: bool = _flag(False, "linear decay of the learning rate in place of the one-cycle cosine")
     cos_lr: bool = _flag(False, "accepted; the one-cycle cosine is the default")
     label_smoothing: float = _flag(0.0, "class targets 1 - eps/2 and eps/2 in place of 1 and 0", low=0)
+    cache: CacheKind | None = _flag(
+        None,
+        "keep decoded images for the next epoch; ram: in memory (also without a value), disk: in a file",
+        bare="ram",
+    )
+    cache_dir: str = _flag("", "folder for caches of labels and images; default: beside the data, else ~/.cache")
+    strict: bool = _flag(False, "stop at any finding in the data")
     image_weights: bool = _flag(False, "show images more often whose classes are rare or found badly")
+    repeat_factor: float = _flag(
+        0.0, "show images more often whose classes are in less than this share of the images, e.g. 0.01; 0: off", low=0
+    )
     single_cls: bool = _flag(False, "treat all classes as one, named item")
     optimizer: OptimizerName = _flag("SGD", "Adam and AdamW want lr0 and warmup_bias_lr near 0.001 in --hyp")
     sync_bn: bool = _flag(False, "batch-norm statistics over all GPUs; not available yet")
@@ -107,6 +121,8 @@ class ValOptions:
     device: str = _flag("", "cpu, 0 (the first GPU), mps; default: the best there is")
     amp: Amp = _flag("off", "mixed precision; off gives the exact figures")
     workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
+    cache_dir: str = _flag("", "folder for label caches; default: beside the data, else ~/.cache")
+    strict: bool = _flag(False, "stop at any finding in the data")
     single_cls: bool = _flag(False, "treat all classes as one; by itself for a checkpoint trained so")
     verbose: bool = _flag(False, "results per class, whatever the number of classes")
     project: str = _flag("runs/val", "folder that holds the results")
@@ -121,12 +137,12 @@ Options = TypeVar("Options", TrainOptions, ValOptions)
 # Options that users of this family know and that are still to be built: a guess at a misspelling would mislead
 _NOT_YET = {
     TrainOptions: (
-        *("evolve", "cache", "cache_images", "cache_dir", "save_every", "strict", "nproc", "dist_timeout"),
+        *("evolve", "save_every", "nproc", "dist_timeout"),
         *("tb_histograms", "bucket", "entity", "upload_dataset", "bbox_interval", "artifact_alias"),
     ),
     ValOptions: (
         *("augment", "save_txt", "save_conf", "save_hybrid", "save_json", "half", "agnostic"),
-        *("strict", "cache_dir", "nproc", "dist_timeout"),
+        *("nproc", "dist_timeout"),
     ),
 }
 
@@ -155,7 +171,8 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
         if base is bool:
             parser.add_argument(*spelled, dest=item.name, action="store_true", help=meaning)
         elif get_origin(base) is Literal:
-            parser.add_argument(*spelled, dest=item.name, choices=get_args(base), help=meaning)
+            bare = {} if item.metadata["bare"] is None else {"nargs": "?", "const": item.metadata["bare"]}
+            parser.add_argument(*spelled, dest=item.name, choices=get_args(base), help=meaning, **bare)
         elif get_origin(base) is tuple:
             parser.add_argument(*spelled, dest=item.name, nargs="+", type=int, metavar="N", help=meaning)
         elif item.metadata["bare"] is not None:
@@ -283,14 +300,14 @@ def _without_shorts(values: dict[str, Any], known: Container[str]) -> dict[str, 
 
 def _checked(item: Any, base: Any, value: Any) -> Any:
     flag, low = spelling(item.name), item.metadata["low"]
+    if item.metadata["bare"] is not None and value is True:
+        value = item.metadata["bare"]  # resume=True
     if get_origin(base) is tuple:
         return _checked_numbers(flag, value, low)
     if get_origin(base) is Literal:
         if value not in get_args(base):
             raise UserError(f"{flag} {value}: should be one of {', '.join(get_args(base))}")
         return value
-    if item.metadata["bare"] is not None and value is True:
-        value = item.metadata["bare"]  # resume=True
     if base is str and isinstance(value, (Path, int)) and not isinstance(value, bool):
         value = str(value)  # device=0, nominal_batch=64, data=Path(...)
     if base is float and isinstance(value, int) and not isinstance(value, bool):
@@ -318,6 +335,7 @@ _EXCLUDED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("nosave", "save_period"), "the one writes no weights before the end, the other does; choose one"),
     (("noval", "patience"), "patience waits for better evaluations, and there are none before the end; choose one"),
     (("noval", "image_weights"), "the weights of the images come from evaluations; choose one"),
+    (("image_weights", "repeat_factor"), "both say how often an image is shown; choose one"),
     (("sync_bn",), "needs DistributedDataParallel on CUDA, which is not available yet; leave it out"),
 )
 
@@ -342,6 +360,8 @@ def _check_train(options: TrainOptions) -> None:
         raise UserError("--save-period 0: should be 1 or more, or -1 to keep none")
     if options.label_smoothing >= 1:
         raise UserError(f"--label-smoothing {options.label_smoothing:g}: should be 0 or more and below 1")
+    if options.repeat_factor > 1:
+        raise UserError(f"--repeat-factor {options.repeat_factor:g}: should be a share of the images, from 0 to 1")
     if options.seed >= 2**32:
         raise UserError(f"--seed {options.seed}: should be below {2**32}")
     _check_name(options.name)

@@ -63,8 +63,11 @@ class Hyperparameters:
     flipud: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability of an upside-down flip")
     fliplr: float = _hyp(0.5, 0, 0.0, 1.0, (0, 1), "probability of a left-right flip")
     mosaic: float = _hyp(1.0, 1, 0.0, 1.0, (0, 1), "probability of a mosaic of four")
+    mosaic9: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability that a mosaic is one of nine")
+    close_mosaic: float = _hyp(0.0, 0, 0.0, 50.0, (0, INFINITY), "so many epochs at the end have no mosaics")
     mixup: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability of mixing two mosaics")
     copy_paste: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability of pasting each polygon again")
+    cutout: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability of painting rectangles over the image")
 
 
 GENES: dict[str, Gene] = {item.name: item.metadata["gene"] for item in fields(Hyperparameters)}

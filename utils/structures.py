@@ -29,7 +29,7 @@ class RunError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """A data set YAML after parsing. Each split is a tuple of folders of images or `.txt` lists of image paths."""
+    """A data set YAML after parsing. Each split is a tuple of its entries; `utils/data/sources.py` says what they may be."""
 
     source: Path  # the YAML itself
     root: Path  # its `path`, resolved; scan caches lie here
@@ -43,19 +43,32 @@ class DatasetSpec:
     embedded: bool = False  # drawn by the program on first use
 
 
+# LabelStore.ignore: boxes that are neither hit nor miss in evaluation
+DIFFICULT = 1  # VOC: takes part in training like any other
+CROWD = 2  # COCO: a region of many objects; no object to train on
+
+
 @dataclass(frozen=True, kw_only=True)
 class LabelStore:
-    """The labels of one split as packed arrays, in pixels of the source images; I images, T boxes.
+    """The labels of one split as packed arrays, in pixels of the source images; I images, T boxes, C classes.
 
-    Boxes of image i are rows offsets[i]:offsets[i + 1]. Arrays may be memory-mapped and are read-only.
+    Boxes of image i are rows offsets[i]:offsets[i + 1]. The polygon of box t is made of rings
+    ring_offsets[t]:ring_offsets[t + 1] (none: it has no polygon), and ring r of points
+    point_offsets[r]:point_offsets[r + 1]. Arrays may be memory-mapped and are read-only.
     """
 
     boxes: np.ndarray  # (T, 4) f32 xyxy px in the source image
     classes: np.ndarray  # (T,) i32
-    ignore: np.ndarray  # (T,) u8, 1 = crowd or difficult: neither hit nor miss in evaluation
+    ignore: np.ndarray  # (T,) u8: 0, DIFFICULT or CROWD
     area: np.ndarray  # (T,) f64 px^2
+    ring_offsets: np.ndarray  # (T + 1,) i64
+    point_offsets: np.ndarray  # (R + 1,) i64
+    points: np.ndarray  # (Q, 2) f32 xy px in the source image
     offsets: np.ndarray  # (I + 1,) i64
     sizes: np.ndarray  # (I, 2) i32, height and width
+    digests: np.ndarray  # (I,) u64 of the image file's bytes: equal for copies
+    image_ids: np.ndarray  # (I,) i64 as the annotation file counts, -1 where there is no such number
+    category_ids: np.ndarray  # (C,) i64 likewise, by class
     path_bytes: np.ndarray  # (P,) u8, UTF-8
     path_offsets: np.ndarray  # (I + 1,) i64
 
@@ -69,15 +82,35 @@ class LabelStore:
     def rows(self, image: int) -> slice:
         return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
 
+    def rings(self, box: int) -> list[np.ndarray]:
+        """The polygon of a box: (n, 2) f32 points for each ring; empty when it has none."""
+        rings = range(self.ring_offsets[box], self.ring_offsets[box + 1])
+        return [self.points[self.point_offsets[ring] : self.point_offsets[ring + 1]] for ring in rings]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One source image's part in a sample."""
+    """One source image's part in a sample.
+
+    Upright: `crop` fills the rectangle `corners`, both of whole px; that is what `matrix` does. With rings, only what
+    lies inside these shows, as of an object that copy-paste shows again.
+    """
 
     image: int  # index into the LabelStore
     matrix: np.ndarray  # (3, 3) f64, base-image px (long side = imgsz) -> network px
-    corners: np.ndarray  # (4, 2) f64 network px: the visible part, clockwise; whole px where `upright`
-    upright: bool  # the visible part is an axis-aligned rectangle
+    corners: np.ndarray  # (4, 2) f64 network px: the visible part, clockwise from that of the base image's top left
+    crop: (
+        tuple[int, int, int, int] | None
+    )  # xyxy base-image px; None: tilted or mirrored, `matrix` alone says what shows
+    rings: tuple[np.ndarray, ...] = ()  # (n, 2) f64 network px each; inside by the even-odd rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutout:
+    """A rectangle painted over in one colour."""
+
+    box: tuple[int, int, int, int]  # xyxy network px, before flips
+    colour: tuple[int, int, int]  # BGR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +123,10 @@ class Mix:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePlan:
-    """Everything decided about one network input before a pixel is touched. Painted: tiles, mix, hsv, then flips."""
+    """Everything decided about one network input before a pixel is touched.
+
+    Painted in this order: tiles, mix, hsv, cutouts, flips.
+    """
 
     shape: tuple[int, int]  # height, width in network px
     tiles: tuple[Tile, ...]
@@ -100,6 +136,7 @@ class SamplePlan:
     flip_lr: bool = False
     flip_ud: bool = False
     mix: Mix | None = None
+    cutouts: tuple[Cutout, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.data.labels import ImageLabels, build_store
+from utils.data.store import ImageLabels, build_store
 from utils.structures import DatasetSpec, LabelStore
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.boxes import cxcywh_from_xyxy
-from utils.data.labels import build_store, label_path, list_images, read_labels, single_class
+from utils.data.old_text import label_path, list_images, read_labels
+from utils.data.store import build_store, single_class
 from utils.structures import DatasetSpec, UserError
 
 

@@ -77,7 +77,9 @@ def base_boxes(store, image, imgsz=IMGSZ):
 def fields_of(plan):
     """A plan as nested plain values, which compare."""
     value = {name: getattr(plan, name) for name in ("shape", "hsv", "flip_lr", "flip_ud")}
-    tiles = [(tile.image, tile.matrix.tolist(), tile.corners.tolist(), tile.upright) for tile in all_tiles(plan)]
+    tiles = [
+        (tile.image, tile.matrix.tolist(), tile.corners.tolist(), tile.crop is not None) for tile in all_tiles(plan)
+    ]
     return value, tiles, plan.boxes.tolist(), plan.classes.tolist(), plan.mix and plan.mix.weight
 
 
@@ -290,7 +292,7 @@ def snapped(store):
 def test_planned_boxes_are_where_the_pixels_are(recipe, shape, snapped, seed):
     """Paint every box of a plan alone and look where it went: there lies a planned box, or too little to keep one."""
     plan = plan_of(snapped, RECIPES[recipe], seed, shape=shape)
-    tilted = not all(tile.upright for tile in all_tiles(plan))
+    tilted = not all(tile.crop is not None for tile in all_tiles(plan))
     tolerance = 1.5 if tilted else 1.0  # a corner that is sharp fills its last pixels by less than half
     planned = list(zip(plan.classes.tolist(), plan.boxes))
     for number, tile in enumerate(all_tiles(plan)):
@@ -446,7 +448,7 @@ def test_tiles_of_an_upright_mosaic_are_whole_pixels_without_gap_or_overlap(make
     plan = plan_of(store, replace(STILL, mosaic=1, scale=0.9, translate=0.5), seed)
     count = np.zeros(plan.shape, int)
     for tile in plan.tiles:
-        assert tile.upright
+        assert tile.crop is not None
         np.testing.assert_array_equal(tile.corners, np.rint(tile.corners))
         (x1, y1), (x2, y2) = tile.corners[0].astype(int), tile.corners[2].astype(int)
         assert 0 <= x1 < x2 <= IMGSZ
@@ -476,7 +478,7 @@ def test_a_tile_shows_nothing_beyond_its_base_image(store, seed, recipe):
     for tile in all_tiles(plan_of(store, RECIPES[recipe], seed)):
         height, width = base_shape(tuple(store.sizes[tile.image]), IMGSZ)
         inside = transform_points(tile.corners, np.linalg.inv(tile.matrix))
-        slack = 0.5 / np.sqrt(abs(np.linalg.det(tile.matrix[:2, :2]))) + 1e-6 if tile.upright else 1e-6
+        slack = 0.5 / np.sqrt(abs(np.linalg.det(tile.matrix[:2, :2]))) + 1e-6 if tile.crop is not None else 1e-6
         assert np.all(inside >= -slack)
         assert np.all(inside <= [width + slack, height + slack])
 
@@ -521,7 +523,7 @@ def test_a_letterbox_is_centred_and_its_placement_goes_back_to_the_source(make_s
     plan = letterbox_plan(store, 0, shape=shape, imgsz=imgsz)
     (tile,) = plan.tiles
     assert plan.shape == shape
-    assert tile.upright
+    assert tile.crop is not None
     (left, top), (right, bottom) = tile.corners[0], tile.corners[2]
     assert (right - left, bottom - top) == (base_width, base_height)
     assert 0 <= (shape[1] - right) - left <= 1

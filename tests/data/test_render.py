@@ -137,7 +137,7 @@ def test_neighbouring_tiles_leave_no_seam(tilt, make_store, seed):
     edges = np.roll(outline, -1, axis=0) - outline
     cross = edges[:, :1, None] * (y - outline[:, 1:, None]) - edges[:, 1:, None] * (x - outline[:, :1, None])
     inside = (cross / np.linalg.norm(edges, axis=1)[:, None, None]).min(0)  # px from the outline, (H, W)
-    slack = 0.51 if plan.tiles[0].upright else 1e-3  # upright tiles end on whole pixels
+    slack = 0.51 if plan.tiles[0].crop is not None else 1e-3  # upright tiles end on whole pixels
     assert np.all(picture[inside >= slack] == 255)
     assert np.all(picture[inside <= -slack] == 114)
 

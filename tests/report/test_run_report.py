@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from utils.clock import PARTS, TimeSplit
-from utils.data.labels import ImageLabels, build_store
+from utils.data.store import ImageLabels, build_store
 from utils.report import plots
 from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport, write_metrics

@@ -284,7 +284,9 @@ def _tile(placed: tuple[int, int, int], visible: np.ndarray, warp: _Warp, shape:
     if (high <= low).any():
         return None
     place = np.array([[1, 0, left], [0, 1, top], [0, 0, 1]], np.float64)
-    return Tile(image=image, matrix=warp.matrix @ place, corners=corners, upright=warp.upright)
+    return Tile(
+        image=image, matrix=warp.matrix @ place, corners=corners, crop=(0, 0, 1, 1) if warp.upright else None
+    )  # TODO the crop
 
 
 def _canvas_boxes(store: LabelStore, placed: tuple[int, int, int], imgsz: int) -> tuple[np.ndarray, np.ndarray]:

@@ -48,7 +48,7 @@ def _paint(tiles: Iterable[Tile], shape: tuple[int, int], base_image_of: Callabl
         high = np.clip(np.ceil(tile.corners.max(0)), 0, shape[::-1]).astype(int)
         region = picture[low[1] : high[1], low[0] : high[0]]  # a view: nothing outside it is computed
         patch = _patch(base_image_of(tile.image), tile.matrix, low, region.shape[1::-1])
-        if tile.upright:
+        if tile.crop is not None:
             region[:] = patch
         else:
             np.copyto(region, patch, where=_inside(tile.corners - low, region.shape[:2])[..., None])

@@ -20,22 +20,13 @@ import numpy as np
 
 from utils.config import read_dataset
 from utils.data.images import ImageError, decode_image, quiet_opencv
-from utils.data.labels import (
-    OUTSIDE,
-    Finding,
-    ImageLabels,
-    build_store,
-    label_path,
-    list_images,
-    read_labels,
-    shown_path,
-    single_class,
-)
+from utils.data.old_text import OUTSIDE, Finding, ImageLabels, label_path, list_images, read_labels, shown_path
 from utils.data.shapes import ensure_shapes
+from utils.data.store import build_store, single_class
 from utils.files import cache_folder, read_arrays, write_arrays, write_text
 from utils.structures import DatasetSpec, LabelStore, UserError
 
-_SCHEMA = 1  # raise it when LabelStore or the checks change
+_SCHEMA = 2  # raise it when LabelStore or the checks change
 _KINDS_SHOWN = 8  # kinds of findings on screen
 
 Progress = Callable[[Iterable, str], Iterable]  # (items, description) -> the same items
@@ -138,7 +129,7 @@ def _scan(images: list[Path], spec: DatasetSpec, split: str, progress: Progress)
             findings += result.findings
     if not usable:
         raise UserError(f"{spec.source}: none of the {len(images)} images of '{split}' can be read; first: {images[0]}")
-    store = build_store(usable, sizes, labels)
+    store = build_store(usable, sizes, labels, num_classes=len(spec.names))
     outside = [finding for finding in findings if finding.problem == OUTSIDE]
     if len(outside) > len(store.boxes):
         raise UserError(

@@ -8,9 +8,9 @@ from typing import Any
 
 from utils.checkpoint import METRICS_FILE, Checkpoint, averaged_model, load_checkpoint
 from utils.config import ValOptions, validated, whole_strides
-from utils.data.labels import single_class
 from utils.data.loader import EvalBatches
 from utils.data.scan import open_dataset, scan_split
+from utils.data.store import single_class
 from utils.evaluate.evaluator import Evaluator
 from utils.files import new_run_folder
 from utils.hyp import hyperparameters

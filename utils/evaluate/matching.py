@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils.boxes import box_area
-from utils.structures import Detections, LabelStore
+from utils.structures import CROWD, Detections, LabelStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,8 @@ class Labels:
     @classmethod
     def of(cls, store: LabelStore, image: int) -> Labels:
         rows = store.rows(image)
-        return cls(boxes=store.boxes[rows], classes=store.classes[rows], ignore=store.ignore[rows] != 0)
+        ignore = store.ignore[rows]
+        return cls(boxes=store.boxes[rows], classes=store.classes[rows], ignore=ignore != 0, crowd=ignore == CROWD)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,10 @@ from models.norm_silu import accelerate
 from models.yolo import DetectionModel, count_parameters, gflops, read_network
 from utils.checkpoint import Checkpoint, LateRunFolder, RunFolder, load_checkpoint, newest_checkpoint, transfer
 from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling, validated, whole_strides
-from utils.data.labels import label_path, single_class
 from utils.data.loader import EvalBatches, TrainBatches, TrainStream
+from utils.data.old_text import label_path
 from utils.data.scan import ScanReport, open_dataset, scan_split, write_findings
+from utils.data.store import single_class
 from utils.evaluate.evaluator import Evaluator, evaluated_at_once
 from utils.files import from_here, new_run_folder, write_yaml
 from utils.hyp import Hyperparameters, hyperparameters, read_hyp
