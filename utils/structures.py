@@ -29,7 +29,7 @@ class RunError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """A data set YAML after parsing. Each split is a tuple of its entries; `utils/data/sources.py` says what they may be."""
+    """A data set YAML after parsing. A split is a tuple of entries; `utils/data/sources.py` says what they may be."""
 
     source: Path  # the YAML itself
     root: Path  # its `path`, resolved; scan caches lie here
@@ -99,9 +99,7 @@ class Tile:
     image: int  # index into the LabelStore
     matrix: np.ndarray  # (3, 3) f64, base-image px (long side = imgsz) -> network px
     corners: np.ndarray  # (4, 2) f64 network px: the visible part, clockwise from that of the base image's top left
-    crop: (
-        tuple[int, int, int, int] | None
-    )  # xyxy base-image px; None: tilted or mirrored, `matrix` alone says what shows
+    crop: tuple[int, int, int, int] | None  # xyxy base-image px; None: tilted or mirrored, see `matrix`
     rings: tuple[np.ndarray, ...] = ()  # (n, 2) f64 network px each; inside by the even-odd rule
 
 
