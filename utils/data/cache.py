@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -97,8 +97,7 @@ def cached_images(
     contents = {split: _Content.of(split, images, spec) for split, images in splits.items()}
     folders = _folders(kind, spec, cache_dir)
     names = {split: one.name(in_memory=kind == "ram") for split, one in contents.items()}
-    if kind == "ram":
-        _remove_abandoned(folders[0], keep=set(names.values()))
+    remove_abandoned(keep=names.values())
     caches = {
         split: _found([folder / name for folder in folders], contents[split].key) for split, name in names.items()
     }
@@ -110,6 +109,13 @@ def cached_images(
         for split in missing:
             caches[split] = _built(folder / names[split], contents[split], kind, progress)
     return caches
+
+
+def remove_abandoned(keep: Container[str] = ()) -> None:
+    """Remove what runs left in memory that were killed, which nobody holds a lock on; not files of the names `keep`."""
+    for path in _memory().glob(f"{_ours()}.*"):
+        if path.name not in keep:
+            _removed(path)
 
 
 def summary(kind: CacheKind, caches: Mapping[str, CachedImages]) -> str:
@@ -186,8 +192,12 @@ def _content_key(images: BaseImages) -> str:
 def _folders(kind: CacheKind, spec: DatasetSpec, cache_dir: str) -> list[Path]:
     """Where a cache may lie, the best place first."""
     if kind == "ram":
-        return [_MEMORY if os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir())]
+        return [_memory()]
     return [Path(cache_dir).expanduser()] if cache_dir else [spec.root, cache_folder()]
+
+
+def _memory() -> Path:
+    return _MEMORY if os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def _writable(folders: Iterable[Path], kind: CacheKind) -> Path:
@@ -322,13 +332,6 @@ def _found(paths: Iterable[Path], key: str) -> CachedImages | None:
 def _is_mine(handle: int, path: Path) -> bool:
     """Whether nobody else can have made a file in memory."""
     return not (_is_temporary(path) and hasattr(os, "getuid")) or os.fstat(handle).st_uid == os.getuid()
-
-
-def _remove_abandoned(folder: Path, keep: set[str]) -> None:
-    """Remove what runs left in memory that were killed: nobody holds a lock on it."""
-    for path in folder.glob(f"{_ours()}.*"):
-        if path.name not in keep:
-            _removed(path)
 
 
 def _removed(path: Path) -> bool:

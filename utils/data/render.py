@@ -17,8 +17,9 @@ _HALF_PX = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # pixel-centre coord
 _EDGE_SLACK = 1e-6  # px^2, far above what rounding does to an edge seen from both of its sides
 
 
-def render(plan: SamplePlan, base_image_of: Callable[[int], np.ndarray]) -> np.ndarray:
-    """(H, W, 3) u8 RGB. `base_image_of(image)` yields the base image, BGR, of an index into the LabelStore."""
+def render(plan: SamplePlan, base_image_of: Callable[[int], np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
+    """(H, W, 3) u8 RGB, in `out` if given. `base_image_of(image)` yields the base image, BGR, of an index into the
+    LabelStore."""
     picture = _paint(plan.tiles, plan.shape, base_image_of)
     if plan.mix is not None:
         other = _paint(plan.mix.tiles, plan.shape, base_image_of)
@@ -26,15 +27,22 @@ def render(plan: SamplePlan, base_image_of: Callable[[int], np.ndarray]) -> np.n
     picture = _to_rgb(picture, plan.hsv)
     if plan.flip_ud or plan.flip_lr:
         picture = cv2.flip(picture, -1 if plan.flip_ud and plan.flip_lr else int(plan.flip_lr))
-    return picture
+    if out is None:
+        return picture
+    out[:] = picture
+    return out
 
 
-def render_quad(plan: QuadPlan, base_image_of: Callable[[int], np.ndarray]) -> np.ndarray:
+def render_quad(
+    plan: QuadPlan, base_image_of: Callable[[int], np.ndarray], out: np.ndarray | None = None
+) -> np.ndarray:
     """(H, W, 3) u8 RGB, as `render`."""
     height, width = plan.shape
+    picture = np.empty((height, width, 3), np.uint8) if out is None else out
     if plan.enlarge:
-        return cv2.resize(render(plan.samples[0], base_image_of), (width, height), interpolation=cv2.INTER_LINEAR)
-    picture = np.full((height, width, 3), PADDING, np.uint8)
+        sample = render(plan.samples[0], base_image_of)
+        return cv2.resize(sample, (width, height), dst=picture, interpolation=cv2.INTER_LINEAR)
+    picture[:] = PADDING
     for number, sample in enumerate(plan.samples):
         y, x = (height // 2 * (number // 2), width // 2 * (number % 2))
         picture[y : y + height // 2, x : x + width // 2] = render(sample, base_image_of)
