@@ -33,7 +33,7 @@ def decode_image(path: Path | str) -> np.ndarray:
         raise ImageError(error.strerror or "unreadable") from None
     if not data:
         raise ImageError("empty file")
-    if not _is_complete(data):
+    if not is_complete(data):
         raise ImageError("truncated")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
@@ -44,7 +44,7 @@ def decode_image(path: Path | str) -> np.ndarray:
     return image
 
 
-def _is_complete(data: bytes) -> bool:
+def is_complete(data: bytes) -> bool:
     """Whether a JPEG or PNG has its end marker; libjpeg would fill what is missing with grey and say nothing."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return _PNG_END in data  # other bytes may follow it
