@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.clock import EventClock, StepClock
+from utils.machine import usable_cores
 from utils.structures import RunError, UserError
 
 Note = Callable[[str], object]  # takes a line for the user
@@ -174,12 +175,6 @@ def _be_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # would cost a pass, and we read nothing unwritten
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-
-
-def usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _available_devices() -> list[str]:
