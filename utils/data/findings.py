@@ -25,18 +25,20 @@ SEVERITIES = ("high", "medium", "low")  # an image or its labels lost or leaked;
 MOST_KINDS = 8  # on screen
 
 _COPY = "is the same image as"
-_RANKS = (  # where a problem belongs, by a part of its text
-    ("image skipped", 0),
-    ("taken as background", 0),
-    ("dropped", 1),
-)
+_RANKS = {  # where a problem belongs, by how its text ends
+    "image skipped": 0,
+    "taken as background": 0,
+    "dropped": 1,
+    "ignored": 1,
+    "shares its label file with another image": 1,
+}
 
 
 def severity(problem: str, split: str) -> int:
     """Index into SEVERITIES. An image of another split is no judge of how well a network does."""
     if _COPY in problem:
         return 2 if problem.endswith(f" of {split}") else 0
-    return next((rank for part, rank in _RANKS if part in problem), 2)
+    return next((rank for ending, rank in _RANKS.items() if problem.endswith(ending)), 2)
 
 
 def kind_of(problem: str) -> str:
@@ -102,6 +104,17 @@ def packed_findings(findings: Iterable[Finding]) -> Findings:
     )
 
 
+def map_findings(arrays: Mapping[str, np.ndarray]) -> Findings:
+    """Findings of arrays by field. Raises ValueError and TypeError where they do not fit together."""
+    found = Findings(**arrays)
+    ends = (found.file_offsets[-1], len(found.file_bytes)), (found.problem_offsets[-1], len(found.problem_bytes))
+    shapes = (found.lines.shape, found.problem_of.shape, (len(found.file_offsets) - 1,))
+    most = found.problem_of.max(initial=-1)
+    if len(set(shapes)) > 1 or any(end != length for end, length in ends) or most >= len(found.problem_offsets) - 1:
+        raise ValueError("damaged findings")
+    return found
+
+
 def joined_findings(parts: Sequence[Findings]) -> Findings:
     """All findings of all parts, in their order; each problem once."""
     numbers: dict[str, int] = {}
@@ -164,15 +177,32 @@ def copies(stores: Mapping[str, LabelStore]) -> dict[str, Copies]:
         mine = original_of[starts[index] : starts[index + 1]]
         images = np.flatnonzero(mine != np.arange(starts[index], starts[index + 1]))
         origins = np.searchsorted(starts, mine[images], side="right") - 1
+        originals = mine[images] - starts[origins]
+        # one that is listed twice is no copy, and a finding of the listing
+        real = (origins != index) | ~_same_paths(store, images, np.where(origins == index, originals, 0))
         result[split] = Copies(
-            images=images,
-            original_splits=origins,
-            originals=mine[images] - starts[origins],
+            images=images[real],
+            original_splits=origins[real],
+            originals=originals[real],
             store=store,
             stores=held,
             splits=splits,
         )
     return result
+
+
+def _same_paths(store: LabelStore, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(n,) bool: whether images `first` (n,) have the paths of images `second` (n,)."""
+    starts, lengths = store.path_offsets[:-1], np.diff(store.path_offsets)
+    same = lengths[first] == lengths[second]
+    for length in np.unique(lengths[first[same]]):
+        rows = np.flatnonzero(same & (lengths[first] == length))
+        for some in np.array_split(rows, len(rows) // 65536 + 1):
+            ours, theirs = (
+                store.path_bytes[starts[images[some], None] + np.arange(length)] for images in (first, second)
+            )  # (some, length)
+            same[some] = (ours == theirs).all(1)
+    return same
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------

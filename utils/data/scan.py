@@ -22,7 +22,6 @@ import cv2
 import numpy as np
 
 from utils.config import read_dataset
-from utils.data.download import ensure_downloaded
 from utils.data.findings import (
     Findings,
     ScanReport,
@@ -30,6 +29,7 @@ from utils.data.findings import (
     copies,
     finding_lines,
     joined_findings,
+    map_findings,
     packed_findings,
     table_lines,
     turned_lines,
@@ -79,7 +79,7 @@ def open_dataset(given: str, *, note: Callable[[str], object], bar: Progress = n
     for text in notes:
         note(text)
     if not spec.embedded:
-        return ensure_downloaded(spec, note=note, bar=bar)
+        return spec
     if not spec.root.exists():
         note(f"drawing the embedded data set, once, in {spec.root}")
     root = ensure_shapes(spec.root)
@@ -143,12 +143,14 @@ def scan_split(
     files = _cache_files(spec, split, cache_dir)
     sources = open_split(spec, split)
     key = _listing_key(sources, spec)
-    cached = _load(files, split, key)
-    if cached is not None:
-        return cached
-    store, report = _scan(sources, spec, split, progress)
-    _save(files, spec, key, store, report)
-    return _load(files, split, key) or (store, report)  # mapped, where it could be saved
+    seen = _load(files, split, key)
+    if seen is None:
+        seen = _scan(sources, spec, split, progress)
+        _save(files, spec, key, *seen)
+        seen = _load(files, split, key) or seen  # mapped, where it could be saved
+    store, report = seen
+    listing = packed_findings(split_findings(spec, split, sources))  # on files that the cache knows nothing of
+    return store, replace(report, defects=joined_findings([listing, report.defects]) if listing else report.defects)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +184,7 @@ def _scan(
     if not len(store):
         first = shown_path(sources[0].images[0])
         raise UserError(f"{spec.source}: none of the {total} images of '{split}' can be read; first: {first}")
-    of_split = packed_findings(split_findings(spec, split, sources))
-    defects = joined_findings([of_split, *(part.findings for part in parts)])
+    defects = joined_findings([part.findings for part in parts])
     _refuse_foreign_units(spec, split, defects, len(store.boxes), relative=any(part.relative for part in parts))
     report = ScanReport(
         split=split,
@@ -318,7 +319,7 @@ def _load(files: Sequence[Path], split: str, key: str) -> tuple[LabelStore, Scan
             if meta["key"] != key:
                 continue
             store = map_store(path, key, arrays)
-            defects = Findings(**{name: arrays[f"finding_{name}"] for name in _DEFECTS})
+            defects = map_findings({name: arrays[f"finding_{name}"] for name in _DEFECTS})
             counts = {name: meta["report"][name] for name in _COUNTS}
             counts["class_counts"] = tuple(counts["class_counts"])
             report = ScanReport(split=split, **counts, defects=defects, copies=copies({split: store})[split])
