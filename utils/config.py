@@ -134,7 +134,21 @@ class ValOptions:
     quiet: bool = _flag(False, "no progress bars")
 
 
-Options = TypeVar("Options", TrainOptions, ValOptions)
+@dataclass(frozen=True, kw_only=True)
+class ScanOptions:
+    """Options of `python -m utils.data.scan`, which reports on a data set."""
+
+    data: str = _flag("data/shapes.yaml", "data set YAML")
+    cache_dir: str = _flag("", "folder for label caches; default: beside the data, else ~/.cache")
+    strict: bool = _flag(False, "exit with code 2 at any finding in the data")
+    project: str = _flag("runs/scan", "folder that holds the reports")
+    name: str = _flag("exp", "name of the report's folder; exp2, exp3, ... when taken")
+    exist_ok: bool = _flag(False, "write into an existing folder")
+    noplots: bool = _flag(False, "draw no picture")
+    quiet: bool = _flag(False, "no progress bars")
+
+
+Options = TypeVar("Options", TrainOptions, ValOptions, ScanOptions)
 
 # Options that users of this family know and that are still to be built: a guess at a misspelling would mislead
 _NOT_YET = {
@@ -146,6 +160,7 @@ _NOT_YET = {
         *("augment", "save_txt", "save_conf", "save_hybrid", "save_json", "half", "agnostic"),
         *("nproc", "dist_timeout"),
     ),
+    ScanOptions: (),
 }
 
 
@@ -279,8 +294,9 @@ def validated(kind: type[Options], values: dict[str, Any]) -> Options:
     options = kind(**checked)
     if isinstance(options, TrainOptions):
         _check_train(options)
-    else:
+    elif isinstance(options, ValOptions):
         _check_val(options)
+    _check_name(options.name)
     return options
 
 
@@ -366,7 +382,6 @@ def _check_train(options: TrainOptions) -> None:
         raise UserError(f"--repeat-factor {options.repeat_factor:g}: should be a share of the images, from 0 to 1")
     if options.seed >= 2**32:
         raise UserError(f"--seed {options.seed}: should be below {2**32}")
-    _check_name(options.name)
 
 
 def _check_val(options: ValOptions) -> None:
@@ -377,7 +392,6 @@ def _check_val(options: ValOptions) -> None:
     for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
         if value > 1:
             raise UserError(f"{flag} {value:g}: should be between 0 and 1")
-    _check_name(options.name)
 
 
 def whole_strides(imgsz: int, stride: int, *, note: Callable[[str], object]) -> int:

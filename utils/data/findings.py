@@ -74,7 +74,9 @@ class Findings(Sequence[Finding]):
 
     def problems(self) -> list[str]:
         """The K different ones."""
-        return [_text(self.problem_bytes, self.problem_offsets, index) for index in range(len(self.problem_offsets) - 1)]
+        return [
+            _text(self.problem_bytes, self.problem_offsets, index) for index in range(len(self.problem_offsets) - 1)
+        ]
 
     def count(self, problem: str) -> int:
         """How many findings have this very problem."""

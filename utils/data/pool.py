@@ -22,9 +22,7 @@ Result = TypeVar("Result")
 _AHEAD = 4  # tasks of a thread that are queued at a time: an error does not wait for all of them
 
 
-def by_threads(
-    function: Callable[[Task], Result], tasks: Iterable[Task], count: int
-) -> Iterator[tuple[int, Result]]:
+def by_threads(function: Callable[[Task], Result], tasks: Iterable[Task], count: int) -> Iterator[tuple[int, Result]]:
     """(index, result) of every task, in their order."""
     with ThreadPoolExecutor(count) as pool:
         queue = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,13 +122,14 @@ def scan_dataset(
     return DatasetScan(spec=spec, stores=stores, reports=reports)
 
 
-def refuse_findings(scan: DatasetScan) -> None:
-    """For --strict: raises UserError where there is any finding."""
+def refuse_findings(scan: DatasetScan, *, listed: Path | None = None) -> None:
+    """For --strict: raises UserError where there is any finding; `listed` is the file that names them all."""
     if not scan.count:
         return
-    command = f"{this_python()} -m utils.data.scan --data {from_here(scan.spec.source)}"
-    what = "1 finding" if scan.count == 1 else f"{scan.count:,} findings"
-    raise UserError(f"--strict: {what} in {', '.join(scan.reports)}; mend the data, or see them all with `{command}`")
+    source = shlex.quote(str(from_here(scan.spec.source)))
+    all_of_them = f"`{this_python()} -m utils.data.scan --data {source}` lists all" if listed is None else listed
+    found = [f"{len(report.findings):,} in {split}" for split, report in scan.reports.items() if report.findings]
+    raise UserError(f"--strict: findings: {', '.join(found)}; {all_of_them}")
 
 
 # ---- one split ----------------------------------------------------------------------------------------------------

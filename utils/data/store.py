@@ -127,10 +127,18 @@ def _is_whole(store: LabelStore) -> bool:
     images, boxes = len(store.sizes), len(store.boxes)
     rings = len(store.point_offsets) - 1
     shapes: dict[str, tuple[int, ...]] = {
-        **{"boxes": (boxes, 4), "classes": (boxes,), "ignore": (boxes,), "area": (boxes,)},
-        **{"ring_offsets": (boxes + 1,), "point_offsets": (rings + 1,), "points": (len(store.points), 2)},
-        **{"offsets": (images + 1,), "sizes": (images, 2), "digests": (images,), "image_ids": (images,)},
-        **{"path_offsets": (images + 1,)},
+        "boxes": (boxes, 4),
+        "classes": (boxes,),
+        "ignore": (boxes,),
+        "area": (boxes,),
+        "ring_offsets": (boxes + 1,),
+        "point_offsets": (rings + 1,),
+        "points": (len(store.points), 2),
+        "offsets": (images + 1,),
+        "sizes": (images, 2),
+        "digests": (images,),
+        "image_ids": (images,),
+        "path_offsets": (images + 1,),
     }
     ends = {"ring_offsets": rings, "point_offsets": len(store.points), "offsets": boxes}
     ends["path_offsets"] = len(store.path_bytes)
