@@ -425,8 +425,7 @@ def plot_scan(stores: Mapping[str, LabelStore], names: Sequence[str], path: Path
     for index, (axes, (split, store)) in enumerate(zip(panels, stores.items())):
         sizes = _fractions(store, _even(len(store.classes), MAX_LABELS))[:, 2:]
         _draw_sizes(axes, sizes)
-        title = f"Box sizes of {split} ({len(store.classes):,} boxes in {len(store):,} images)"
-        _dress(axes, title, "width / image width" if index == len(stores) - 1 else "", "height / image height")
+        _dress(axes, f"Box sizes: {split}, {len(store):,} images", "width / image width" if index == len(stores) - 1 else "", "height / image height")
     _save(figure, path)
 
 
@@ -434,17 +433,23 @@ def _draw_class_bars(
     axes: Axes, counts: Mapping[str, np.ndarray], names: Sequence[str], shown: np.ndarray, fill: float
 ) -> None:
     """Horizontal bars, the splits of a class below each other; `fill` is the share of the height that they need."""
+    from matplotlib.ticker import MaxNLocator
+
     thick = 0.86 / len(counts)
-    largest = max(int(values.max(initial=0)) for values in counts.values())
+    total = np.sum(list(counts.values()), axis=0)
     for index, ((split, values), colour) in enumerate(zip(counts.items(), (ACCENT, SECOND, THIRD))):
         places = np.arange(len(shown)) + thick * (index - (len(counts) - 1) / 2)
         bars = axes.barh(places, values[shown], height=0.9 * thick, color=colour, label=f"{split}  {values.sum():,}")
-        texts = [f"{count:,}" for count in values[shown].tolist()]
+        texts = [f"{values[one]:,}" if total[one] else "" for one in shown.tolist()]
         axes.bar_label(bars, texts, fontsize=6.5, color=INK, padding=2)
-    more = len(names) - len(shown)
-    others = f"; {more:,} more classes with {sum(int(v.sum() - v[shown].sum()) for v in counts.values()):,}"
-    _dress(axes, f"Boxes per class{others if more else ''}")
+    for place in np.flatnonzero(total[shown] == 0).tolist():
+        axes.annotate("none", (0, place), (3, 0), textcoords="offset points", va="center", fontsize=6.5, color=GREY)
+    more, left_out = len(names) - len(shown), int(total.sum() - total[shown].sum())
+    _dress(axes, f"Boxes per class{f'; {more:,} more classes have {left_out:,}' if more else ''}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_yticks(range(len(shown)), [_plain(names[index]) for index in shown.tolist()], fontsize=8)
+    largest = max(int(values.max(initial=0)) for values in counts.values())
     axes.set(xlim=(0, max(largest * 1.12, 1)), ylim=(max(len(shown) / max(fill, 0.2), len(shown)) - 0.5, -0.5))
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=INK)
