@@ -38,6 +38,7 @@ _ATTEMPTS = 5  # without a byte of progress
 _PAUSE_S = 1.0  # before the second attempt; each further one waits twice as long
 _TIMEOUT_S = 30.0  # of silence
 _AT_ONCE = 1 << 20
+_LONGEST_LINK = 4096  # bytes
 _SPARE_BYTES = 64 << 20  # left free on the disk
 _MB = 1e6
 _IN_URLS = "%/:=&?~#+!$,;'@()*[]"  # left as they are
@@ -49,7 +50,7 @@ def ensure_downloaded(spec: DatasetSpec, *, note: Note, bar: Bar | None = None) 
 
     Raises UserError, in one line, when it cannot be had. An interrupted download is continued by the next call.
     """
-    if not spec.downloads or _missing(spec) is None:
+    if not spec.downloads or (_missing(spec) is None and "" not in map(_marked, spec.downloads)):
         return spec
     for download in spec.downloads:
         fetch(download, note=note, bar=bar)
@@ -67,21 +68,25 @@ def _missing(spec: DatasetSpec) -> Path | None:
 
 
 def fetch(download: Download, *, note: Note, bar: Bar | None = None, pause_s: float = _PAUSE_S) -> None:
-    """Download one file into its folder, unless it is there; an archive is unpacked, once, and removed."""
+    """Download one file into its folder, unless it is there; an archive is unpacked, once, and not kept."""
     target, mark = _target(download), _mark(download)
     with _mendable_errors(download):
-        if mark.exists() and mark.read_text(encoding="utf-8") == download.url:
+        if _marked(download) == download.url:
             return
         download.to.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            _Transfer(download, target, note, bar or (lambda total, description: nullcontext()), pause_s).run()
-        elif not _is_right(target, download):
+        there = target.exists()  # put there by hand, or by an earlier start
+        if there and not _is_right(target, download):
             raise _refusal(download, f"{target} is there and is another file; remove it or name another folder in 'to'")
-        if _is_archive(target):
+        transfer = _Transfer(download, target, note, bar or (lambda total, description: nullcontext()), pause_s)
+        file = target if there else transfer.run()
+        if _is_archive(file):
             note(f"unpacking {target.name} into {download.to}")
-            _unpack(target, download, note)
+            _unpack(file, download, note, discard=None if there else transfer.discard)
             write_text(mark, download.url)
-            target.unlink()
+        elif not there:
+            file.replace(target)
+        if not there:
+            transfer.discard()
 
 
 def _refusal(download: Download, problem: str) -> UserError:
@@ -93,8 +98,16 @@ def _target(download: Download) -> Path:
 
 
 def _mark(download: Download) -> Path:
-    """Says that an archive was unpacked, which a data set YAML with a wrong path would otherwise fetch at every start."""
+    """Says that an archive was unpacked: a YAML with a wrong path would otherwise fetch it at every start."""
     return download.to / f".{_file_name(download.url)}.unpacked"
+
+
+def _marked(download: Download) -> str | None:
+    """The URL whose archive was unpacked; empty where that was not finished, None where there was none."""
+    try:
+        return _mark(download).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _file_name(url: str) -> str:
@@ -148,7 +161,8 @@ class _Transfer:
         self.part = self.target.with_name(f"{self.target.name}.part")
         self.about = self.target.with_name(f"{self.target.name}.part.json")  # which file the .part is a part of
 
-    def run(self) -> None:
+    def run(self) -> Path:
+        """The checked file, under a name of its own."""
         failures = 0
         while True:
             before = self._have()
@@ -162,7 +176,10 @@ class _Transfer:
                     raise _refusal(self.download, f"{error}{kept}") from None
                 time.sleep(self.pause_s * 2 ** max(failures - 1, 0))
         self._check()
-        self.part.replace(self.target)
+        return self.part
+
+    def discard(self) -> None:
+        self.part.unlink(missing_ok=True)
         self.about.unlink(missing_ok=True)
 
     def _have(self) -> int:
@@ -174,17 +191,16 @@ class _Transfer:
     def _connect(self) -> None:
         """Ask for what is missing and write it down."""
         start, known = self._have(), self._known()
-        if start and not known:
-            start = 0  # of another file, or of a server that does not tell its files apart
-        if start and start == known["size"]:
+        if start and known and start == known["size"]:
             return
+        if start and not (known and known["validator"]):
+            start = 0  # of another file, or of a server that does not tell its files apart
         headers = {"User-Agent": "yolo-trainer", "Accept-Encoding": "identity"}
         if start:
             headers |= {"Range": f"bytes={start}-", "If-Range": known["validator"]}
         try:
-            with urlopen(
-                Request(quote(self.download.url, safe=_IN_URLS), headers=headers), timeout=_TIMEOUT_S
-            ) as response:
+            request = Request(quote(self.download.url, safe=_IN_URLS), headers=headers)
+            with urlopen(request, timeout=_TIMEOUT_S) as response:
                 self._receive(response, start)
         except HTTPError as error:
             error.close()
@@ -204,7 +220,7 @@ class _Transfer:
         """What the server said of the file that the .part is a part of."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             about = json.loads(self.about.read_text(encoding="utf-8"))
-            if about["url"] == self.download.url and isinstance(about["validator"], str):
+            if about["url"] == self.download.url:
                 return {"validator": about["validator"], "size": about["size"]}
         return None
 
@@ -226,9 +242,8 @@ class _Transfer:
 
     def _check_total(self, total: int | None) -> None:
         if total is not None and self.download.size not in (None, total):
-            raise _refusal(
-                self.download, f"the server has {total} bytes, the data set YAML says 'size: {self.download.size}'"
-            )
+            says = f"the data set YAML says 'size: {self.download.size}'"
+            raise _refusal(self.download, f"the server has {total} bytes, {says}")
 
     def _check_space(self, wanted: int) -> None:
         free = shutil.disk_usage(self.target.parent).free
@@ -240,9 +255,6 @@ class _Transfer:
     def _remember(self, response: Any, total: int | None) -> None:
         tag = response.headers.get("ETag") or ""
         validator = response.headers.get("Last-Modified") if not tag or tag.startswith("W/") else tag
-        if not validator:
-            self.about.unlink(missing_ok=True)
-            return
         about = {"url": self.download.url, "validator": validator, "size": total}
         self.about.write_text(json.dumps(about), encoding="utf-8")
 
@@ -272,8 +284,7 @@ class _Transfer:
         elif self.download.sha256 is not None and (got := _digest(self.part)) != self.download.sha256:
             problem = f"its sha256 is {got}, the data set YAML says {self.download.sha256}"
         if problem:
-            self.part.unlink()
-            self.about.unlink(missing_ok=True)
+            self.discard()
             raise _refusal(self.download, problem)
 
 
@@ -306,25 +317,37 @@ def _is_archive(path: Path) -> bool:
 
 
 class _Unsafe(Exception):
-    """An archive that would reach outside its folder or fill the disk."""
+    """An archive that would reach outside its folder."""
 
 
-def _unpack(archive: Path, download: Download, note: Note) -> None:
-    """Into a folder within `to`, then moved. Raises UserError for what no honest archive holds."""
+class _Full(Exception):
+    """An archive that would fill the disk."""
+
+
+def _unpack(archive: Path, download: Download, note: Note, discard: Callable[[], None] | None) -> None:
+    """Into a folder within `to`, then moved. Raises UserError for what no honest archive holds.
+
+    `discard` forgets an archive that no second attempt would unpack.
+    """
+    shown = _file_name(download.url)
     with tempfile.TemporaryDirectory(dir=download.to, prefix=".unpacking-") as name:
         unpacking = _Unpacking(Path(name))
         try:
             (unpacking.zip if zipfile.is_zipfile(archive) else unpacking.tar)(archive)
             lost = unpacking.link()
-        except _Unsafe as error:
-            raise _refusal(download, f"{archive.name} {error}; nothing was unpacked") from None
-        except (*_DAMAGE, RuntimeError, ValueError) as error:  # RuntimeError: it has a password
-            raise _refusal(download, f"{archive.name} cannot be unpacked: {error}") from None
+        except _Full as error:
+            raise _refusal(download, f"unpacking {shown} {error}") from None
+        except (_Unsafe, *_DAMAGE, RuntimeError, ValueError) as error:  # RuntimeError: it has a password
+            if discard:
+                discard()
+            problem = str(error) if isinstance(error, _Unsafe) else f"cannot be unpacked: {error}"
+            raise _refusal(download, f"{shown} {problem}; nothing was unpacked") from None
         if lost:
-            note(f"{archive.name}: {lost} links in it, to folders or to nothing, were left out")
+            note(f"{shown}: {lost} links in it, to folders or to nothing, were left out")
         top = list(unpacking.folder.iterdir())
         if len(top) == 1 and top[0].is_dir() and top[0].name == download.to.name:
             top = list(top[0].iterdir())
+        write_text(_mark(download), "")  # from here on, some of it is there
         for path in top:
             _move(path, download.to / path.name)
 
@@ -345,14 +368,14 @@ class _Unpacking:
             self._check_space(sum(member.file_size for member in members))
             for member in members:
                 kind = stat.S_IFMT(member.external_attr >> 16)
-                if kind == stat.S_IFLNK:
+                if kind == stat.S_IFLNK and member.file_size <= _LONGEST_LINK:
                     target = self._inside(member.filename)
                     self._add_link(member.filename, target, target.parent, os.fsdecode(content.read(member)))
                 elif kind in (0, stat.S_IFREG):
                     with content.open(member) as source:
                         self._write(source, member.filename, member.file_size)
                 else:
-                    raise _Unsafe(f"holds {member.filename!a}, which is a device")
+                    raise _Unsafe(f"holds {member.filename!a}, which is no file")
 
     def tar(self, archive: Path) -> None:
         with tarfile.open(archive) as content:
@@ -410,7 +433,7 @@ class _Unpacking:
     def _check_space(self, size: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if size + _SPARE_BYTES > free:
-            raise _Unsafe(f"needs {size / _MB:,.0f} MB more, and {free / _MB:,.0f} MB are free")
+            raise _Full(f"needs {size / _MB:,.0f} MB more, and {free / _MB:,.0f} MB are free")
 
 
 def _move(path: Path, target: Path) -> None:
