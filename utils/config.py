@@ -484,9 +484,8 @@ def _class_names(source: Path, content: dict[str, Any]) -> tuple[str, ...]:
         raise UserError(f"{source}: {_what_is_missing('names')}")
     for name in names:
         if isinstance(name, bool) or not isinstance(name, (str, int, float)):
-            raise UserError(
-                f"{source}: 'names' holds {_shortly(repr(name))}: put it in quotes (YAML reads yes, no, on, off as bool)"
-            )
+            shown = _shortly(repr(name))
+            raise UserError(f"{source}: 'names' holds {shown}: put it in quotes (YAML reads yes, no, on, off as bool)")
     if "nc" in content and content["nc"] != len(names):
         raise UserError(f"{source}: 'nc: {_shortly(content['nc'])}' does not agree with the {len(names)} names")
     return tuple(str(name) for name in names)
@@ -559,7 +558,7 @@ def _download(source: Path, root: Path, item: Any) -> Download:
         if key not in _DOWNLOAD_KEYS:
             raise UserError(f"{where} has the unknown key '{_shortly(key)}'{nearest_name(str(key), _DOWNLOAD_KEYS)}")
     url, size, sha256 = given["url"].strip(), given.get("size"), given.get("sha256")
-    if "\n" in url or not re.fullmatch(r"(?i)https?://[^/\s]+(/\S*)?|file:///\S+", url):
+    if "\n" in url or not re.fullmatch(r"(?i)https?://[^/\s]+(/\S*)?", url):
         what = "is a script, which is not run" if re.search(r"\s", url) else f"'{_shortly(url)}' is no URL"
         raise UserError(f"{where} {what}; it should be the URL of an archive, such as https://site/data.zip")
     if size is not None and (type(size) is not int or size < 1):

@@ -39,7 +39,7 @@ class Download:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """A data set YAML after parsing. Each split is a tuple of entries; `utils/data/sources.py` says what they may be."""
+    """A data set YAML after parsing. Each split is a tuple of entries, of the kinds in `utils/data/sources.py`."""
 
     source: Path  # the YAML itself
     root: Path  # its `path`, resolved; scan caches lie here

@@ -3,9 +3,6 @@
 Paths are plain str, as there may be millions; a folder is read once, and its files are not asked for one by one.
 """
 
-# ruff: noqa: PTH
-# A million paths are plain str: pathlib would be felt.
-
 from __future__ import annotations
 
 import os

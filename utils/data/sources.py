@@ -1,8 +1,5 @@
 """What the entries of a split are: folders, lists, COCO files and VOC, each opened as a Source of images and labels."""
 
-# ruff: noqa: PTH
-# A million paths are plain str: pathlib would be felt.
-
 from __future__ import annotations
 
 import os
@@ -81,9 +78,9 @@ def _name_fraction(image: str) -> float:
 def _open(entry: Path, spec: DatasetSpec, split: str, folders: Folders) -> Source:
     if os.path.isdir(entry):
         return _open_folder(os.fspath(entry), spec, folders)
-    if os.path.isfile(entry) and entry.suffix.lower() == ".txt":  # noqa: PTH113
+    if os.path.isfile(entry) and entry.suffix.lower() == ".txt":
         return _open_list(entry, spec, folders)
-    if os.path.isfile(entry) and entry.suffix.lower() == ".json":  # noqa: PTH113
+    if os.path.isfile(entry) and entry.suffix.lower() == ".json":
         finder = Finder(_coco_folders(entry, spec.root, split), folders)
         return open_coco(entry, spec.names, finder.find)
     problem = "cannot be used" if os.path.lexists(entry) else "not found"
@@ -96,7 +93,7 @@ def _coco_folders(file: Path, root: Path, split: str) -> list[str]:
     subset = file.stem.rpartition("_")[2]
     below = ("", subset, f"images{os.sep}{subset}", split, f"images{os.sep}{split}", "images")
     bases = dict.fromkeys(os.fspath(folder) for folder in (file.parent, root, file.parent.parent))
-    return [os.path.join(base, folder) if folder else base for base in bases for folder in below]  # noqa: PTH118
+    return [os.path.join(base, folder) if folder else base for base in bases for folder in below]
 
 
 # ---- folders ------------------------------------------------------------------------------------------------------

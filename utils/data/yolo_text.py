@@ -4,9 +4,6 @@ A row is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon of three
 are parsed by the file, not by the row, once it is known to hold nothing but numbers.
 """
 
-# ruff: noqa: PTH
-# A million paths are plain str: pathlib would be felt.
-
 from __future__ import annotations
 
 import os
