@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 
 from utils.config import read_dataset
+from utils.data.download import ensure_downloaded
 from utils.data.findings import (
     Findings,
     ScanReport,
@@ -80,7 +81,7 @@ def open_dataset(given: str, *, note: Callable[[str], object], bar: Progress = n
     for text in notes:
         note(text)
     if not spec.embedded:
-        return spec
+        return ensure_downloaded(spec, note=note, bar=bar)
     if not spec.root.exists():
         note(f"drawing the embedded data set, once, in {spec.root}")
     root = ensure_shapes(spec.root)
