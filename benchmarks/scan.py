@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 
 from utils.data import scan
-from utils.data.sources import open_split, split_findings
+from utils.data.sources import open_split
 from utils.files import read_arrays
 from utils.structures import DatasetSpec
 
@@ -61,9 +61,7 @@ def _measured(folder: Path, images: int, *, links: bool) -> dict[str, float]:
         with _clocked(figures, "listing"):
             sources = open_split(spec, "train")
         with _clocked(figures, "stat"):
-            key = scan._listing_key(sources, spec)
-        with _clocked(figures, "listing_findings"):
-            split_findings(spec, "train", sources)
+            key = scan._listing(sources, spec).key
         del sources
         files = scan._cache_files(spec, "train", cache)
         with _clocked(figures, "mapping"):

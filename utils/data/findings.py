@@ -296,13 +296,13 @@ def _kinds(report: ScanReport) -> list[_Kind]:
 
 def _first_defects(defects: Findings) -> Iterator[tuple[Finding, int]]:
     """The first finding of each problem, in the order of their appearance, and how many there are."""
-    numbers, firsts, counts = np.unique(defects.problem_of, return_index=True, return_counts=True)
-    for at in np.argsort(firsts):
+    _, firsts, counts = np.unique(defects.problem_of, return_index=True, return_counts=True)
+    for at in np.argsort(firsts).tolist():
         yield defects[int(firsts[at])], int(counts[at])
 
 
 def _first_copies(found: Copies) -> Iterator[tuple[Finding, int]]:
-    splits, firsts, counts = np.unique(found.original_splits, return_index=True, return_counts=True)
+    _, firsts, counts = np.unique(found.original_splits, return_index=True, return_counts=True)
     for first, count in zip(firsts.tolist(), counts.tolist()):
         yield found[first], count
 
@@ -358,13 +358,12 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_findings(path: Path, reports: Iterable[ScanReport]) -> None:
-    """All findings as CSV: split, file, line, problem, severity."""
+    """All findings as CSV: split, file, line, problem, severity; of each split the most severe first, then by file."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["split", "file", "line", "problem", "severity"])
     for report in reports:
-        table.writerows(
-            [report.split, item.file, item.line or "", item.problem, SEVERITIES[severity(item.problem, report.split)]]
-            for item in report.findings
-        )
+        rows = [(severity(one.problem, report.split), one.file, one.line, one.problem) for one in report.findings]
+        for rank, file, line, problem in sorted(rows):
+            table.writerow([report.split, file, line or "", problem, SEVERITIES[rank]])
     write_text(path, text.getvalue())

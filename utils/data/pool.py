@@ -1,7 +1,7 @@
 """One function over many tasks, by threads or by as many processes as there are cores.
 
-The processes are our own and not those of `concurrent.futures`: one that dies is noticed at once and its task named, and
-an error or Ctrl-C ends them all without waiting for what they are at.
+The processes are our own and not those of `concurrent.futures`: one that dies is noticed at once and its task named,
+and an error or Ctrl-C ends them all without waiting for what they are at.
 """
 
 from __future__ import annotations

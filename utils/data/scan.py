@@ -52,7 +52,7 @@ _SCHEMA = 3  # raise it when LabelStore, the probe or the checks change
 _IN_PROCESSES = 4096  # images from which on it pays to start processes
 _PART, _SMALL_PART = 256, 32  # images looked at in one go
 _LISTED = 4096  # files digested in one go
-_DEFECTS = tuple(item.name for item in fields(Findings))
+_OF_FINDINGS = tuple(item.name for item in fields(Findings))
 _COUNTS = ("images", "skipped", "background", "boxes", "turned", "class_counts")  # of a report, kept as JSON
 
 
@@ -128,9 +128,9 @@ def refuse_findings(scan: DatasetScan, *, listed: Path | None = None) -> None:
     if not scan.count:
         return
     source = shlex.quote(str(from_here(scan.spec.source)))
-    all_of_them = f"`{this_python()} -m utils.data.scan --data {source}` lists all" if listed is None else listed
+    lists_all = f"`{this_python()} -m utils.data.scan --data {source}` lists them" if listed is None else ""
     found = [f"{len(report.findings):,} in {split}" for split, report in scan.reports.items() if report.findings]
-    raise UserError(f"--strict: findings: {', '.join(found)}; {all_of_them}")
+    raise UserError(f"--strict: findings: {', '.join(found)}; {lists_all or f'all of them are in {listed}'}")
 
 
 # ---- one split ----------------------------------------------------------------------------------------------------
@@ -145,15 +145,19 @@ def scan_split(
     """
     files = _cache_files(spec, split, cache_dir)
     sources = open_split(spec, split)
-    key = _listing_key(sources, spec)
-    seen = _load(files, split, key)
-    if seen is None:
-        seen = _scan(sources, spec, split, progress)
-        _save(files, spec, key, *seen)
-        seen = _load(files, split, key) or seen  # mapped, where it could be saved
-    store, report = seen
-    listing = packed_findings(split_findings(spec, split, sources))  # on files that the cache knows nothing of
-    return store, replace(report, defects=joined_findings([listing, report.defects]) if listing else report.defects)
+    listing = _listing(sources, spec)
+    kept = _load(files, split, listing.key)
+    if kept is None:
+        store, report = _scan(sources, spec, split, progress)
+        listed = packed_findings(split_findings(spec, split, sources))
+        fresh = _Kept(store=store, report=report, listed=listed, surroundings=listing.surroundings)
+        _save(files, spec, listing.key, fresh)
+        kept = _load(files, split, listing.key) or fresh  # mapped, where it could be saved
+    listed = kept.listed
+    if kept.surroundings != listing.surroundings:
+        listed = packed_findings(split_findings(spec, split, sources))
+    report = kept.report
+    return kept.store, replace(report, defects=joined_findings([listed, report.defects])) if len(listed) else report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,17 +277,39 @@ def _refuse_foreign_units(spec: DatasetSpec, split: str, defects: Findings, boxe
 # ---- cache --------------------------------------------------------------------------------------------------------
 
 
-def _listing_key(sources: Sequence[Source], spec: DatasetSpec) -> str:
+@dataclass(frozen=True, kw_only=True)
+class _Listing:
+    """Digests of all that a scan depends on."""
+
+    key: str  # for what is in the files
+    surroundings: str  # for findings of the listing, which files beside those of the split can change
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """What a cache file holds."""
+
+    store: LabelStore
+    report: ScanReport  # with the findings in files
+    listed: Findings  # findings of the listing
+    surroundings: str
+
+
+def _listing(sources: Sequence[Source], spec: DatasetSpec) -> _Listing:
     digest = blake2b(json.dumps([_SCHEMA, spec.names]).encode(), digest_size=16)
+    folders: dict[str, None] = {}
     for source in sources:
         digest.update(f"{type(source).__name__} {len(source.images)}\n".encode())
         for paths in (source.images, source.label_files):
-            _digest_files(digest, paths)
-    return digest.hexdigest()
+            _digest_files(digest, paths, folders)
+    key = digest.hexdigest()
+    digest.update(repr((spec.train, spec.val, spec.test, spec.val_fraction)).encode("utf-8", "surrogateescape"))
+    _digest_files(digest, list(folders), {})
+    return _Listing(key=key, surroundings=digest.hexdigest())
 
 
-def _digest_files(digest: Any, paths: Sequence[str]) -> None:
-    """Path, size and modification time of each file; a file that is not there has none."""
+def _digest_files(digest: Any, paths: Sequence[str], folders: dict[str, None]) -> None:
+    """Path, size and modification time of each file, of which some may not be there; adds their folders to those."""
     rest = iter(paths)
     while chunk := list(islice(rest, _LISTED)):
         states = array("q")
@@ -297,6 +323,7 @@ def _digest_files(digest: Any, paths: Sequence[str]) -> None:
                 states.append(status.st_mtime_ns)
         digest.update(os.fsencode("\0".join(chunk)))
         digest.update(states.tobytes())
+        folders.update(dict.fromkeys([path[: path.rfind(os.sep)] for path in chunk]))
 
 
 def _cache_files(spec: DatasetSpec, split: str, cache_dir: str) -> list[Path]:
@@ -315,25 +342,33 @@ def _cache_files(spec: DatasetSpec, split: str, cache_dir: str) -> list[Path]:
     return [folder.resolve() / named]
 
 
-def _load(files: Sequence[Path], split: str, key: str) -> tuple[LabelStore, ScanReport] | None:
+def _load(files: Sequence[Path], split: str, key: str) -> _Kept | None:
     for path in files:
         with suppress(OSError, ValueError, KeyError, TypeError):  # missing, foreign or damaged: scan anew
             arrays, meta = read_arrays(path)
             if meta["key"] != key:
                 continue
             store = map_store(path, key, arrays)
-            defects = map_findings({name: arrays[f"finding_{name}"] for name in _DEFECTS})
             counts = {name: meta["report"][name] for name in _COUNTS}
             counts["class_counts"] = tuple(counts["class_counts"])
-            report = ScanReport(split=split, **counts, defects=defects, copies=copies({split: store})[split])
-            return store, report
+            among = copies({split: store})[split]
+            report = ScanReport(split=split, **counts, defects=_mapped(arrays, "found"), copies=among)
+            return _Kept(
+                store=store, report=report, listed=_mapped(arrays, "listed"), surroundings=meta["surroundings"]
+            )
     return None
 
 
-def _save(files: Sequence[Path], spec: DatasetSpec, key: str, store: LabelStore, report: ScanReport) -> None:
-    arrays = {name: getattr(store, name) for name in (item.name for item in fields(LabelStore))}
-    arrays |= {f"finding_{name}": getattr(report.defects, name) for name in _DEFECTS}
-    meta = {"key": key, "report": {name: getattr(report, name) for name in _COUNTS}}
+def _mapped(arrays: Mapping[str, np.ndarray], prefix: str) -> Findings:
+    return map_findings({name: arrays[f"{prefix}_{name}"] for name in _OF_FINDINGS})
+
+
+def _save(files: Sequence[Path], spec: DatasetSpec, key: str, kept: _Kept) -> None:
+    arrays = {item.name: getattr(kept.store, item.name) for item in fields(LabelStore)}
+    for prefix, found in (("found", kept.report.defects), ("listed", kept.listed)):
+        arrays |= {f"{prefix}_{name}": getattr(found, name) for name in _OF_FINDINGS}
+    counts = {name: getattr(kept.report, name) for name in _COUNTS}
+    meta = {"key": key, "surroundings": kept.surroundings, "report": counts}
     for path in files:
         with suppress(OSError):  # a read-only or full place costs a scan next time, nothing else
             if path.parent != spec.root:  # a root that does not exist is the user's to make

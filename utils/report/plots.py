@@ -425,7 +425,12 @@ def plot_scan(stores: Mapping[str, LabelStore], names: Sequence[str], path: Path
     for index, (axes, (split, store)) in enumerate(zip(panels, stores.items())):
         sizes = _fractions(store, _even(len(store.classes), MAX_LABELS))[:, 2:]
         _draw_sizes(axes, sizes)
-        _dress(axes, f"Box sizes: {split}, {len(store):,} images", "width / image width" if index == len(stores) - 1 else "", "height / image height")
+        _dress(
+            axes,
+            f"Box sizes: {split}, {len(store):,} images",
+            "width / image width" if index == len(stores) - 1 else "",
+            "height / image height",
+        )
     _save(figure, path)
 
 
