@@ -28,8 +28,18 @@ class RunError(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Download:
+    """A file that a data set YAML asks for; an archive is unpacked."""
+
+    url: str
+    to: Path  # folder; one of that name at the top of the archive is the same
+    size: int | None = None  # bytes; None: not known
+    sha256: str | None = None  # 64 lower-case hexadecimal digits
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """A data set YAML after parsing. Each split is a tuple of its entries; `utils/data/sources.py` says what they may be."""
+    """A data set YAML after parsing. Each split is a tuple of entries, of the kinds in `utils/data/sources.py`."""
 
     source: Path  # the YAML itself
     root: Path  # its `path`, resolved; scan caches lie here
@@ -41,6 +51,7 @@ class DatasetSpec:
     imgsz: int | None = None  # defaults that the data set asks for
     epochs: int | None = None
     embedded: bool = False  # drawn by the program on first use
+    downloads: tuple[Download, ...] = ()  # fetched when a part of train or val is not there
 
 
 # LabelStore.ignore: boxes that are neither hit nor miss in evaluation
