@@ -536,7 +536,8 @@ def _split_path(root: Path, entry: str) -> Path:
     # Roboflow writes ../train/images though the folder lies beside the YAML
     inside = Path(*(part for part in path.parts if part != ".."))
     candidates = [root / path, root / inside, Path.cwd() / path]
-    return _resolved(next((path for path in candidates if os.path.exists(path)), candidates[0]))  # noqa: PTH110
+    found = next((path for path in candidates if os.path.exists(path)), candidates[0])  # noqa: PTH110
+    return Path(os.path.abspath(found))  # noqa: PTH100 (links stay: labels may lie beside the link)
 
 
 def _downloads(source: Path, root: Path, value: Any) -> tuple[Download, ...]:

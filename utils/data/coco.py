@@ -21,7 +21,9 @@ from utils.data.labels import (
     Finding,
     LabelRows,
     box_rows,
+    class_numbers,
     offsets_of,
+    rows_between,
     shown_path,
     taken,
 )
@@ -56,9 +58,17 @@ class CocoSource:
         return (self.file,)
 
     def part(self, start: int, stop: int) -> CocoSource:
-        keep = np.zeros(len(self.images), bool)
-        keep[start:stop] = True
-        return replace(self.chosen(keep), findings=())
+        first, last = self.offsets[start], self.offsets[min(stop, len(self.images))]
+        return replace(
+            self,
+            images=self.images[start:stop],
+            rows=rows_between(self.rows, first, last),
+            offsets=self.offsets[start : stop + 1] - first,
+            image_ids=self.image_ids[start:stop],
+            declared=self.declared[start:stop],
+            bad_rows=tuple((image - start, problem) for image, problem in self.bad_rows if start <= image < stop),
+            findings=(),
+        )
 
     def chosen(self, keep: np.ndarray) -> CocoSource:
         images, counts = np.flatnonzero(keep), np.diff(self.offsets)
@@ -199,7 +209,7 @@ def _classes(file: _File, names: Sequence[str]) -> tuple[dict[float | str, int],
         file.require("annotations", place, item, "category_id", _ID): place
         for place, item in reversed(list(enumerate(file.annotations)))
     }
-    numbers = {name: number for number, name in reversed(list(enumerate(names)))}
+    numbers = class_numbers(names)
     classes, category_ids, known = {}, [-1] * len(names), set()
     for place, item in enumerate(file.categories):
         number = file.require("categories", place, item, "id", _ID)

@@ -95,6 +95,11 @@ def shown_path(path: Path | str) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
+def class_numbers(names: Sequence[str]) -> dict[str, int]:
+    """Class by name, for formats that know classes by their names; the first of two that are called the same."""
+    return {name.strip(): number for number, name in reversed(list(enumerate(names)))}
+
+
 def box_rows(
     image_of: np.ndarray | Sequence[int], classes: np.ndarray | Sequence[int], boxes: np.ndarray | Sequence
 ) -> LabelRows:
@@ -125,6 +130,19 @@ def taken(rows: LabelRows, index: np.ndarray) -> LabelRows:
         ring_offsets=ring_offsets,
         point_offsets=point_offsets,
         points=rows.points[points],
+    )
+
+
+def rows_between(rows: LabelRows, first: int, last: int) -> LabelRows:
+    """The rows first:last, as views where that can be."""
+    first_ring, last_ring = rows.ring_offsets[first], rows.ring_offsets[last]
+    first_point, last_point = rows.point_offsets[first_ring], rows.point_offsets[last_ring]
+    flat = {name: getattr(rows, name)[first:last] for name in ("image_of", "classes", "boxes", "ignore", "area")}
+    return LabelRows(
+        ring_offsets=rows.ring_offsets[first : last + 1] - first_ring,
+        point_offsets=rows.point_offsets[first_ring : last_ring + 1] - first_point,
+        points=rows.points[first_point:last_point],
+        **flat,
     )
 
 

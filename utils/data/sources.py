@@ -16,7 +16,7 @@ from utils.data.coco import open_coco
 from utils.data.labels import Finding, Source, shown_path
 from utils.data.listing import Finder, Folders, is_image, walked
 from utils.data.voc import VocSource, image_name
-from utils.data.yolo_text import TextSource, label_path, labels_lie_beside
+from utils.data.yolo_text import TextSource, have_labels, label_path, labels_lie_beside
 from utils.structures import DatasetSpec, UserError
 
 ENTRY_KINDS = "a folder of images, a .txt list of images, a COCO .json, a VOC list of ids or a folder of VOC .xml"
@@ -28,7 +28,9 @@ NO_ANNOTATION = "no annotation file: taken as background"
 EMPTY_ENTRY = "no image in it"
 
 _IMAGE_FOLDERS = ("JPEGImages", "images", "Images")  # beside a folder of VOC .xml
-_NO_LABELS = re.compile(r"readme.*|classes|predefined_classes|notes|labels|train|val|valid|test|obj|_darknet", re.I)
+_NO_LABELS = re.compile(
+    r"readme.*|license.*|classes|predefined_classes|notes|labels|train|val|valid|test|obj|_darknet", re.I
+)
 _FLAGGED_ID = re.compile(r"(\S.*?)\s+(?:-1|0|1)")  # a line of VOC's lists of one class
 
 
@@ -77,7 +79,7 @@ def _name_fraction(image: str) -> float:
 
 def _open(entry: Path, spec: DatasetSpec, split: str, folders: Folders) -> Source:
     if os.path.isdir(entry):
-        return _open_folder(os.fspath(entry), spec, folders)
+        return _open_folder(_labelled(os.fspath(entry)), spec, folders)
     if os.path.isfile(entry) and entry.suffix.lower() == ".txt":
         return _open_list(entry, spec, folders)
     if os.path.isfile(entry) and entry.suffix.lower() == ".json":
@@ -97,6 +99,12 @@ def _coco_folders(file: Path, root: Path, split: str) -> list[str]:
 
 
 # ---- folders ------------------------------------------------------------------------------------------------------
+
+
+def _labelled(folder: str) -> str:
+    """A folder, or where the links in its path lead, if the labels are known from there alone."""
+    target = os.path.realpath(folder)
+    return target if target != folder and not have_labels(folder) and have_labels(target) else folder
 
 
 def _open_folder(folder: str, spec: DatasetSpec, folders: Folders) -> Source:

@@ -15,7 +15,16 @@ from xml.parsers import expat
 
 import numpy as np
 
-from utils.data.labels import NOT_A_NUMBER, NOT_FINITE, UNREADABLE, FileLabels, Finding, box_rows, shown_path
+from utils.data.labels import (
+    NOT_A_NUMBER,
+    NOT_FINITE,
+    UNREADABLE,
+    FileLabels,
+    Finding,
+    box_rows,
+    class_numbers,
+    shown_path,
+)
 from utils.files import nearest_name
 from utils.structures import DIFFICULT, UserError
 
@@ -51,7 +60,7 @@ class VocSource:
         return self.label_files[image]
 
     def read(self, names: Sequence[str]) -> FileLabels:
-        parsed, numbers = _Parsed(), {name: number for number, name in reversed(list(enumerate(names)))}
+        parsed, numbers = _Parsed(), class_numbers(names)
         for image, path in enumerate(self.label_files):
             annotation = _annotation(path, parsed)
             parsed.declared.append(annotation.declared())

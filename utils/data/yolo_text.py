@@ -52,11 +52,19 @@ def _stem(name: str) -> str:
     return name[:dot] if dot > 0 else name
 
 
+def have_labels(folder: str) -> bool:
+    """Whether the images of a folder seem to have label files where the rule wants them."""
+    expected = os.path.dirname(label_path(f"{folder}{os.sep}x"))
+    return _has_text(folder) if expected == folder else os.path.isdir(expected)
+
+
 def labels_lie_beside(folder: str) -> bool:
     """Whether a folder `images` holds the .txt files itself: its `labels` does not exist, and it has some."""
     expected = os.path.dirname(label_path(f"{folder}{os.sep}x"))
-    if expected == folder or os.path.isdir(expected):
-        return False
+    return expected != folder and not os.path.isdir(expected) and _has_text(folder)
+
+
+def _has_text(folder: str) -> bool:
     try:
         with os.scandir(folder) as entries:
             return any(entry.name.endswith(".txt") for entry in entries)
