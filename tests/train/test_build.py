@@ -220,7 +220,8 @@ def test_training_from_weights_starts_better(trained, tiny):
 @pytest.mark.parametrize("name", sorted(vars(TrainOptions()).keys() - set(_WITH_RESUME)))
 def test_resume_refuses_other_options(name):
     with pytest.raises(UserError, match="cannot change") as raised:
-        build_trainer({"resume": "last.pt", name: 64 if name == "imgsz" else getattr(TrainOptions(), name)})
+        given = {"imgsz": 64, "cache": "ram"}.get(name, getattr(TrainOptions(), name))
+        build_trainer({"resume": "last.pt", name: given})
     assert f"--{name.replace('_', '-')} cannot change" in str(raised.value)
 
 
