@@ -17,7 +17,7 @@ from benchmarks.cases import all_measurements
 from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
 from benchmarks.roofline import best_rate, floor_seconds, share_of_peak
 from benchmarks.workers import Measurement, run_worker
-from utils.runtime import usable_cores
+from utils.machine import usable_cores
 
 Rates = dict[str, dict[str, Any]]  # by device flag, what `benchmarks.rates` found
 

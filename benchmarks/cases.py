@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.workers import ROOT, Measurement
-from utils.runtime import usable_cores
+from utils.machine import usable_cores
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.cases import CPU_STEPS, CUDA_STEPS, StepSize, step_measurement
 from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
 from benchmarks.workers import ROOT, Measurement, run_worker
-from utils.runtime import usable_cores
+from utils.machine import usable_cores
 
 _STEPS = 8  # that count, per turn
 _FONT = "Arial.ttf"  # what the package would download for its plots

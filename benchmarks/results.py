@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.workers import ROOT
-from utils.runtime import usable_cores
+from utils.machine import usable_cores
 
 _IDLE_LOAD = 0.5
 FOLDER = ROOT / "benchmarks" / "results"

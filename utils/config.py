@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import re
 import sys
 import types
 from collections.abc import Callable, Container, Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from utils.files import nearest_name, printable, read_yaml
-from utils.structures import DatasetSpec, RunError, UserError
+from utils.structures import DatasetSpec, Download, RunError, UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -33,10 +35,8 @@ def _flag(default: Any, meaning: str, *, also: Sequence[str] = (), low: float | 
     return field(default=default, metadata={"meaning": meaning, "also": tuple(also), "low": low, "bare": bare})
 
 
-_SHORT_FOR = {
-    "adam": ("optimizer", "Adam"),
-    "cache_images": ("cache", "ram"),
-}  # flags that stand for a value of another
+# Flags that stand for a value of another
+_SHORT_FOR = {"adam": ("optimizer", "Adam"), "cache_images": ("cache", "ram")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +69,7 @@ class TrainOptions:
     cos_lr: bool = _flag(False, "accepted; the one-cycle cosine is the default")
     label_smoothing: float = _flag(0.0, "class targets 1 - eps/2 and eps/2 in place of 1 and 0", low=0)
     cache: CacheKind | None = _flag(
-        None,
-        "keep decoded images for the next epoch; ram: in memory (also without a value), disk: in a file",
-        bare="ram",
+        None, "decode each image once, and keep it in memory (ram, or no value) or in a file (disk)", bare="ram"
     )
     cache_dir: str = _flag("", "folder for caches of labels and images; default: beside the data, else ~/.cache")
     strict: bool = _flag(False, "stop at any finding in the data")
@@ -132,7 +130,21 @@ class ValOptions:
     quiet: bool = _flag(False, "no progress bars")
 
 
-Options = TypeVar("Options", TrainOptions, ValOptions)
+@dataclass(frozen=True, kw_only=True)
+class ScanOptions:
+    """Options of `python -m utils.data.scan`, which reports on a data set."""
+
+    data: str = _flag("data/shapes.yaml", "data set YAML")
+    cache_dir: str = _flag("", "folder for label caches; default: beside the data, else ~/.cache")
+    strict: bool = _flag(False, "exit with code 2 at any finding in the data")
+    project: str = _flag("runs/scan", "folder that holds the reports")
+    name: str = _flag("exp", "name of the report's folder; exp2, exp3, ... when taken")
+    exist_ok: bool = _flag(False, "write into an existing folder")
+    noplots: bool = _flag(False, "draw no picture")
+    quiet: bool = _flag(False, "no progress bars")
+
+
+Options = TypeVar("Options", TrainOptions, ValOptions, ScanOptions)
 
 # Options that users of this family know and that are still to be built: a guess at a misspelling would mislead
 _NOT_YET = {
@@ -144,6 +156,7 @@ _NOT_YET = {
         *("augment", "save_txt", "save_conf", "save_hybrid", "save_json", "half", "agnostic"),
         *("nproc", "dist_timeout"),
     ),
+    ScanOptions: (),
 }
 
 
@@ -209,7 +222,9 @@ def spelling(name: str) -> str:
 
 def _underscores_to_dashes(kind: type[Options], argv: Sequence[str]) -> list[str]:
     """`--batch_size 8` is as good as `--batch-size 8`, and so for further spellings."""
-    dashed = {spelled for item in fields(kind) for spelled in (spelling(item.name), *item.metadata["also"])}
+    names = [item.name for item in fields(kind)]
+    shorts = [short for name in names for short, _ in _shorts_of(name)]
+    dashed = {spelling(name) for name in names + shorts} | {s for item in fields(kind) for s in item.metadata["also"]}
     known = {"--" + spelled[2:].replace("-", "_") for spelled in dashed}
     heads = [argument.split("=", 1) for argument in argv]
     return ["=".join([spelling(head[0][2:]), *head[1:]] if head[0] in known else head) for head in heads]
@@ -277,8 +292,9 @@ def validated(kind: type[Options], values: dict[str, Any]) -> Options:
     options = kind(**checked)
     if isinstance(options, TrainOptions):
         _check_train(options)
-    else:
+    elif isinstance(options, ValOptions):
         _check_val(options)
+    _check_name(options.name)
     return options
 
 
@@ -364,7 +380,6 @@ def _check_train(options: TrainOptions) -> None:
         raise UserError(f"--repeat-factor {options.repeat_factor:g}: should be a share of the images, from 0 to 1")
     if options.seed >= 2**32:
         raise UserError(f"--seed {options.seed}: should be below {2**32}")
-    _check_name(options.name)
 
 
 def _check_val(options: ValOptions) -> None:
@@ -375,7 +390,6 @@ def _check_val(options: ValOptions) -> None:
     for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
         if value > 1:
             raise UserError(f"{flag} {value:g}: should be between 0 and 1")
-    _check_name(options.name)
 
 
 def whole_strides(imgsz: int, stride: int, *, note: Callable[[str], object]) -> int:
@@ -393,7 +407,10 @@ def _check_name(name: str) -> None:
 
 # ---- data set -----------------------------------------------------------------------------------------------------
 
-_DATASET_KEYS = {"path", "train", "val", "test", "names", "nc", "imgsz", "epochs", "embedded"}
+_DATASET_KEYS = {"path", "train", "val", "test", "names", "nc", "imgsz", "epochs", "embedded", "download"}
+_DOWNLOAD_KEYS = ("url", "size", "sha256", "to")
+_ENTRY = "a folder of images, a .txt list, a COCO .json, a VOC list or a folder of VOC .xml"
+_LISTED_MOST = 60  # characters of a wrong value that an error line shows
 
 
 def find_file(given: str, folder: str) -> Path:
@@ -409,10 +426,10 @@ def read_dataset(given: str) -> tuple[DatasetSpec, list[str]]:
     """
     source = find_file(given, "data")
     content = read_yaml(source, what="--data file")
-    names = _class_names(source, content)
-    for key in ("train", "val"):
+    for key in ("train", "val", "names"):
         if content.get(key) in (None, "", []):
-            raise UserError(f"{source}: '{key}' is missing; it should be a folder of images or a .txt list of images")
+            raise UserError(f"{source}: {_what_is_missing(key)}{_misspelt(key, content)}")
+    names = _class_names(source, content)
     root = _root(source, content)
     fraction = _val_fraction(source, content["val"])
     splits = {
@@ -430,10 +447,29 @@ def read_dataset(given: str) -> tuple[DatasetSpec, list[str]]:
         names=names,
         val_fraction=fraction,
         embedded=content.get("embedded") is True,
+        downloads=_downloads(source, root, content.get("download")),
         **splits,
         **defaults,
     )
     return spec, notes
+
+
+def _what_is_missing(key: str) -> str:
+    if key == "names":
+        return "'names' should be a list of class names or a mapping of index to name"
+    return f"'{key}' is missing; it should be {_ENTRY}, or a list of these"
+
+
+def _misspelt(key: str, content: dict[str, Any]) -> str:
+    """A hint where a key that nobody asked for looks like the one that is missing."""
+    strangers = [str(other) for other in content if other not in _DATASET_KEYS]
+    near = next((other for other in strangers if nearest_name(other, (key,))), None)
+    return f"; did you mean '{key}' by '{near}'?" if near else ""
+
+
+def _shortly(value: Any) -> str:
+    text = str(value).replace("\n", " ")
+    return text if len(text) <= _LISTED_MOST else f"{text[:_LISTED_MOST]}..."
 
 
 def _class_names(source: Path, content: dict[str, Any]) -> tuple[str, ...]:
@@ -443,48 +479,97 @@ def _class_names(source: Path, content: dict[str, Any]) -> tuple[str, ...]:
             raise UserError(f"{source}: 'names' as a mapping should have the keys 0 to {len(names) - 1}, each once")
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names:
-        raise UserError(f"{source}: 'names' should be a list of class names or a mapping of index to name")
+        raise UserError(f"{source}: {_what_is_missing('names')}")
     for name in names:
         if isinstance(name, bool) or not isinstance(name, (str, int, float)):
-            raise UserError(f"{source}: 'names' holds {name!r}: put it in quotes (YAML reads yes, no, on, off as bool)")
+            shown = _shortly(repr(name))
+            raise UserError(f"{source}: 'names' holds {shown}: put it in quotes (YAML reads yes, no, on, off as bool)")
     if "nc" in content and content["nc"] != len(names):
-        raise UserError(f"{source}: 'nc: {content['nc']}' does not agree with the {len(names)} names")
+        raise UserError(f"{source}: 'nc: {_shortly(content['nc'])}' does not agree with the {len(names)} names")
     return tuple(str(name) for name in names)
 
 
 def _root(source: Path, content: dict[str, Any]) -> Path:
     given = content.get("path") or "."
-    if not isinstance(given, str):
-        raise UserError(f"{source}: 'path: {given}' should be a folder")
-    path = Path(given).expanduser()
+    if not _is_path(given):
+        raise UserError(f"{source}: 'path: {_shortly(given)}' should be a folder")
+    path = _at_home(given)
     beside, here = source.parent / path, Path.cwd() / path
-    return (here if here.is_dir() and not beside.is_dir() else beside).resolve()
+    return _resolved(here if os.path.isdir(here) and not os.path.isdir(beside) else beside)  # noqa: PTH112 (takes any name)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != "" and "\0" not in value
+
+
+def _at_home(given: str) -> Path:
+    """`~/x` in the user's home; a `~` that stands for nobody's is a name like any other."""
+    return Path(os.path.expanduser(given))  # noqa: PTH111 (which raises)
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # links in a circle: RuntimeError before Python 3.13
+        return path.absolute()
 
 
 def _val_fraction(source: Path, value: Any) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return 0.0
     if not 0 < value < 1:
-        raise UserError(f"{source}: 'val: {value}' should be a folder, a list file, or a fraction between 0 and 1")
+        raise UserError(
+            f"{source}: 'val: {_shortly(value)}' should be a fraction between 0 and 1, or {_ENTRY}, or a list of these"
+        )
     return float(value)
 
 
 def _split_paths(source: Path, root: Path, key: str, value: Any) -> tuple[Path, ...]:
     entries = value if isinstance(value, list) else [value]
-    if not all(isinstance(entry, str) and entry for entry in entries):
-        raise UserError(f"{source}: '{key}: {value}' should be a folder of images, a .txt list, or a list of these")
+    if not all(map(_is_path, entries)):
+        raise UserError(f"{source}: '{key}: {_shortly(value)}' should be {_ENTRY}, or a list of these")
     return tuple(_split_path(root, entry) for entry in entries)
 
 
 def _split_path(root: Path, entry: str) -> Path:
-    path = Path(entry).expanduser()
+    path = _at_home(entry)
     # Roboflow writes ../train/images though the folder lies beside the YAML
     inside = Path(*(part for part in path.parts if part != ".."))
     candidates = [root / path, root / inside, Path.cwd() / path]
-    return next((candidate for candidate in candidates if candidate.exists()), candidates[0]).resolve()
+    return _resolved(next((path for path in candidates if os.path.exists(path)), candidates[0]))  # noqa: PTH110
+
+
+def _downloads(source: Path, root: Path, value: Any) -> tuple[Download, ...]:
+    if value in (None, "", []):
+        return ()
+    return tuple(_download(source, root, item) for item in (value if isinstance(value, list) else [value]))
+
+
+def _download(source: Path, root: Path, item: Any) -> Download:
+    given = {"url": item} if isinstance(item, str) else item
+    where = f"{source}: 'download'"
+    if not isinstance(given, dict) or not isinstance(given.get("url"), str):
+        raise UserError(
+            f"{where} should be a URL, or a mapping with the keys url, size, sha256 and to, or a list of these"
+        )
+    for key in given:
+        if key not in _DOWNLOAD_KEYS:
+            raise UserError(f"{where} has the unknown key '{_shortly(key)}'{nearest_name(str(key), _DOWNLOAD_KEYS)}")
+    url, size, sha256 = given["url"].strip(), given.get("size"), given.get("sha256")
+    if "\n" in url or not re.fullmatch(r"(?i)https?://[^/\s]+(/\S*)?", url):
+        what = "is a script, which is not run" if re.search(r"\s", url) else f"'{_shortly(url)}' is no URL"
+        raise UserError(f"{where} {what}; it should be the URL of an archive, such as https://site/data.zip")
+    if size is not None and (type(size) is not int or size < 1):
+        raise UserError(f"{where}: 'size: {_shortly(size)}' should be a number of bytes")
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", str(sha256)):
+        raise UserError(f"{where}: 'sha256: {_shortly(sha256)}' should be 64 hexadecimal digits, in quotes")
+    if given.get("to") is not None and not _is_path(given["to"]):
+        raise UserError(f"{where}: 'to: {_shortly(given['to'])}' should be a folder")
+    to = _resolved(root / _at_home(given.get("to") or "."))
+    return Download(url=url, to=to, size=size, sha256=None if sha256 is None else str(sha256).lower())
 
 
 def _whole_number(source: Path, key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{source}: '{key}: {value}' should be a whole number of 1 or more")
+        raise UserError(f"{source}: '{key}: {_shortly(value)}' should be a whole number of 1 or more")
     return value

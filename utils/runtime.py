@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.clock import EventClock, StepClock
+from utils.machine import usable_cores
 from utils.structures import RunError, UserError
 
 Note = Callable[[str], object]  # takes a line for the user
@@ -176,10 +177,9 @@ def _be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def keep_albumentations_offline() -> None:
+    """Before its import: the package would ask the internet for a newer one."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 
 def _available_devices() -> list[str]:

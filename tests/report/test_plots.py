@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
+from utils.data.store import plain_store
 from utils.report.plots import (
     class_colour,
     plot_batch,
@@ -34,15 +35,11 @@ def read(path) -> np.ndarray:
 def store_of(num_labels: int, num_classes: int) -> LabelStore:
     generator = np.random.default_rng(0)
     corner, sides = generator.uniform(0, 50, (num_labels, 2)), generator.uniform(1, 50, (num_labels, 2))
-    return LabelStore(
-        boxes=np.concatenate([corner, corner + sides], 1).astype(np.float32),
-        classes=generator.integers(0, num_classes, num_labels).astype(np.int32),
-        ignore=np.zeros(num_labels, np.uint8),
-        area=sides.prod(1),
+    return plain_store(
+        np.full((3, 2), 100),
+        boxes=np.concatenate([corner, corner + sides], 1),
+        classes=generator.integers(0, num_classes, num_labels),
         offsets=np.array([0, num_labels // 2, num_labels // 2, num_labels]),
-        sizes=np.full((3, 2), 100, np.int32),
-        path_bytes=np.zeros(0, np.uint8),
-        path_offsets=np.zeros(4, np.int64),
     )
 
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from utils.data.store import plain_store
 from utils.structures import LabelStore
 from utils.train import anchors as anchors_module
 from utils.train.anchors import best_possible_recall, choose_anchors, label_sizes
@@ -13,16 +14,8 @@ def store_of(sizes, *, shape: tuple[int, int] = (640, 640)) -> LabelStore:
     """Images of one shape with one box of each size, in the corner."""
     sizes = np.array(sizes, np.float32).reshape(-1, 2)
     count = len(sizes)
-    return LabelStore(
-        boxes=np.concatenate([np.zeros_like(sizes), sizes], 1),
-        classes=np.zeros(count, np.int32),
-        ignore=np.zeros(count, np.uint8),
-        area=sizes.prod(1, dtype=np.float64),
-        offsets=np.arange(count + 1),
-        sizes=np.tile(np.array(shape, np.int32), (count, 1)),
-        path_bytes=np.empty(0, np.uint8),
-        path_offsets=np.zeros(count + 1, np.int64),
-    )
+    boxes = np.concatenate([np.zeros_like(sizes), sizes], 1)
+    return plain_store(np.tile(shape, (count, 1)), boxes=boxes, offsets=np.arange(count + 1))
 
 
 def clusters(per_centre: int = 40) -> np.ndarray:
@@ -58,15 +51,10 @@ def test_sizes_are_those_of_base_images():
 
 
 def test_images_with_several_boxes_or_none():
-    store = LabelStore(
-        boxes=np.array([[0, 0, 10, 20], [5, 5, 45, 25], [0, 0, 30, 30]], np.float32),
-        classes=np.zeros(3, np.int32),
-        ignore=np.zeros(3, np.uint8),
-        area=np.array([200.0, 800.0, 900.0]),
+    store = plain_store(
+        np.array([[100, 200], [50, 50], [100, 100]]),
+        boxes=np.array([[0, 0, 10, 20], [5, 5, 45, 25], [0, 0, 30, 30]]),
         offsets=np.array([0, 2, 2, 3]),
-        sizes=np.array([[100, 200], [50, 50], [100, 100]], np.int32),
-        path_bytes=np.empty(0, np.uint8),
-        path_offsets=np.zeros(4, np.int64),
     )
     assert label_sizes(store, 400).tolist() == [[20, 40], [80, 40], [120, 120]]
 

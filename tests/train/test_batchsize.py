@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from utils.data.store import plain_store
 from utils.runtime import MemoryPeak, Runtime
 from utils.structures import LabelStore, RunError, UserError
 from utils.train.batchsize import Rehearsal, largest_batch, largest_batch_size
@@ -129,16 +130,7 @@ def test_where_evaluation_takes_more_than_training_it_decides(parts, monkeypatch
 
 def images(count: int) -> LabelStore:
     """A split without labels."""
-    return LabelStore(
-        boxes=np.empty((0, 4), np.float32),
-        classes=np.empty(0, np.int32),
-        ignore=np.empty(0, np.uint8),
-        area=np.empty(0),
-        offsets=np.zeros(count + 1, np.int64),
-        sizes=np.full((count, 2), 64, np.int32),
-        path_bytes=np.empty(0, np.uint8),
-        path_offsets=np.zeros(count + 1, np.int64),
-    )
+    return plain_store(np.full((count, 2), 64))
 
 
 def test_no_size_is_compiled_for(parts, monkeypatch):

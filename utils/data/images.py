@@ -52,7 +52,7 @@ def _file_content(path: Path | str) -> bytes:
         raise ImageError(error.strerror or "unreadable") from None
     if not data:
         raise ImageError("empty file")
-    if not _is_complete(data):
+    if not is_complete(data):
         raise ImageError("truncated")
     return data
 
@@ -68,7 +68,7 @@ def _decoded(data: bytes, reduction: int) -> np.ndarray:
     return image
 
 
-def _is_complete(data: bytes) -> bool:
+def is_complete(data: bytes) -> bool:
     """Whether a JPEG or PNG has its end marker; libjpeg would fill what is missing with grey and say nothing."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return _PNG_END in data  # other bytes may follow it

@@ -1,79 +1,87 @@
 """Looks at every image and label of a split once, reports what is wrong, and caches the result.
 
 User files are never touched. The cache is keyed by the listing (paths, sizes, modification times), so a moved, changed
-or foreign data set is scanned anew.
+or foreign data set is scanned anew. `python -m utils.data.scan --data D` shows and saves the report of a data set.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+import shlex
+import sys
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
+import cv2
 import numpy as np
 
 from utils.config import read_dataset
-from utils.data.images import ImageError, decode_image, quiet_opencv
-from utils.data.old_text import OUTSIDE, Finding, ImageLabels, label_path, list_images, read_labels, shown_path
+from utils.data.download import ensure_downloaded
+from utils.data.findings import (
+    Findings,
+    ScanReport,
+    class_lines,
+    copies,
+    finding_lines,
+    joined_findings,
+    map_findings,
+    packed_findings,
+    table_lines,
+    turned_lines,
+    where,
+)
+from utils.data.images import quiet_opencv
+from utils.data.labels import OUTSIDE, Finding, Source, checked, shown_path
+from utils.data.pool import by_processes, by_threads, can_start_processes
+from utils.data.probe import probe
 from utils.data.shapes import ensure_shapes
-from utils.data.store import build_store, single_class
-from utils.files import cache_folder, read_arrays, write_arrays, write_text
+from utils.data.sources import open_split, split_findings
+from utils.data.store import joined, map_store, packed
+from utils.files import cache_folder, from_here, read_arrays, this_python, write_arrays
+from utils.machine import usable_cores
 from utils.structures import DatasetSpec, LabelStore, UserError
 
-_SCHEMA = 2  # raise it when LabelStore or the checks change
-_KINDS_SHOWN = 8  # kinds of findings on screen
-
-Progress = Callable[[Iterable, str], Iterable]  # (items, description) -> the same items
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScanReport:
-    """What a scan saw. `findings` name file, line and problem."""
-
-    split: str
-    images: int  # usable
-    skipped: int  # unusable
-    background: int  # usable, without boxes
-    boxes: int
-    findings: tuple[Finding, ...]
-
-    def lines(self) -> list[str]:
-        """The report as a user reads it: counts, and of each kind of finding how many there are, with an example."""
-        counts = f"{self.split}: {self.images} images, {self.boxes} boxes, {self.background} without boxes"
-        if self.skipped:
-            counts += f", {self.skipped} skipped"
-        kinds: dict[str, list[Finding]] = {}
-        for finding in self.findings:
-            kinds.setdefault(finding.problem, []).append(finding)
-        often = sorted(kinds.values(), key=len, reverse=True)
-        lines = [_first_of(alike) for alike in often[:_KINDS_SHOWN]]
-        if len(often) > _KINDS_SHOWN:
-            lines.append(f"  {sum(map(len, often[_KINDS_SHOWN:]))} other findings")
-        return [counts, *lines]
+_SCHEMA = 3  # raise it when LabelStore, the probe or the checks change
+_IN_PROCESSES = 4096  # images from which on it pays to start processes
+_PART, _SMALL_PART = 256, 32  # images looked at in one go
+_LISTED = 4096  # files digested in one go
+_OF_FINDINGS = tuple(item.name for item in fields(Findings))
+_COUNTS = ("images", "skipped", "background", "boxes", "turned", "class_counts")  # of a report, kept as JSON
 
 
-def _first_of(alike: Sequence[Finding]) -> str:
-    more = f" (and {len(alike) - 1} more like it)" if len(alike) > 1 else ""
-    return f"  {_where(alike[0])}: {alike[0].problem}{more}"
+class Bar(Protocol):
+    def update(self, count: int) -> object: ...
 
 
-def _where(finding: Finding) -> str:
-    return f"{finding.file}:{finding.line}" if finding.line else finding.file
+Progress = Callable[[int, str], AbstractContextManager[Bar]]  # (total, description) -> what to count up
 
 
-def open_dataset(given: str, *, note: Callable[[str], object]) -> DatasetSpec:
-    """The data set of a YAML; the embedded one is drawn if it is not there yet. `note` takes lines for the user."""
+class _NoBar:
+    def update(self, count: int) -> None:
+        pass
+
+
+def no_progress(total: int, description: str) -> AbstractContextManager[Bar]:
+    return nullcontext(_NoBar())
+
+
+# ---- data sets ----------------------------------------------------------------------------------------------------
+
+
+def open_dataset(given: str, *, note: Callable[[str], object], bar: Progress = no_progress) -> DatasetSpec:
+    """The data set of a YAML, drawn or downloaded first where it asks for that. `note` takes lines for the user."""
     spec, notes = read_dataset(given)
     for text in notes:
         note(text)
     if not spec.embedded:
-        return spec
+        return ensure_downloaded(spec, note=note, bar=bar)
     if not spec.root.exists():
         note(f"drawing the embedded data set, once, in {spec.root}")
     root = ensure_shapes(spec.root)
@@ -83,140 +91,297 @@ def open_dataset(given: str, *, note: Callable[[str], object]) -> DatasetSpec:
     return replace(spec, root=root, train=train, val=val)
 
 
-def scan_split(spec: DatasetSpec, split: str, *, progress: Progress | None = None) -> tuple[LabelStore, ScanReport]:
-    """The labels of a split, from the cache when nothing has changed.
+@dataclass(frozen=True, kw_only=True)
+class DatasetScan:
+    """The scan of several splits, by name, which know of copies of images among them."""
 
-    Raises UserError when there is no image, no usable image, or a class beyond `names`.
+    spec: DatasetSpec
+    stores: Mapping[str, LabelStore]
+    reports: Mapping[str, ScanReport]
+
+    @property
+    def count(self) -> int:
+        """Findings of all splits."""
+        return sum(len(report.findings) for report in self.reports.values())
+
+    def lines(self, *, most_classes: int) -> list[str]:
+        """A table of the splits, one of up to so many classes, and what was found."""
+        reports = list(self.reports.values())
+        counts = [*table_lines(reports), *class_lines(reports, self.spec.names, most=most_classes)]
+        return [*counts, *finding_lines(reports), *turned_lines(reports)]
+
+
+def scan_dataset(
+    spec: DatasetSpec, splits: Sequence[str], *, progress: Progress = no_progress, cache_dir: str = ""
+) -> DatasetScan:
+    """`scan_split` of each; an image in two splits is a finding in the later one."""
+    stores, reports = {}, {}
+    for split in splits:
+        stores[split], reports[split] = scan_split(spec, split, progress=progress, cache_dir=cache_dir)
+    among = copies(stores)
+    reports = {split: replace(report, copies=among[split]) for split, report in reports.items()}
+    return DatasetScan(spec=spec, stores=stores, reports=reports)
+
+
+def refuse_findings(scan: DatasetScan, *, listed: Path | None = None) -> None:
+    """For --strict: raises UserError where there is any finding; `listed` is the file that names them all."""
+    if not scan.count:
+        return
+    source = shlex.quote(str(from_here(scan.spec.source)))
+    lists_all = f"`{this_python()} -m utils.data.scan --data {source}` lists them" if listed is None else ""
+    found = [f"{len(report.findings):,} in {split}" for split, report in scan.reports.items() if report.findings]
+    raise UserError(f"--strict: findings: {', '.join(found)}; {lists_all or f'all of them are in {listed}'}")
+
+
+# ---- one split ----------------------------------------------------------------------------------------------------
+
+
+def scan_split(
+    spec: DatasetSpec, split: str, *, progress: Progress = no_progress, cache_dir: str = ""
+) -> tuple[LabelStore, ScanReport]:
+    """The labels of a split, from the cache when nothing has changed; `cache_dir` says where that lies.
+
+    Raises UserError when there is no image, no usable image, a class beyond `names`, or no way to use `cache_dir`.
     """
-    images = list_images(spec, split)
-    key = _listing_key(images, spec)
-    cached = _load(spec, split, key)
-    if cached is not None:
-        return cached
-    store, report = _scan(images, spec, split, progress or (lambda items, description: items))
-    _save(spec, split, key, store, report)
-    return _load(spec, split, key) or (store, report)  # mapped, where it could be saved
+    files = _cache_files(spec, split, cache_dir)
+    sources = open_split(spec, split)
+    listing = _listing(sources, spec)
+    kept = _load(files, split, listing.key)
+    if kept is None:
+        store, report = _scan(sources, spec, split, progress)
+        listed = packed_findings(split_findings(spec, split, sources))
+        fresh = _Kept(store=store, report=report, listed=listed, surroundings=listing.surroundings)
+        _save(files, spec, listing.key, fresh)
+        kept = _load(files, split, listing.key) or fresh  # mapped, where it could be saved
+    listed = kept.listed
+    if kept.surroundings != listing.surroundings:
+        listed = packed_findings(split_findings(spec, split, sources))
+    report = kept.report
+    return kept.store, replace(report, defects=joined_findings([listed, report.defects])) if len(listed) else report
 
 
-def write_findings(path: Path, reports: Iterable[ScanReport]) -> None:
-    """All findings as CSV: split, file, line, problem."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["split", "file", "line", "problem"])
-    for report in reports:
-        table.writerows([report.split, item.file, item.line or "", item.problem] for item in report.findings)
-    write_text(path, text.getvalue())
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    source: Source  # of a few images
+    names: tuple[str, ...]
 
 
-def _scan(images: list[Path], spec: DatasetSpec, split: str, progress: Progress) -> tuple[LabelStore, ScanReport]:
-    def look(image: Path) -> tuple[tuple[int, int] | None, ImageLabels | Finding]:
-        try:
-            size = decode_image(image).shape[:2]  # decoding is the only test that a file holds an image
-        except ImageError as error:
-            return None, Finding(file=shown_path(image), line=0, problem=f"{error}: image skipped")
-        return size, read_labels(label_path(image), spec.names)
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What became of a task."""
 
-    usable, sizes, labels, findings = [], [], [], []
-    with ThreadPoolExecutor() as pool, quiet_opencv():
-        seen = _ordered(pool, look, images)
-        for image, (size, result) in zip(progress(images, f"Scanning {split}"), seen):
-            if size is None:
-                findings.append(result)
-                continue
-            usable.append(image)
-            sizes.append(size)
-            labels.append(result)
-            findings += result.findings
-    if not usable:
-        raise UserError(f"{spec.source}: none of the {len(images)} images of '{split}' can be read; first: {images[0]}")
-    store = build_store(usable, sizes, labels, num_classes=len(spec.names))
-    outside = [finding for finding in findings if finding.problem == OUTSIDE]
-    if len(outside) > len(store.boxes):
-        raise UserError(
-            f"{spec.source}: {len(outside)} of {len(outside) + len(store.boxes)} boxes of '{split}' lie outside their "
-            f"images, e.g. {_where(outside[0])}; boxes should be fractions of the image: are these pixels?"
-        )
+    images: int
+    store: LabelStore  # of those that can be used
+    findings: Findings
+    turned: int
+    relative: bool
+
+
+def _scan(
+    sources: Sequence[Source], spec: DatasetSpec, split: str, progress: Progress
+) -> tuple[LabelStore, ScanReport]:
+    total = sum(len(source.images) for source in sources)
+    seen: dict[int, _Seen] = {}
+    with progress(total, f"Scanning {split}") as bar, quiet_opencv(), closing(_looks(sources, spec, total)) as looks:
+        for index, part in looks:
+            seen[index] = part
+            bar.update(part.images)
+    parts = [seen[index] for index in sorted(seen)]
+    store = joined([part.store for part in parts])
+    if not len(store):
+        first = shown_path(sources[0].images[0])
+        raise UserError(f"{spec.source}: none of the {total} images of '{split}' can be read; first: {first}")
+    defects = joined_findings([part.findings for part in parts])
+    _refuse_foreign_units(spec, split, defects, len(store.boxes), relative=any(part.relative for part in parts))
     report = ScanReport(
         split=split,
-        images=len(usable),
-        skipped=len(images) - len(usable),
+        images=len(store),
+        skipped=total - len(store),
         background=int((np.diff(store.offsets) == 0).sum()),
         boxes=len(store.boxes),
-        findings=tuple(findings),
+        turned=sum(part.turned for part in parts),
+        class_counts=tuple(np.bincount(store.classes, minlength=len(spec.names)).tolist()),
+        defects=defects,
+        copies=copies({split: store})[split],
     )
     return store, report
 
 
-def _ordered(pool: ThreadPoolExecutor, look: Callable, images: list[Path]) -> Iterator:
-    """`pool.map` with a bounded queue: an error or Ctrl-C does not wait for a million queued images."""
-    ahead, chunk = 256, []
-    for image in images:
-        chunk.append(pool.submit(look, image))
-        if len(chunk) >= ahead:
-            yield chunk.pop(0).result()
-    for future in chunk:
-        yield future.result()
+def _looks(sources: Sequence[Source], spec: DatasetSpec, total: int) -> Iterator[tuple[int, _Seen]]:
+    cores = usable_cores()
+    if cores > 1 and total >= _IN_PROCESSES and can_start_processes():
+        return by_processes(_look_in_process, _tasks(sources, spec, _PART), cores, name=_task_name)
+    return by_threads(_look, _tasks(sources, spec, _SMALL_PART), cores)
+
+
+def _tasks(sources: Sequence[Source], spec: DatasetSpec, size: int) -> Iterator[_Task]:
+    for source in sources:
+        for start in range(0, len(source.images), size):
+            yield _Task(source=source.part(start, min(start + size, len(source.images))), names=spec.names)
+
+
+def _task_name(task: _Task) -> str:
+    images = task.source.images
+    return f"an image from {shown_path(images[0])} to {shown_path(images[-1])}"
+
+
+def _look_in_process(task: _Task) -> _Seen:
+    cv2.setNumThreads(1)  # the cores have processes of their own
+    with quiet_opencv():
+        return _look(task)
+
+
+def _look(task: _Task) -> _Seen:
+    source, paths = task.source, task.source.images
+    probes = [probe(path) for path in paths]  # decoding is the only test that a file holds an image
+    sizes = np.array([(seen.height, seen.width) for seen in probes], np.int32).reshape(-1, 2)
+    orientations = np.array([seen.orientation for seen in probes], np.uint8)
+    labels = source.read(task.names)
+    rows, found = checked(source, labels, sizes, orientations)
+    store = packed(
+        rows,
+        paths=paths,
+        sizes=sizes,
+        digests=np.array([seen.digest for seen in probes], np.uint64),
+        image_ids=labels.image_ids,
+        category_ids=source.category_ids,
+    )
+    problems = [
+        Finding(file=shown_path(path), line=0, problem=f"{seen.problem}: image skipped" if seen.problem else seen.note)
+        for path, seen in zip(paths, probes)
+        if seen.problem or seen.note
+    ]
+    return _Seen(
+        images=len(paths),
+        store=store,
+        findings=packed_findings([*problems, *labels.findings, *found]),
+        turned=int((orientations != 1).sum()),
+        relative=labels.relative,
+    )
+
+
+def _refuse_foreign_units(spec: DatasetSpec, split: str, defects: Findings, boxes: int, *, relative: bool) -> None:
+    outside = defects.count(OUTSIDE)
+    if outside <= boxes:
+        return
+    example = next(finding for finding in defects if finding.problem == OUTSIDE)
+    hint = "boxes should be fractions of the image: are these pixels?"
+    if not relative:
+        hint = "boxes should be in px of the images: are these other images, or fractions?"
+    raise UserError(
+        f"{spec.source}: {outside} of {outside + boxes} boxes of '{split}' lie outside their images, "
+        f"e.g. {where(example)}; {hint}"
+    )
 
 
 # ---- cache --------------------------------------------------------------------------------------------------------
 
 
-def _listing_key(images: list[Path], spec: DatasetSpec) -> str:
-    digest = blake2b(f"{_SCHEMA} {len(spec.names)}\n".encode(), digest_size=16)
-    for image in images:
-        for path in (image, label_path(image)):
-            try:
-                status = os.stat(path)  # noqa: PTH116 (hot)
-                entry = f"{status.st_size} {status.st_mtime_ns}"
-            except OSError:
-                entry = "-"
-            digest.update(os.fsencode(path) + f"\0{entry}\n".encode())
-    return digest.hexdigest()
+@dataclass(frozen=True, kw_only=True)
+class _Listing:
+    """Digests of all that a scan depends on."""
 
-
-def _cache_files(spec: DatasetSpec, split: str) -> list[Path]:
-    """Beside the data, else in the user's cache folder under a name that tells data sets apart."""
-    whose = blake2b(os.fsencode(spec.source), digest_size=6).hexdigest()
-    return [
-        spec.root / f".{spec.source.stem}-{split}.cache",
-        cache_folder() / f"{spec.source.stem}-{whose}-{split}.cache",
-    ]
-
-
-def _load(spec: DatasetSpec, split: str, key: str) -> tuple[LabelStore, ScanReport] | None:
-    for path in _cache_files(spec, split):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # missing, foreign or damaged: scan anew
-            arrays, meta = read_arrays(path)
-            if meta["key"] == key:
-                findings = tuple(Finding(**item) for item in meta["report"].pop("findings"))
-                return _MappedStore(**arrays, file=path, key=key), ScanReport(**meta["report"], findings=findings)
-    return None
+    key: str  # for what is in the files
+    surroundings: str  # for findings of the listing, which files beside those of the split can change
 
 
 @dataclass(frozen=True, kw_only=True)
-class _MappedStore(LabelStore):
-    """A LabelStore whose arrays lie in a file: a loader process that is not forked maps it, and gets no copy."""
+class _Kept:
+    """What a cache file holds."""
 
-    file: Path
-    key: str
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        one_class = self.classes.strides == (0,)  # by `single_class`: the file still has them all
-        return _map_store, (self.file, self.key, one_class)
+    store: LabelStore
+    report: ScanReport  # with the findings in files
+    listed: Findings  # findings of the listing
+    surroundings: str
 
 
-def _map_store(file: Path, key: str, one_class: bool) -> LabelStore:
-    arrays, meta = read_arrays(file)
-    if meta["key"] != key:
-        raise UserError(f"{file}: the data set was scanned anew while it was in use; start again")
-    store = _MappedStore(**arrays, file=file, key=key)
-    return single_class(store) if one_class else store
+def _listing(sources: Sequence[Source], spec: DatasetSpec) -> _Listing:
+    digest = blake2b(json.dumps([_SCHEMA, spec.names]).encode(), digest_size=16)
+    folders: dict[str, None] = {}
+    for source in sources:
+        digest.update(f"{type(source).__name__} {len(source.images)}\n".encode())
+        for paths in (source.images, source.label_files):
+            _digest_files(digest, paths, folders)
+    key = digest.hexdigest()
+    digest.update(repr((spec.train, spec.val, spec.test, spec.val_fraction)).encode("utf-8", "surrogateescape"))
+    _digest_files(digest, list(folders), {})
+    return _Listing(key=key, surroundings=digest.hexdigest())
 
 
-def _save(spec: DatasetSpec, split: str, key: str, store: LabelStore, report: ScanReport) -> None:
-    for path in _cache_files(spec, split):
+def _digest_files(digest: Any, paths: Sequence[str], folders: dict[str, None]) -> None:
+    """Path, size and modification time of each file, of which some may not be there; adds their folders to those."""
+    rest = iter(paths)
+    while chunk := list(islice(rest, _LISTED)):
+        states = array("q")
+        for path in chunk:
+            try:
+                status = os.stat(path)  # noqa: PTH116 (hot)
+            except (OSError, ValueError):
+                states.append(-1)
+            else:
+                states.append(status.st_size)
+                states.append(status.st_mtime_ns)
+        digest.update(os.fsencode("\0".join(chunk)))
+        digest.update(states.tobytes())
+        folders.update(dict.fromkeys([path[: path.rfind(os.sep)] for path in chunk]))
+
+
+def _cache_files(spec: DatasetSpec, split: str, cache_dir: str) -> list[Path]:
+    """Beside the data, else in the user's cache folder under a name that tells data sets apart."""
+    whose = blake2b(os.fsencode(spec.source), digest_size=6).hexdigest()
+    named = f"{spec.source.stem}-{whose}-{split}.cache"
+    if not cache_dir:
+        return [spec.root / f".{spec.source.stem}-{split}.cache", cache_folder() / named]
+    folder = Path(cache_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--cache-dir {cache_dir}: cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--cache-dir {cache_dir}: cannot be written")
+    return [folder.resolve() / named]
+
+
+def _load(files: Sequence[Path], split: str, key: str) -> _Kept | None:
+    for path in files:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # missing, foreign or damaged: scan anew
+            arrays, meta = read_arrays(path)
+            if meta["key"] != key:
+                continue
+            store = map_store(path, key, arrays)
+            counts = {name: meta["report"][name] for name in _COUNTS}
+            counts["class_counts"] = tuple(counts["class_counts"])
+            among = copies({split: store})[split]
+            report = ScanReport(split=split, **counts, defects=_mapped(arrays, "found"), copies=among)
+            return _Kept(
+                store=store, report=report, listed=_mapped(arrays, "listed"), surroundings=meta["surroundings"]
+            )
+    return None
+
+
+def _mapped(arrays: Mapping[str, np.ndarray], prefix: str) -> Findings:
+    return map_findings({name: arrays[f"{prefix}_{name}"] for name in _OF_FINDINGS})
+
+
+def _save(files: Sequence[Path], spec: DatasetSpec, key: str, kept: _Kept) -> None:
+    arrays = {item.name: getattr(kept.store, item.name) for item in fields(LabelStore)}
+    for prefix, found in (("found", kept.report.defects), ("listed", kept.listed)):
+        arrays |= {f"{prefix}_{name}": getattr(found, name) for name in _OF_FINDINGS}
+    counts = {name: getattr(kept.report, name) for name in _COUNTS}
+    meta = {"key": key, "surroundings": kept.surroundings, "report": counts}
+    for path in files:
         with suppress(OSError):  # a read-only or full place costs a scan next time, nothing else
             if path.parent != spec.root:  # a root that does not exist is the user's to make
                 path.parent.mkdir(parents=True, exist_ok=True)
-            write_arrays(path, vars(store), {"key": key, "report": asdict(report)})
+            write_arrays(path, arrays, meta)
             return
+
+
+def main() -> int:
+    from utils.report.scan_command import main as command  # above us: only the command draws
+
+    return command()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

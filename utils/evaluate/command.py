@@ -10,7 +10,7 @@ from utils.checkpoint import METRICS_FILE, Checkpoint, averaged_model, load_chec
 from utils.config import ValOptions, validated, whole_strides
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches, faults_named
-from utils.data.scan import open_dataset, scan_split
+from utils.data.scan import open_dataset, refuse_findings, scan_dataset
 from utils.data.store import single_class
 from utils.evaluate.evaluator import Evaluator
 from utils.files import new_run_folder
@@ -30,14 +30,15 @@ def evaluate(values: Mapping[str, Any]) -> Metrics:
     console = Console(quiet=options.quiet)
     runtime = choose_runtime(device=options.device, amp=options.amp, workers=options.workers)
     checkpoint = load_checkpoint(Path(options.weights))
-    spec = open_dataset(options.data or checkpoint["options"]["data"], note=console.note)
+    spec = open_dataset(options.data or checkpoint["options"]["data"], note=console.note, bar=console.bar)
     single = options.single_cls or checkpoint["options"].get("single_cls", False)
     names = _names(options, spec, checkpoint, single=single, console=console)
-    store, report = scan_split(spec, options.task, progress=console.bar)
-    if single:
-        store = single_class(store)
-    for line in report.lines():
+    scan = scan_dataset(spec, (options.task,), progress=console.bar, cache_dir=options.cache_dir)
+    for line in scan.reports[options.task].lines():
         console.line(line)
+    if options.strict:
+        refuse_findings(scan)
+    store = single_class(scan.stores[options.task]) if single else scan.stores[options.task]
     model = averaged_model(checkpoint)
     imgsz = whole_strides(options.imgsz or checkpoint["options"]["imgsz"], max(model.head.strides), note=console.note)
     evaluator = Evaluator(

@@ -11,7 +11,7 @@ import csv
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +36,7 @@ MAX_BOXES = 2_000  # drawn one by one
 MAX_LABELS = 1_000_000  # counted into 2-D histograms; class counts are always complete
 MAX_NAMED_LINES = 20
 MAX_NUMBERED_CLASSES = 30
+MAX_BARS = 40  # classes, in the picture of a data set
 
 _TEXT_PX, _STRIP_PX, _GAP_PX = 13, 22, 8  # of a mosaic: label text, caption strip, space between tiles
 
@@ -402,6 +403,79 @@ def _plot_correlogram(values: dict[str, np.ndarray], path: Path) -> None:
             axes.set_xticks([0, 0.5, 1])
             axes.tick_params(labelbottom=row == 3, labelleft=column == 0)
     _save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------- a whole data set
+
+
+def plot_scan(stores: Mapping[str, LabelStore], names: Sequence[str], path: Path) -> None:
+    """The splits of a data set side by side: boxes of each class, and a histogram of box sizes for each split.
+
+    Of many classes the `MAX_BARS` with the most boxes are shown. The histograms are logarithmic in both sizes.
+    """
+    counts = {split: np.bincount(store.classes, minlength=len(names)) for split, store in stores.items()}
+    total = np.sum(list(counts.values()), axis=0)
+    shown = np.arange(len(names)) if len(names) <= MAX_BARS else np.argsort(-total, kind="stable")[:MAX_BARS]
+    row_px = 8 + 11 * len(stores)
+    height = max(130 + row_px * len(shown), 60 + 330 * len(stores), 560)
+    figure = _figure(1500, height)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.75, 1))
+    _draw_class_bars(left.subplots(), counts, names, shown, row_px * len(shown) / (height - 130))
+    panels = right.subplots(len(stores), 1, squeeze=False)[:, 0]
+    for index, (axes, (split, store)) in enumerate(zip(panels, stores.items())):
+        sizes = _fractions(store, _even(len(store.classes), MAX_LABELS))[:, 2:]
+        _draw_sizes(axes, sizes)
+        _dress(
+            axes,
+            f"Box sizes: {split}, {len(store):,} images",
+            "width / image width" if index == len(stores) - 1 else "",
+            "height / image height",
+        )
+    _save(figure, path)
+
+
+def _draw_class_bars(
+    axes: Axes, counts: Mapping[str, np.ndarray], names: Sequence[str], shown: np.ndarray, fill: float
+) -> None:
+    """Horizontal bars, the splits of a class below each other; `fill` is the share of the height that they need."""
+    from matplotlib.ticker import MaxNLocator
+
+    thick = 0.86 / len(counts)
+    total = np.sum(list(counts.values()), axis=0)
+    for index, ((split, values), colour) in enumerate(zip(counts.items(), (ACCENT, SECOND, THIRD))):
+        places = np.arange(len(shown)) + thick * (index - (len(counts) - 1) / 2)
+        bars = axes.barh(places, values[shown], height=0.9 * thick, color=colour, label=f"{split}  {values.sum():,}")
+        texts = [f"{values[one]:,}" if total[one] else "" for one in shown.tolist()]
+        axes.bar_label(bars, texts, fontsize=6.5, color=INK, padding=2)
+    for place in np.flatnonzero(total[shown] == 0).tolist():
+        axes.annotate("none", (0, place), (3, 0), textcoords="offset points", va="center", fontsize=6.5, color=GREY)
+    more, left_out = len(names) - len(shown), int(total.sum() - total[shown].sum())
+    _dress(axes, f"Boxes per class{f'; {more:,} more classes have {left_out:,}' if more else ''}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_yticks(range(len(shown)), [_plain(names[index]) for index in shown.tolist()], fontsize=8)
+    largest = max(int(values.max(initial=0)) for values in counts.values())
+    axes.set(xlim=(0, max(largest * 1.12, 1)), ylim=(max(len(shown) / max(fill, 0.2), len(shown)) - 0.5, -0.5))
+    axes.tick_params(axis="y", length=0)
+    axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=INK)
+
+
+def _draw_sizes(axes: Axes, sizes: np.ndarray) -> None:
+    """(N, 2) widths and heights as fractions of their images, counted on logarithmic axes."""
+    low = -3.0  # as power of ten: a thousandth of the image
+    powers = np.log10(np.clip(sizes, 10**low, 1))
+    bins = int(np.clip(0.8 * math.sqrt(len(sizes)), 12, 60))
+    counts, _, _ = np.histogram2d(powers[:, 0], powers[:, 1], bins=bins, range=[[low, 0], [low, 0]])
+    ticks = ([-3, -2, -1, 0], ["0.1%", "1%", "10%", "100%"])
+    axes.set_xticks(*ticks)
+    axes.set_yticks(*ticks)
+    axes.set(xlim=(low, 0), ylim=(low, 0))
+    if not len(sizes):
+        _say(axes, "no boxes")
+        return
+    shown = np.where(counts.T > 0, np.sqrt(counts.T), np.nan)
+    extent = (low, 0, low, 0)
+    axes.imshow(shown, origin="lower", extent=extent, aspect="auto", cmap=_blues(), vmin=0, interpolation="none")
 
 
 # ------------------------------------------------------------------------------------------------- training curves

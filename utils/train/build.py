@@ -18,14 +18,17 @@ from models.yolo import DetectionModel, count_parameters, gflops, read_network
 from utils.checkpoint import Checkpoint, LateRunFolder, RunFolder, load_checkpoint, newest_checkpoint, transfer
 from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling, validated, whole_strides
 from utils.data.cache import NoRoom, cached_images, remove_abandoned, summary
+from utils.data.findings import write_findings
 from utils.data.images import BaseImages, ImageSource
+from utils.data.labels import shown_path
 from utils.data.loader import EvalBatches, TrainBatches, TrainStream
-from utils.data.old_text import label_path
-from utils.data.scan import ScanReport, open_dataset, scan_split, write_findings
+from utils.data.pixels import check_transforms
+from utils.data.scan import DatasetScan, open_dataset, refuse_findings, scan_dataset
+from utils.data.sources import open_split
 from utils.data.store import single_class
 from utils.evaluate.evaluator import Evaluator, evaluated_at_once
 from utils.files import from_here, new_run_folder, write_yaml
-from utils.hyp import Hyperparameters, hyperparameters, read_hyp
+from utils.hyp import Hyperparameters, hyperparameters, plain_values, read_hyp
 from utils.loss import LossGains
 from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport
@@ -47,13 +50,8 @@ from utils.train.trainer import RunState, Trainer
 _DEFAULT_EPOCHS = 300
 _DEFAULT_IMGSZ = 640
 _DEFAULT_CFG = "yolov5n.yaml"
+_CLASSES_SHOWN = 6  # in the report on the data; `python -m utils.data.scan` shows more
 _WITH_RESUME = ("resume", "epochs", "device", "workers", "patience", "quiet")  # options that may accompany --resume
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Split:
-    store: LabelStore
-    report: ScanReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,22 +79,23 @@ def build_trainer(values: Mapping[str, Any]) -> Trainer:
 
 def _new(given: TrainOptions, console: Console) -> Trainer:
     hyp = _hyperparameters(given)
-    spec = open_dataset(given.data, note=console.note)
+    spec = open_dataset(given.data, note=console.note, bar=console.bar)
     names = _names(given, spec)
     runtime = _runtime(given)
     for line in _advice(given, hyp, names, runtime):
         console.note(line)
     model, lines = _model(given, hyp, names)
     _accelerated(model, runtime)
-    train, val = _scan(given, spec, "train", console), _scan(given, spec, "val", console)
+    scan = _scan(given, spec, console)
+    train, val = _stores(given, scan)
     options = _resolved(given, spec, model, console)
-    options = _with_batch_size(options, hyp, model, runtime, train=train.store, val=val.store, console=console)
-    images = _images(options, spec, train=train.store, val=val.store, console=console)
-    lines += _choose_anchors(model, options, hyp, train.store)
+    options = _with_batch_size(options, hyp, model, runtime, train=train, val=val, console=console)
+    images = _images(options, spec, train=train, val=val, console=console)
+    lines += _choose_anchors(model, options, hyp, train)
     run = _run_folder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok), options)
-    write_yaml(run.path / "hyp.yaml", asdict(hyp))
-    if train.report.findings or val.report.findings:
-        write_findings(run.path / "scan.csv", [train.report, val.report])
+    write_yaml(run.path / "hyp.yaml", plain_values(hyp))
+    if scan.count:
+        write_findings(run.path / "scan.csv", scan.reports.values())
         lines.append(f"All findings in the data: {run.path / 'scan.csv'}")
     for line in lines:
         console.line(line)
@@ -106,8 +105,8 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
         names=names,
         runtime=runtime,
         model=model,
-        train=train.store,
-        val=val.store,
+        train=train,
+        val=val,
         images=images,
         run=run,
         console=console,
@@ -127,9 +126,10 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     changed = {name: values[name] for name in values if name != "resume" and values[name] is not None}
     options = validated(TrainOptions, {**checkpoint["options"], **changed})
     hyp = hyperparameters(checkpoint["hyp"], source=str(path))
+    check_transforms(hyp.albumentations, source=str(path))
     run = _run_of(path, checkpoint, options)
     state = _unfinished_state(path, checkpoint, run, options)
-    spec = open_dataset(options.data, note=console.note)
+    spec = open_dataset(options.data, note=console.note, bar=console.bar)
     names = _names(options, spec)
     if list(names) != checkpoint["names"]:
         raise UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run")
@@ -137,8 +137,8 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     model = DetectionModel(checkpoint["network"], seed=options.seed)
     model.freeze(options.freeze)
     runtime = _accelerated(model, runtime, note=console.note)
-    train, val = _scan(options, spec, "train", console), _scan(options, spec, "val", console)
-    images = _images(options, spec, train=train.store, val=val.store, console=console, note=console.note)
+    train, val = _stores(options, _scan(options, spec, console))
+    images = _images(options, spec, train=train, val=val, console=console, note=console.note)
     console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}")
     parts = _Parts(
         options=options,
@@ -146,8 +146,8 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
         names=names,
         runtime=runtime,
         model=model,
-        train=train.store,
-        val=val.store,
+        train=train,
+        val=val,
         images=images,
         run=run,
         console=console,
@@ -195,10 +195,7 @@ def _unfinished_state(path: Path, checkpoint: Checkpoint, run: RunFolder, option
 
 def _hyperparameters(options: TrainOptions) -> Hyperparameters:
     hyp = read_hyp(find_file(options.hyp, "data/hyps"))
-    if hyp.copy_paste:
-        raise UserError(
-            f"{options.hyp}: 'copy_paste: {hyp.copy_paste:g}': copy-paste is not available yet, set it to 0"
-        )
+    check_transforms(hyp.albumentations, source=options.hyp)
     if options.optimizer != "SGD" and max(hyp.momentum, hyp.warmup_momentum) >= 1:
         raise UserError(f"{options.hyp}: 'momentum' and 'warmup_momentum' should be below 1 for {options.optimizer}")
     if hyp.anchors is not None and options.noautoanchor:
@@ -269,22 +266,30 @@ def _placeholder_anchors(network: dict[str, Any], per_level: int) -> torch.Tenso
     return first[:, None].repeat(1, per_level, 1)
 
 
-def _scan(options: TrainOptions, spec: DatasetSpec, split: str, console: Console) -> _Split:
-    store, report = scan_split(spec, split, progress=console.bar)
-    for line in report.lines():
+def _scan(options: TrainOptions, spec: DatasetSpec, console: Console) -> DatasetScan:
+    """The data looked at and its report shown. Raises UserError where there is nothing to train on."""
+    scan = scan_dataset(spec, ("train", "val"), progress=console.bar, cache_dir=options.cache_dir)
+    for line in scan.lines(most_classes=_CLASSES_SHOWN):
         console.line(line)
-    if not report.boxes and split == "train":
-        raise UserError(f"{spec.source}: no usable label for 'train'; {_why_no_label(store, report)}")
-    if not report.boxes:
-        console.warn(f"no usable label for '{split}': metrics will be 0, so best.pt is simply the last epoch")
-    return _Split(store=single_class(store) if options.single_cls else store, report=report)
+    if not scan.reports["train"].boxes:
+        raise UserError(f"{spec.source}: no usable label for 'train'; {_why_no_label(scan)}")
+    if options.strict:
+        refuse_findings(scan)
+    if not scan.reports["val"].boxes:
+        console.warn("no usable label for 'val': metrics will be 0, so best.pt is simply the last epoch")
+    return scan
 
 
-def _why_no_label(store: LabelStore, report: ScanReport) -> str:
-    if report.findings:
-        return "every row was dropped; boxes should be `class cx cy width height` as fractions of the image, not pixels"
-    image = Path(store.path(0))
-    return f"that of {image} should be {label_path(image)}"
+def _stores(options: TrainOptions, scan: DatasetScan) -> tuple[LabelStore, LabelStore]:
+    train, val = scan.stores["train"], scan.stores["val"]
+    return (single_class(train), single_class(val)) if options.single_cls else (train, val)
+
+
+def _why_no_label(scan: DatasetScan) -> str:
+    if any(problem.endswith("dropped") for problem in scan.reports["train"].defects.problems()):
+        return "every row was dropped; YOLO text is `class cx cy width height` as fractions of the image, not pixels"
+    source = open_split(scan.spec, "train")[0]
+    return f"those of {shown_path(source.images[0])} should be in {shown_path(source.label_file(0))}"
 
 
 def _resolved(options: TrainOptions, spec: DatasetSpec, model: DetectionModel, console: Console) -> TrainOptions:

@@ -1,0 +1,41 @@
+"""What `python -m utils.data.scan` does: a report on a data set, on screen and in a folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.config import ScanOptions, parse_flags, run_command, validated
+from utils.data.findings import write_findings
+from utils.data.scan import DatasetScan, open_dataset, refuse_findings, scan_dataset
+from utils.files import new_run_folder
+from utils.report.loggers import Console
+from utils.report.plots import plot_scan
+
+_PROGRAM = "python -m utils.data.scan"
+_CLASSES_SHOWN = 30  # more, and only the most and the fewest are named
+
+
+def report(values: Mapping[str, Any]) -> DatasetScan:
+    """Scan for options by name, show and save the report. Raises UserError for what a user can mend."""
+    options = validated(ScanOptions, dict(values))
+    console = Console(quiet=options.quiet)
+    spec = open_dataset(options.data, note=console.note, bar=console.bar)
+    splits = [split for split in ("train", "val", "test") if split != "test" or spec.test]
+    scan = scan_dataset(spec, splits, progress=console.bar, cache_dir=options.cache_dir)
+    for line in scan.lines(most_classes=_CLASSES_SHOWN):
+        console.line(line)
+    folder = new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
+    write_findings(folder / "scan.csv", scan.reports.values())
+    if not options.noplots:
+        plot_scan(scan.stores, spec.names, folder / "scan.png")
+    console.line(f"All findings{'' if options.noplots else ', and a picture'}: {folder}")
+    if options.strict:
+        refuse_findings(scan, listed=folder / "scan.csv")
+    return scan
+
+
+def main() -> int:
+    return run_command(_PROGRAM, lambda: report(parse_flags(ScanOptions, sys.argv[1:], program=_PROGRAM)))
