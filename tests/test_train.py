@@ -471,6 +471,30 @@ def test_a_loss_that_is_no_number(tiny, cli):
     assert "no longer a number" in problems and "lower lr0" in problems
 
 
+# ---- loader processes
+
+
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="Linux lists them there")
+def test_a_loader_process_that_is_killed_ends_the_run(tiny, start):
+    """As by the system when memory runs out: one line, exit code 1, and nothing stays behind."""
+    process = start("train.py", *tiny.flags(epochs=5000, workers=2, cache="ram"))
+    while b" 2/5000 " not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    inside = f"yolo-trainer-{os.getuid()}.{tiny.data.stem}-*"
+    assert list(Path("/dev/shm").glob(inside))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, problems = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.fullmatch(
+        rf"train.py: error: loader process 1 \(pid {children[0]}\) was killed \(signal 9\)( while it made batch \d+ of "
+        r"epoch \d+)?: out of memory\? lower --workers, --batch-size or --imgsz\n",
+        problems.decode(),
+    )
+    assert group_is_empty(process.pid)
+    assert not list(Path("/dev/shm").glob(inside))
+
+
 # ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,12 @@ import math
 import multiprocessing
 import pickle
 import re
-from dataclasses import replace
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,22 +20,25 @@ from hypothesis import strategies as st
 
 from utils.boxes import transform_boxes
 from utils.data import loader
+from utils.data.cache import cached_images
 from utils.data.images import BaseImages
-from utils.data.loader import EvalBatches, Lot, Stream, TrainBatches, TrainStream, resized
+from utils.data.loader import EvalBatches, Lot, Stream, TrainBatches, TrainStream, faults_named, resized
 from utils.data.plan import (
     QUAD,
     class_weights,
     enlarges,
     epoch_order,
+    even_order,
     generator,
     image_weights,
     letterbox_plan,
+    repeat_factors,
     train_plan,
 )
 from utils.data.render import render
 from utils.data.scan import scan_split
 from utils.hyp import Hyperparameters
-from utils.structures import Batch, UserError
+from utils.structures import Batch, DatasetSpec, RunError, UserError
 
 IMGSZ = 64
 HYP = Hyperparameters(mosaic=0.7, mixup=0.3, degrees=5, fliplr=0.5)
@@ -542,3 +550,203 @@ def test_small_shared_memory_takes_fewer_processes(monkeypatch, tmp_path, free_b
     monkeypatch.setattr(loader, "_SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: SimpleNamespace(free=free_batches * 1000))
     assert loader._within_shared_memory(workers, 1000) == expected
+
+
+# ---- caches
+
+
+@pytest.mark.parametrize("changes", [{}, {"rect": True}, {"quad": True, "batch_size": 8}])
+def test_cached_training_batches_are_those_from_files(changes, rect, cached):
+    for batches in (replace(rect, rect=False, hyp=HYP), rect):
+        each = replace(batches, **changes)
+        from_cache = replace(each, images=cached(rect.images))
+        assert [content(batch) for batch in streamed(each)] == [content(batch) for batch in streamed(from_cache)]
+
+
+def test_cached_evaluation_batches_are_those_from_files(evaluation, cached):
+    from_cache = replace(evaluation, images=cached(evaluation.images))
+    for number in evaluation.numbers():
+        assert content(evaluation.batch(number)) == content(from_cache.batch(number))
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """A cache of base images, on disk."""
+    spec = DatasetSpec(source=tmp_path / "data.yaml", root=tmp_path, train=(), val=(), names=("a",))
+    return lambda images: cached_images({"train": images}, "disk", spec=spec)["train"]
+
+
+# ---- processes
+
+
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request):
+    """How loader processes begin."""
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(usual, force=True)
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """An image source that something befalls when it reads one of the images."""
+
+    images: BaseImages
+    image: int
+    fate: Callable[[], object]
+
+    def __call__(self, image: int) -> np.ndarray:
+        if image == self.image:
+            self.fate()
+        return self.images(image)
+
+
+killed = partial(signal.raise_signal, signal.SIGKILL)
+
+
+def hang() -> None:
+    """As a thread that waits for a dead network drive, which does not hear of SIGTERM either."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+
+
+def test_the_stream_is_the_same_however_processes_start(start_method, batches, cached):
+    """Under spawn everything is pickled: store, cache, plans' parameters and the board."""
+    each = replace(batches, images=cached(batches.images))
+    assert [content(batch) for batch in streamed(each, 0, 2, workers=2)] == [
+        content(batch) for batch in streamed(batches, 0, 2)
+    ]
+
+
+def still(batches: TrainBatches, **changes) -> TrainBatches:
+    """Without mosaics: a batch reads its own images alone."""
+    return replace(batches, hyp=replace(batches.hyp, mosaic=0), **changes)
+
+
+def test_a_killed_process_is_reported_with_what_it_was_at(start_method, batches):
+    deadly = still(batches, batch_size=10, images=Deadly(batches.images, 7, killed))
+    says = (
+        r"^loader process 1 \(pid \d+\) was killed \(signal 9\) while it made batch 1 of epoch 1: out of memory\? "
+        "lower --workers, --batch-size or --imgsz$"
+    )
+    with pytest.raises(RunError, match=says):
+        streamed(deadly, workers=2)
+
+
+def test_the_batch_of_a_killed_process_is_counted_as_people_do(batches):
+    """Image 7 is read once an epoch; of its batches, only one is in the second epoch."""
+    plain = still(batches, batch_size=2)
+    deadly = replace(plain, images=Deadly(plain.images, 7, partial(signal.raise_signal, signal.SIGSEGV)))
+    number = next(lot.index for lot in lots(plain, 1) if 7 in lot.images) + 1
+    stream = TrainStream(deadly, start_epoch=1, end_epoch=2, workers=1, num_classes=3)
+    with pytest.raises(RunError, match=rf"signal 11\) while it made batch {number} of epoch 2: a crash in a library"):
+        list(stream.epoch(1))
+
+
+def test_a_process_killed_in_an_evaluation_is_reported(evaluation):
+    deadly = replace(evaluation, images=Deadly(evaluation.images, 7, killed))
+    number = next(number for number in range(4) if 7 in evaluation.batch(number).indices) + 1
+    with pytest.raises(RunError, match=rf"while it made batch {number} of the evaluation: "):
+        list(Stream(deadly, evaluation.numbers(), workers=1))
+
+
+def test_a_death_is_named_wherever_the_main_process_is(batches, evaluation):
+    """It is told while it computes, and of another stream than the one it asked last."""
+    stream = TrainStream(batches, start_epoch=0, end_epoch=9, workers=1, num_classes=3)
+    other = Stream(evaluation, evaluation.numbers(), workers=1)
+    with (
+        pytest.raises(RunError, match=r"^loader process 1 \(pid \d+\) was killed \(signal 9\)"),
+        faults_named(other, stream),
+    ):
+        made = stream.epoch(0)
+        next(made)
+        list(other)
+        [process] = stream._supply._processes
+        process.kill()
+        for _ in range(600):
+            time.sleep(0.1)
+
+
+def test_other_errors_pass_through_unnamed(batches):
+    stream = TrainStream(batches, start_epoch=0, end_epoch=1, workers=1, num_classes=3)
+    with pytest.raises(RuntimeError, match="mine"), faults_named(stream):
+        next(stream.epoch(0))
+        raise RuntimeError("mine")
+
+
+def test_a_hanging_process_is_reported_with_the_image_it_reads(start_method, batches, store, monkeypatch):
+    plain = still(batches, batch_size=2)
+    last = int(lots(plain, 0)[4].images[1])
+    hanging = replace(plain, images=Deadly(plain.images, last, hang))
+    stream = TrainStream(hanging, start_epoch=0, end_epoch=1, workers=2, num_classes=3)
+    made = stream.epoch(0)
+    next(made)  # the processes have begun, which may take long
+    monkeypatch.setattr(loader, "_PATIENCE_S", 2)
+    stream._supply._loader._iterator._timeout = 2
+    path = re.escape(store.path(last))
+    says = rf"^loader process 1 \(pid \d+\) hangs, reading {path}, in batch 5 of epoch 1 for \d+ s: "
+    with pytest.raises(RunError, match=says):
+        list(made)
+    assert stream._supply._processes[0].exitcode == -signal.SIGKILL
+    assert stream._supply._processes[1].is_alive()
+
+
+def test_processes_that_never_begin_are_reported(batches, monkeypatch):
+    monkeypatch.setattr(loader, "_PATIENCE_S", 1)
+    monkeypatch.setattr(loader, "_start_worker", stopped)
+    stream = TrainStream(batches, start_epoch=0, end_epoch=1, workers=1, num_classes=3)
+    with pytest.raises(RunError, match=r"^the loader processes have made nothing for 1 s; --workers 0"):
+        next(stream.epoch(0))
+    stream._supply._processes[0].kill()
+    with suppress(RuntimeError):
+        stream._supply._processes[0].join(5)
+
+
+def stopped(worker: int) -> None:
+    time.sleep(600)
+
+
+def no_room(size: int) -> None:
+    raise RuntimeError("no way")
+
+
+def test_without_a_way_to_allocate_shared_memory_batches_are_moved_there(batches, monkeypatch):
+    whole = [content(batch) for batch in streamed(batches, workers=1)]
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", no_room, raising=False)
+    assert [content(batch) for batch in streamed(batches, workers=1)] == whole
+
+
+# ---- repeat factors
+
+
+def test_an_epoch_under_a_repeat_factor_has_its_images_as_often_as_they_are_due(batches, photos):
+    rare = replace(photos, classes=np.where(photos.classes < 2, photos.classes, 2).astype(np.int32))
+    each = train_batches(rare)
+
+    def epochs(workers: int) -> list[list[int]]:
+        stream = TrainStream(each, start_epoch=0, end_epoch=3, workers=workers, repeat_factor=0.3, num_classes=3)
+        return [[image for batch in stream.epoch(epoch) for image in batch.indices.tolist()] for epoch in range(3)]
+
+    alone = epochs(0)
+    assert alone == epochs(2)
+    factors = repeat_factors(rare, 3, 0.3)
+    for epoch, images in enumerate(alone):
+        assert images == even_order(3, epoch, factors).tolist()
+        counts = np.bincount(images, minlength=22)
+        assert np.all(np.abs(counts - factors * 22 / factors.sum()) < 1)
+        assert counts[rare.classes < 2].sum() >= 4  # 2.57 times each, of sum 25.1
+
+
+# ---- close_mosaic
+
+
+@pytest.mark.parametrize(("closed", "with_mosaics"), [(0, 3), (1, 2), (3, 0), (50, 0), (1.5, 2)])
+def test_the_last_epochs_have_no_mosaics(closed, with_mosaics, batches):
+    hyp = replace(HYP, mosaic=1, close_mosaic=closed)
+    found = streamed(replace(batches, hyp=hyp, epochs=3), 0, 3)
+    expected = [
+        *streamed(replace(batches, hyp=replace(HYP, mosaic=1)), 0, with_mosaics),
+        *streamed(replace(batches, hyp=replace(HYP, mosaic=0)), with_mosaics, 3),
+    ]
+    assert [content(batch) for batch in found] == [content(batch) for batch in expected]

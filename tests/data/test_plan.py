@@ -14,15 +14,18 @@ from utils.data.plan import (
     batch_order,
     class_weights,
     epoch_order,
+    even_order,
     generator,
     image_weights,
     letterbox_plan,
     quad_plan,
+    repeat_factors,
     source_to_network,
     train_plan,
 )
 from utils.data.render import render
 from utils.hyp import Hyperparameters
+from utils.structures import CROWD, DIFFICULT
 
 IMGSZ = 160
 STILL = Hyperparameters(
@@ -169,6 +172,70 @@ def test_images_are_drawn_as_often_as_their_weights_say():
     np.testing.assert_allclose(drawn, weights[:6] / weights[:6].sum(), atol=0.015)
     assert drawn[0] == drawn[3] == 0
     assert epoch_order(3, 2, 50, weights[:50]).tolist() != epoch_order(3, 1, 50, weights[:50]).tolist()
+
+
+# ---- repeat factors
+
+
+@settings(deadline=None)
+@given(labelled_images(), st.floats(1e-3, 1))
+def test_repeat_factors_are_those_of_the_rarest_class_of_an_image(make_store, labelled, threshold):
+    classes, num_classes = labelled
+    shares = [np.mean([kind in kinds for kinds in classes]) for kind in range(num_classes)]
+    expected = [max([1, *(np.sqrt(threshold / shares[kind]) for kind in kinds)]) for kinds in classes]
+    found = repeat_factors(_store_of_classes(make_store, classes), num_classes, threshold)
+    np.testing.assert_allclose(found, expected)
+
+
+@settings(deadline=None)
+@given(labelled_images(), st.data())
+def test_crowds_do_not_count_where_images_are_weighed(make_store, labelled, data):
+    classes, num_classes = labelled
+    store = _store_of_classes(make_store, classes)
+    kinds = st.lists(st.sampled_from([0, DIFFICULT, CROWD]), min_size=len(store.classes), max_size=len(store.classes))
+    ignore = np.array(data.draw(kinds), np.uint8)
+    marked = replace(store, ignore=ignore)
+    uncrowded = np.split(ignore != CROWD, store.offsets[1:-1])
+    without = _store_of_classes(make_store, [np.array(one, int)[keep] for one, keep in zip(classes, uncrowded)])
+    weights = class_weights(without, num_classes)
+    np.testing.assert_array_equal(class_weights(marked, num_classes), weights)
+    np.testing.assert_allclose(image_weights(marked, weights), image_weights(without, weights))
+    np.testing.assert_array_equal(repeat_factors(marked, num_classes, 0.5), repeat_factors(without, num_classes, 0.5))
+
+
+@settings(deadline=None)
+@given(seeds, st.integers(0, 500), st.lists(st.floats(1, 30), min_size=1, max_size=60))
+def test_an_even_order_has_each_image_as_often_as_it_is_due(seed, epoch, weights):
+    """To the next whole number below or above."""
+    weights = np.array(weights)
+    order = even_order(seed, epoch, weights)
+    due = weights / weights.sum() * len(weights)
+    counts = np.bincount(order, minlength=len(weights))
+    assert len(order) == len(weights) == counts.sum()
+    assert np.all(counts >= np.floor(due - 1e-9))
+    assert np.all(counts <= np.ceil(due + 1e-9))
+    assert order.tolist() == even_order(seed, epoch, weights).tolist()
+
+
+@settings(deadline=None)
+@given(seeds, st.integers(0, 500), st.integers(1, 300))
+def test_an_even_order_of_like_weights_is_a_permutation(seed, epoch, num_images):
+    order = even_order(seed, epoch, np.full(num_images, 1.7)).tolist()
+    assert sorted(order) == list(range(num_images))
+    if num_images > 20:
+        assert order not in (sorted(order), even_order(seed, epoch + 1, np.ones(num_images)).tolist())
+
+
+def test_an_even_order_is_fair_over_epochs_and_shuffles():
+    """Also to pairs of images: none always come together, and none never."""
+    weights = np.array([1.0, 1, 1, 1, 4, 2])  # due 0.6 four times, 2.4, 1.2
+    counts = np.stack([np.bincount(even_order(5, epoch, weights), minlength=6) for epoch in range(4000)])
+    np.testing.assert_allclose(counts.mean(0), weights * 0.6, atol=0.03)
+    together = (counts[:, :4].T @ counts[:, :4] / len(counts))[np.triu_indices(4, 1)]
+    assert together.min() > 0.2
+    assert together.max() < 0.5
+    firsts = np.bincount([even_order(5, epoch, weights)[0] for epoch in range(4000)], minlength=6) / 4000
+    np.testing.assert_allclose(firsts, weights / 10, atol=0.03)
 
 
 # ---- samples

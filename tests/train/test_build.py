@@ -1,5 +1,7 @@
 """Options to a trainer: what is chosen for the user, what is refused; nothing is written before all is well."""
 
+import gc
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import yaml
 import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import TrainOptions
+from utils.data import cache
 from utils.runtime import Runtime
 from utils.structures import UserError
 from utils.train.build import _WITH_RESUME, build_trainer
@@ -220,7 +223,8 @@ def test_training_from_weights_starts_better(trained, tiny):
 @pytest.mark.parametrize("name", sorted(vars(TrainOptions()).keys() - set(_WITH_RESUME)))
 def test_resume_refuses_other_options(name):
     with pytest.raises(UserError, match="cannot change") as raised:
-        build_trainer({"resume": "last.pt", name: 64 if name == "imgsz" else getattr(TrainOptions(), name)})
+        given = {"imgsz": 64, "cache": "ram"}.get(name, getattr(TrainOptions(), name))
+        build_trainer({"resume": "last.pt", name: given})
     assert f"--{name.replace('_', '-')} cannot change" in str(raised.value)
 
 
@@ -286,6 +290,92 @@ def test_a_run_goes_on_where_its_precision_and_its_compiler_are_not(tiny, monkey
     for options, message in (({"amp": "fp16"}, "needs a CUDA GPU; use --amp"), ({"compile": True}, "leave it out")):
         with pytest.raises(UserError, match=message):
             build_trainer(tiny.options(name="new", device="cpu", **options))
+
+
+# ---- images
+
+
+@pytest.fixture
+def memory(monkeypatch, tmp_path) -> Path:
+    """In place of /dev/shm, an empty folder."""
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    monkeypatch.setattr(cache, "_MEMORY", folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_a_run_from_a_cache_is_the_run_from_files(kind, tiny, memory, capsys):
+    plain = train.run(**tiny.options(epochs=2, name="plain"))
+    assert "cached" not in capsys.readouterr().out
+    cached = train.run(**tiny.options(epochs=2, name="cached", cache=kind))
+    where = memory if kind == "ram" else tiny.folder
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Images cached")]
+    assert line.endswith(f": train (8, 0.1 MiB, built), val (4, 0.0 MiB, built); in {where}")
+    assert (plain.fitness, plain.losses) == (cached.fitness, cached.losses)
+    results = [Path(f"runs/train/{name}/results.csv").read_text() for name in ("plain", "cached")]
+    assert results[0] == results[1]
+    gc.collect()
+    assert not list(memory.iterdir())
+    train.run(**tiny.options(epochs=1, name="again", cache=kind))
+    assert ("8, 0.1 MiB, found" in capsys.readouterr().out) == (kind == "disk")
+
+
+def test_cache_dir_holds_the_cached_images(tiny, tmp_path):
+    train.run(**tiny.options(cache="disk", cache_dir=str(tmp_path / "fast")))
+    assert len(list((tmp_path / "fast").glob(".data-*-64-*.images"))) == 2
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_the_run_folder(tiny, memory, monkeypatch):
+    monkeypatch.setattr(cache, "_free_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"^--cache ram: the images take 0\.1 MiB, .* use --cache disk"):
+        build_trainer(tiny.options(cache="ram"))
+    assert not Path("runs").exists()
+
+
+def test_a_resumed_run_goes_on_where_its_cache_has_no_room(tiny, memory, monkeypatch, capsys):
+    train.run(**tiny.options(cache="ram"))
+    monkeypatch.setattr(cache, "_free_memory", lambda: 1000)
+    capsys.readouterr()
+    trainer = build_trainer({"resume": str(LAST), "epochs": 2})
+    assert re.search(r"note: --cache ram: the images take .*; .*going on without it\n", capsys.readouterr().out)
+    trainer.fit()
+    assert trainer.options.cache == "ram"
+
+
+def test_what_a_killed_run_left_in_memory_goes_when_the_next_begins(tiny, memory):
+    left = memory / f"{cache._ours()}.coco-train-640-12345678.images"
+    left.touch()
+    build_trainer(tiny.options())
+    assert not left.exists()
+
+
+def test_the_repeat_factor_reaches_the_order_of_images(tiny):
+    for index in range(1, 8):
+        tiny.label("train", index).write_text("0 .5 .5 .5 .5\n")
+    tiny.label("train", 0).write_text("1 .5 .5 .5 .5\n")
+    counts = []
+    for factor in (0.0, 1.0):
+        trainer = build_trainer(tiny.options(repeat_factor=factor, epochs=20, exist_ok=True))
+        epochs = [list(trainer.stream.epoch(epoch)) for epoch in range(20)]
+        counts.append(sum(batch.indices.tolist().count(0) for made in epochs for batch in made))
+    assert counts[0] == 20
+    assert 40 <= counts[1] <= 60  # 2.2 times an epoch are its due
+
+
+@pytest.mark.parametrize(
+    ("closed", "line"), [(1, "No mosaics from epoch 3 of 3 on"), (9, "No mosaics from epoch 1 of")]
+)
+def test_epochs_without_mosaics_are_worth_a_line(closed, line, tiny, capsys):
+    tiny.hyp.write_text(tiny.hyp.read_text().replace("mosaic: 0", f"mosaic: 1\nclose_mosaic: {closed}"))
+    train.run(**tiny.options(epochs=3))
+    assert line in capsys.readouterr().out
+    trainer = build_trainer({"resume": str(LAST), "epochs": 20})  # a run that was extended closes later
+    assert f"No mosaics from epoch {21 - closed} of 20 on" in capsys.readouterr().out
+    assert trainer.stream._batches._has_mosaics(19 - closed)
+    assert not trainer.stream._batches._has_mosaics(20 - closed)
+    build_trainer(tiny.options(epochs=3, rect=True))
+    assert "epoch 3 of" not in capsys.readouterr().out
 
 
 def test_copy_paste_is_refused_until_there_is_one(tiny):

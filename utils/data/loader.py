@@ -418,7 +418,7 @@ class _Supply(Generic[_Batches, _Key]):
                     raise UserError(result.message)
                 yield result
         except RuntimeError as error:  # torch's word for what happened to a process
-            fault = self.death() or ("timed out" in str(error) and self._end_of_patience())
+            fault = self.death() or (self._hang() if "timed out" in str(error) else "")
             if not fault:
                 raise
             raise RunError(fault) from error
@@ -433,22 +433,22 @@ class _Supply(Generic[_Batches, _Key]):
                 return f"{_name(worker, process)} {end}{f' while it made {at}' if at else ''}: {reason}"
         return ""
 
-    def _end_of_patience(self) -> str:
+    def _hang(self) -> str:
         """Of the process that has been at its batch for longest. All that hang are killed: they hear nothing else."""
-        busy = [worker for worker in range(self.workers) if self._board.seconds(worker) > _PATIENCE_S / 2]
-        if not busy:
-            return ""
-        worker = max(busy, key=self._board.seconds)
-        reads = self._board.image(worker)
-        where = f"reading {self._store.path(reads)}" if reads is not None else "painting"
+        hanging = [worker for worker in range(self.workers) if self._board.seconds(worker) > _PATIENCE_S / 2]
+        if not hanging:
+            return f"the loader processes have made nothing for {_PATIENCE_S} s; --workers 0 does without them"
+        worker = max(hanging, key=self._board.seconds)
+        image, process = self._board.image(worker), self._processes[worker]
+        at = "painting" if image is None else f"reading {self._store.path(image)}"
         fault = (
-            f"{_name(worker, self._processes[worker])} hangs, {where} since {self._board.seconds(worker):.0f} s, for "
-            f"{self._board.work(worker)}: is the drive still there? --resume continues the run"
+            f"{_name(worker, process)} hangs, {at}, in {self._board.work(worker)} for "
+            f"{self._board.seconds(worker):.0f} s: is its drive still there? --resume continues the run"
         )
-        for each in busy:
+        for process in (self._processes[worker] for worker in hanging):
             with suppress(RuntimeError):  # torch's handler hears of this death, too
-                self._processes[each].kill()
-                self._processes[each].join(timeout=5)
+                process.kill()
+                process.join(timeout=5)
         return fault
 
 
