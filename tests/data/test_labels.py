@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from utils.data.old_text import label_path, list_images, read_labels
 
 from utils.boxes import cxcywh_from_xyxy
+from utils.data.old_text import label_path, list_images, read_labels
 from utils.data.store import build_store, single_class
 from utils.structures import DatasetSpec, UserError
 

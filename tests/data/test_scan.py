@@ -261,7 +261,7 @@ def test_strict_names_the_counts_and_where_all_findings_are(make_dataset):
     ) as e:
         refuse_findings(dirty)
     assert "\n" not in str(e.value)
-    with pytest.raises(UserError, match="1 in train; all of them are in here/scan.csv"):
+    with pytest.raises(UserError, match=r"1 in train; all of them are in here/scan\.csv"):
         refuse_findings(dirty, listed=Path("here/scan.csv"))
 
 
