@@ -113,7 +113,7 @@ def _marked(download: Download) -> str | None:
 def _file_name(url: str) -> str:
     name = PureWindowsPath(PurePosixPath(unquote(urlsplit(url).path)).name).name
     name = "".join(letter for letter in name if letter.isprintable() and letter not in '<>:"|?*')
-    return name.strip(". ")[-100:] or "download"
+    return name.strip(". ")[-50:] or "download"
 
 
 @contextmanager
@@ -213,6 +213,8 @@ class _Transfer:
             raise _refusal(self.download, problem) from None
         except (URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             raise _Broken(_no_connection(error)) from None
+        except UserError:
+            raise
         except ValueError as error:  # a port such as :x
             raise _refusal(self.download, str(error)) from None
 
