@@ -1,11 +1,14 @@
 import errno
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from utils.config import (
     LATEST,
@@ -18,9 +21,10 @@ from utils.config import (
     validated,
     whole_strides,
 )
-from utils.structures import DatasetSpec, RunError, UserError
+from utils.structures import DatasetSpec, Download, RunError, UserError
 
 ROOT = Path(__file__).parents[1]
+URL = "https://site.org/a/data.zip"
 
 TRAIN_DEFAULTS = {  # SPEC 1; what None stands for depends on the data set and is the builder's to say
     "weights": "",
@@ -490,15 +494,21 @@ def test_unknown_keys_are_one_note(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": None}, "'train' is missing; it should be a folder of images or a .txt list of images"),
+        (
+            {"train": None},
+            "'train' is missing; it should be a folder of images, a .txt list, a COCO .json, a VOC list",
+        ),
         ({"val": None}, "'val' is missing"),
         ({"val": ""}, "'val' is missing"),
         ({"train": []}, "'train' is missing"),
-        ({"train": 3}, "'train: 3' should be a folder of images, a .txt list, or a list of these"),
+        (
+            {"train": 3},
+            "'train: 3' should be a folder of images, a .txt list, a COCO .json, a VOC list or a folder of VOC .xml, ",
+        ),
         ({"train": ["a", 3]}, "'train: ['a', 3]' should be a folder"),
         ({"test": {"a": 1}}, "'test: {'a': 1}' should be a folder"),
-        ({"val": 1.5}, "'val: 1.5' should be a folder, a list file, or a fraction between 0 and 1"),
-        ({"val": 0}, "'val: 0' should be a folder, a list file, or a fraction between 0 and 1"),
+        ({"val": 1.5}, "'val: 1.5' should be a fraction between 0 and 1, or a folder of images, a .txt list"),
+        ({"val": 0}, "'val: 0' should be a fraction between 0 and 1, or a folder"),
         ({"val": True}, "'val: True' should be a folder"),
         ({"path": 3}, "'path: 3' should be a folder"),
         ({"names": None}, "'names' should be a list of class names or a mapping of index to name"),
@@ -511,6 +521,21 @@ def test_unknown_keys_are_one_note(tmp_path):
         ({"nc": 3}, "'nc: 3' does not agree with the 2 names"),
         ({"imgsz": 0}, "'imgsz: 0' should be a whole number of 1 or more"),
         ({"epochs": "many"}, "'epochs: many' should be a whole number of 1 or more"),
+        ({"train": "a\0b"}, "'train: a\0b' should be a folder"),
+        ({"train": None, "trian": "images"}, "'train' is missing; it should be"),
+        ({"download": 3}, "'download' should be a URL, or a mapping with the keys url, size, sha256 and to, or a list"),
+        ({"download": [{"size": 3}]}, "'download' should be a URL, or a mapping"),
+        (
+            {"download": "wget http://x/a.zip"},
+            "'download' is a script, which is not run; it should be the URL of an ar",
+        ),
+        ({"download": "import os\nos.remove('x')"}, "'download' is a script, which is not run"),
+        ({"download": "a.zip"}, "'download' 'a.zip' is no URL; it should be the URL of an archive"),
+        ({"download": "file:///etc/passwd"}, "'download' 'file:///etc/passwd' is no URL"),
+        ({"download": {"url": URL, "sha": "ab"}}, "'download' has the unknown key 'sha'; did you mean 'sha256'?"),
+        ({"download": {"url": URL, "sha256": "ab"}}, "'download': 'sha256: ab' should be 64 hexadecimal digits"),
+        ({"download": {"url": URL, "size": "1 GB"}}, "'download': 'size: 1 GB' should be a number of bytes"),
+        ({"download": {"url": URL, "to": ["x"]}}, "'download': 'to: ['x']' should be a folder"),
     ],
 )
 def test_a_data_set_that_cannot_be_used(tmp_path, changes, message):
@@ -518,6 +543,62 @@ def test_a_data_set_that_cannot_be_used(tmp_path, changes, message):
         dataset(tmp_path, **changes)
     assert str(error.value).startswith(f"{tmp_path / 'data.yaml'}: {message}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("train", "trian"), ("val", "valid"), ("names", "name")])
+def test_a_misspelt_key_is_named(tmp_path, right, wrong):
+    content = {"train": "images", "val": "images", "names": ["cat"]}
+    content[wrong] = content.pop(right)
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=rf"; did you mean '{right}' by '{wrong}'\?$"):
+        read_dataset(str(tmp_path / "data.yaml"))
+
+
+def test_downloads_have_a_folder_and_perhaps_a_check(tmp_path):
+    assert dataset(tmp_path)[0].downloads == ()
+    assert dataset(tmp_path, download=URL)[0].downloads == (Download(url=URL, to=tmp_path),)
+    listed = [URL, {"url": URL, "size": 9, "sha256": "AB" * 32, "to": "images"}]
+    second = Download(url=URL, to=tmp_path / "images", size=9, sha256="ab" * 32)
+    spec, notes = dataset(tmp_path, download=listed)
+    assert spec.downloads == (Download(url=URL, to=tmp_path), second)
+    assert notes == []
+
+
+texts = st.one_of(
+    st.text(max_size=6), st.sampled_from(["a.txt", "../a", "~", "~nobody/x", "/", "n" * 300, URL, "loop"])
+)
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.dates(), st.binary(max_size=3), texts)
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(scalars, inner, max_size=3), max_leaves=5
+)
+paths = texts | st.lists(texts, max_size=2) | anything
+files = st.fixed_dictionaries(
+    {"train": paths, "val": st.floats(0, 1) | paths, "names": st.lists(texts, max_size=3) | anything},
+    optional={
+        key: anything | texts | st.fixed_dictionaries({"url": texts}, optional={"size": anything, "to": paths})
+        for key in ("path", "test", "nc", "imgsz", "epochs", "embedded", "download", "trian")
+    },
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    st.one_of(files.map(lambda content: yaml.safe_dump(content, allow_unicode=True).encode()), st.binary(max_size=50))
+)
+def test_any_data_set_yaml_is_read_or_a_user_error(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "yamls"
+    folder.mkdir(exist_ok=True)
+    with suppress(FileExistsError):
+        (folder / "loop").symlink_to("loop")
+    (folder / "any.yaml").write_bytes(data)
+    try:
+        spec, notes = read_dataset(str(folder / "any.yaml"))
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert spec.train
+    assert spec.names
+    assert all("\n" not in note for note in notes)
 
 
 def test_a_data_set_yaml_that_is_missing_or_broken(tmp_path):

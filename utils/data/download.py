@@ -11,6 +11,7 @@ import http.client
 import json
 import lzma
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -38,6 +39,7 @@ _ATTEMPTS = 5  # without a byte of progress
 _PAUSE_S = 1.0  # before the second attempt; each further one waits twice as long
 _TIMEOUT_S = 30.0  # of silence
 _AT_ONCE = 1 << 20
+_ARCHIVE_NAME = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 _LONGEST_LINK = 4096  # bytes
 _SPARE_BYTES = 64 << 20  # left free on the disk
 _MB = 1e6
@@ -83,6 +85,10 @@ def fetch(download: Download, *, note: Note, bar: Bar | None = None, pause_s: fl
             note(f"unpacking {target.name} into {download.to}")
             _unpack(file, download, note, discard=None if there else transfer.discard)
             write_text(mark, download.url)
+        elif _ARCHIVE_NAME.search(target.name):
+            if not there:
+                transfer.discard()
+            raise _refusal(download, "is damaged, or no archive")
         elif not there:
             file.replace(target)
         if not there:
@@ -237,8 +243,12 @@ class _Transfer:
         self._check_space((total or self.download.size or 0) - start)
         self._remember(response, total)
         self._announce(start, total)
+        limit = self.download.size or total
         with self.part.open("ab" if continued else "wb") as file:
-            self._copy(response, file, start, total)
+            self._copy(response, file, start, total, limit)
+        if limit is not None and self._have() > limit:
+            self.discard()
+            raise _refusal(self.download, f"more than the {limit} bytes that it should have")
         if total is not None and self._have() < total:
             raise _Broken("the connection broke off")
 
@@ -265,15 +275,14 @@ class _Transfer:
         there = f", of which {start / _MB:,.1f} MB are there" if start else ""
         self.note(f"downloading {self.download.url}{size}{there}")
 
-    def _copy(self, response: Any, file: IO[bytes], start: int, total: int | None) -> None:
-        limit = self.download.size or total
+    def _copy(self, response: Any, file: IO[bytes], start: int, total: int | None, limit: int | None) -> None:
         with self.bar(int((total or 0) / _MB), f"Downloading {self.target.name}") as bar:
             shown, have = 0, start
             while block := _block(response):
                 file.write(block)
                 have += len(block)
                 if limit is not None and have > limit:
-                    raise _refusal(self.download, f"more than the {limit} bytes that it should have")
+                    return
                 if bar is not None and int(have / _MB) > shown:
                     bar.update(int(have / _MB) - shown)
                     shown = int(have / _MB)
@@ -339,7 +348,9 @@ def _unpack(archive: Path, download: Download, note: Note, discard: Callable[[],
             lost = unpacking.link()
         except _Full as error:
             raise _refusal(download, f"unpacking {shown} {error}") from None
-        except (_Unsafe, *_DAMAGE, RuntimeError, ValueError) as error:  # RuntimeError: it has a password
+        except (_Unsafe, *_DAMAGE) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the archive
+                raise
             if discard:
                 discard()
             problem = str(error) if isinstance(error, _Unsafe) else f"cannot be unpacked: {error}"
@@ -354,7 +365,10 @@ def _unpack(archive: Path, download: Download, note: Note, discard: Callable[[],
             _move(path, download.to / path.name)
 
 
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, zlib.error, lzma.LZMAError)
+_DAMAGE = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError),
+    *(NotImplementedError, RuntimeError),  # a way to compress that Python does not know, or a password
+)
 
 
 class _Unpacking:
@@ -390,7 +404,9 @@ class _Unpacking:
                     base = target.parent if member.issym() else self.folder
                     self._add_link(member.name, target, base, member.linkname)
                 elif not member.isdir():
-                    raise _Unsafe(f"holds {member.name!a}, which is a device")
+                    raise _Unsafe(f"holds {member.name!a}, which is no file")
+            while content.fileobj.read(_AT_ONCE):  # the checksum of what is compressed comes last
+                pass
 
     def _write(self, source: IO[bytes], name: str, size: int) -> None:
         """A member of as many bytes as the archive declares, which is what was compared with the disk."""
