@@ -47,7 +47,10 @@ TRAIN_DEFAULTS = {  # SPEC 1; what None stands for depends on the data set and i
     "cos_lr": False,
     "evolve": None,
     "cache": None,
+    "cache_dir": "",
+    "strict": False,
     "image_weights": False,
+    "repeat_factor": 0.0,
     "single_cls": False,
     "optimizer": "SGD",
     "sync_bn": False,
@@ -80,6 +83,8 @@ VAL_DEFAULTS = {
     "device": "",
     "amp": "off",
     "workers": 8,
+    "cache_dir": "",
+    "strict": False,
     "single_cls": False,
     "augment": False,
     "verbose": False,
@@ -153,6 +158,13 @@ def test_every_flag_is_parsed_and_typed():
     )
 
 
+@pytest.mark.parametrize("given", ["--cache", "--cache ram", "--cache=ram", "--cache-images", "--cache_images"])
+def test_spellings_of_the_image_cache(given):
+    assert train_options(*given.split()).cache == "ram"
+    assert train_options("--cache", "disk").cache == "disk"
+    assert validated(TrainOptions, {"cache": True}).cache == validated(TrainOptions, {"cache": "ram"}).cache == "ram"
+
+
 @pytest.mark.parametrize(
     "spelling",
     ["--batch-size 8", "--batch 8", "--batch_size 8", "--batch-size=8", "--batch_size=8", "--batch=8"],
@@ -224,10 +236,10 @@ def test_resume_takes_a_path_or_none(argv, resume):
 
 
 NOT_YET_OF_TRAIN = (
-    *("--artifact_alias", "--save-every=5", "--strict", "--nproc", "--cache-dir", "--dist-timeout", "--tb-histograms"),
-    *("--bbox_interval=3", "--bucket", "--entity", "--cache-images", "--evolve-jobs=2", "--evolve_sampler"),
+    *("--artifact_alias", "--save-every=5", "--nproc", "--dist-timeout", "--tb-histograms"),
+    *("--bbox_interval=3", "--bucket", "--entity", "--evolve-jobs=2", "--evolve_sampler"),
 )
-NOT_YET_OF_VAL = ("--augment", "--save-txt", "--save_conf", "--save-hybrid", "--save-json", "--half", "--strict")
+NOT_YET_OF_VAL = ("--augment", "--save-txt", "--save_conf", "--save-hybrid", "--save-json", "--half")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +250,10 @@ NOT_YET_OF_VAL = ("--augment", "--save-txt", "--save_conf", "--save-hybrid", "--
         ("--exist_okay", "unknown flag '--exist_okay'; did you mean '--exist-ok'?"),
         ("--frobnicate", "unknown flag '--frobnicate'"),
         ("--evolve 3", "--evolve: not available yet; leave it out"),
-        ("--cache=ram", "--cache=ram: not available yet; leave it out"),
+        ("--cache tape", "--cache: invalid choice: 'tape' (choose from"),
+        ("--cache disk --cache-images", "--cache-images and --cache disk: choose one"),
+        ("--repeat-factor 2", "--repeat-factor 2: should be a share of the images, from 0 to 1"),
+        ("--repeat-factor .1 --image-weights", "--image-weights and --repeat-factor: both say how often"),
         ("--upload_dataset", "--upload_dataset: not available yet; leave it out"),
         *((flag, f"{flag}: not available yet; leave it out") for flag in NOT_YET_OF_TRAIN),
         ("train", "unknown argument 'train'"),

@@ -26,6 +26,10 @@ SWITCHES = {
     "--linear-lr": {"linear_lr": True},
     "--cos-lr": {"cos_lr": True},
     "--image-weights": {"image_weights": True},
+    "--repeat-factor": {"repeat_factor": 0.9},
+    "--cache ram": {"cache": "ram"},
+    "--cache disk": {"cache": "disk"},
+    "--strict": {"strict": True},
     "--single-cls": {"single_cls": True},
     "--optimizer Adam": {"optimizer": "Adam"},
     "--optimizer AdamW": {"optimizer": "AdamW"},
@@ -48,14 +52,21 @@ SWITCHES = {
     "pictures": {"noplots": False},  # --noplots is what the other runs have
     "focal loss": {},  # of the hyp file, and so is what follows
     "mosaic": {},
+    "other augmentation": {},
 }
-HYP = {"focal loss": {"fl_gamma": 1.5}, "mosaic": {"mosaic": 0.7, "mixup": 0.5, "scale": 0.5}}
-ALTERNATIVES = {frozenset(("--optimizer Adam", "--optimizer AdamW"))}  # of one option: there is no pair to make
+HYP = {
+    "focal loss": {"fl_gamma": 1.5},
+    "mosaic": {"mosaic": 0.7, "mosaic9": 0.3, "mixup": 0.5, "scale": 0.5, "close_mosaic": 1},
+    "other augmentation": {"copy_paste": 0.5, "cutout": 0.5, "degrees": 5, "flipud": 0.3},
+}
+# Of one option: there is no pair to make
+ALTERNATIVES = {frozenset(("--optimizer Adam", "--optimizer AdamW")), frozenset(("--cache ram", "--cache disk"))}
 REFUSED = {
     frozenset(("--linear-lr", "--cos-lr")),
     frozenset(("--nosave", "--save-period")),
     frozenset(("--noval", "--patience")),
     frozenset(("--noval", "--image-weights")),
+    frozenset(("--image-weights", "--repeat-factor")),
 }
 NEVER = "--sync-bn"
 PAIRS = [pair for pair in map(frozenset, itertools.combinations(SWITCHES, 2)) if pair not in ALTERNATIVES]

@@ -35,10 +35,8 @@ def _flag(default: Any, meaning: str, *, also: Sequence[str] = (), low: float | 
     return field(default=default, metadata={"meaning": meaning, "also": tuple(also), "low": low, "bare": bare})
 
 
-_SHORT_FOR = {
-    "adam": ("optimizer", "Adam"),
-    "cache_images": ("cache", "ram"),
-}  # flags that stand for a value of another
+# Flags that stand for a value of another
+_SHORT_FOR = {"adam": ("optimizer", "Adam"), "cache_images": ("cache", "ram")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +69,7 @@ class TrainOptions:
     cos_lr: bool = _flag(False, "accepted; the one-cycle cosine is the default")
     label_smoothing: float = _flag(0.0, "class targets 1 - eps/2 and eps/2 in place of 1 and 0", low=0)
     cache: CacheKind | None = _flag(
-        None,
-        "keep decoded images for the next epoch; ram: in memory (also without a value), disk: in a file",
-        bare="ram",
+        None, "decode each image once, and keep it in memory (ram, or no value) or in a file (disk)", bare="ram"
     )
     cache_dir: str = _flag("", "folder for caches of labels and images; default: beside the data, else ~/.cache")
     strict: bool = _flag(False, "stop at any finding in the data")
@@ -226,7 +222,9 @@ def spelling(name: str) -> str:
 
 def _underscores_to_dashes(kind: type[Options], argv: Sequence[str]) -> list[str]:
     """`--batch_size 8` is as good as `--batch-size 8`, and so for further spellings."""
-    dashed = {spelled for item in fields(kind) for spelled in (spelling(item.name), *item.metadata["also"])}
+    names = [item.name for item in fields(kind)]
+    shorts = [short for name in names for short, _ in _shorts_of(name)]
+    dashed = {spelling(name) for name in names + shorts} | {s for item in fields(kind) for s in item.metadata["also"]}
     known = {"--" + spelled[2:].replace("-", "_") for spelled in dashed}
     heads = [argument.split("=", 1) for argument in argv]
     return ["=".join([spelling(head[0][2:]), *head[1:]] if head[0] in known else head) for head in heads]

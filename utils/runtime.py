@@ -177,6 +177,11 @@ def _be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def keep_albumentations_offline() -> None:
+    """Before its import: the package would ask the internet for a newer one."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+
 def _available_devices() -> list[str]:
     cuda = [str(index) for index in range(torch.cuda.device_count())]
     mps = ["mps"] if torch.backends.mps.is_available() else []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.data.images import base_scales
-from utils.structures import LabelStore
+from utils.structures import CROWD, LabelStore
 
 _ENOUGH_RECALL = 0.98
 _GENERATIONS = 1000
@@ -58,10 +58,10 @@ def choose_anchors(
 
 
 def label_sizes(store: LabelStore, imgsz: int) -> np.ndarray:
-    """(T, 2) width and height of the labels in px of the base images; those too small to train on are left out."""
+    """(T, 2) width and height, in px of the base images, of the labels to train on: no crowd, none too small."""
     scales = np.repeat(base_scales(store.sizes, imgsz), np.diff(store.offsets), axis=0)  # (T, 2)
     sizes = (store.boxes[:, 2:] - store.boxes[:, :2]) * scales
-    return sizes[(sizes >= _MIN_SIDE_PX).all(1)]
+    return sizes[(sizes >= _MIN_SIDE_PX).all(1) & (store.ignore != CROWD)]
 
 
 def best_possible_recall(sizes: np.ndarray, anchors: np.ndarray, anchor_t: float) -> float:

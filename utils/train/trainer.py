@@ -16,10 +16,10 @@ import torch
 
 from utils.checkpoint import RunFolder, averaged_model, load_checkpoint
 from utils.config import TrainOptions
-from utils.data.loader import TrainStream
+from utils.data.loader import TrainStream, faults_named
 from utils.evaluate.evaluator import Evaluator
 from utils.files import this_python
-from utils.hyp import Hyperparameters
+from utils.hyp import Hyperparameters, plain_values
 from utils.report.loggers import format_losses
 from utils.report.run_report import RunReport
 from utils.runtime import Runtime, mendable_errors
@@ -84,6 +84,7 @@ class Trainer:
         with (
             _interruptible(self),
             mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz),
+            faults_named(self.stream, self.evaluator.stream),
         ):
             while not self.finished:
                 losses = self.train_epoch()
@@ -169,7 +170,7 @@ class Trainer:
             "network": self.step.model.network,
             "names": list(self.names),
             "options": asdict(self.options),
-            "hyp": asdict(self.hyp),
+            "hyp": plain_values(self.hyp),
             "accumulation": self.schedule.accumulation,
             **asdict(self.state),
         }
