@@ -22,7 +22,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.data import scan
+from utils.data import scan, scan_cache
 from utils.data.sources import open_split
 from utils.files import read_arrays
 from utils.structures import DatasetSpec
@@ -61,11 +61,11 @@ def _measured(folder: Path, images: int, *, links: bool) -> dict[str, float]:
         with _clocked(figures, "listing"):
             sources = open_split(spec, "train")
         with _clocked(figures, "stat"):
-            key = scan._listing(sources, spec).key
+            key = scan_cache.listing_of(sources, spec).key
         del sources
-        files = scan._cache_files(spec, "train", cache)
+        files = scan_cache.cache_files(spec, "train", cache)
         with _clocked(figures, "mapping"):
-            assert scan._load(files, "train", key) is not None
+            assert scan_cache.load(files, "train", key) is not None
         figures["cache_mb"] = files[0].stat().st_size / 1e6
         assert len(read_arrays(files[0])[0]["boxes"]) == 5 * images
     return {name: round(value, 3) for name, value in figures.items()}

@@ -279,7 +279,7 @@ MISTAKES = {
     "no such folder": (lambda tiny: ["--data", data_with(tiny, train="pics")], ["'train'", "/set/pics not found"]),
     "no image": (
         lambda tiny: ["--data", data_with(tiny, train="labels/train")],
-        ["no image found for 'train'", "/set/labels/train", ".jpg"],
+        ["no image found for 'train'", "/set/labels/train", "a folder of images"],
     ),
     "no label": (
         lambda tiny: [str(path.unlink() or "--noplots") for path in (tiny.folder / "labels/train").iterdir()],
@@ -355,13 +355,29 @@ def test_unreadable_images_are_named_and_left_out(tiny, cli):
     tiny.image("val", 0).write_bytes(b"")
     code, output, problems = cli(train, *tiny.flags())
     assert (code, problems) == (0, "")
-    assert "train: 6 images, 6 boxes, 0 without boxes, 2 skipped" in output
-    assert "val: 3 images, 3 boxes, 0 without boxes, 1 skipped" in output
+    table = [line.split() for line in output.splitlines()]
+    assert ["train", "6", "0", "6", "2", "2"] in table  # images, without boxes, boxes, skipped, findings
+    assert ["val", "3", "0", "3", "1", "1"] in table
     for index in (1, 2):
         assert re.search(rf"images/train/{index}\.png: .*skipped", output)
     with (RUN / "scan.csv").open() as file:
         findings = list(csv.DictReader(file))
     assert [Path(one["file"]).name for one in findings] == ["1.png", "2.png", "0.png"]
+
+
+def test_strict_stops_at_a_finding_before_there_is_a_run_folder(tiny, cli):
+    caches = tiny.folder.parent / "caches"
+    assert cli(train, *tiny.flags("--strict", "--cache-dir", str(caches)))[0] == 0
+    assert not (RUN / "scan.csv").exists()
+    assert len(list(caches.iterdir())) == 2 and not list(tiny.folder.glob(".*"))
+    tiny.image("val", 1).write_bytes(b"")
+    for _ in range(2):  # scanned, then from the cache
+        code, output, problems = cli(train, *tiny.flags("--strict", name="second"))
+        assert (code, problems.count("\n")) == (2, 1)
+        assert problems.startswith("train.py: error: --strict: findings: 1 in val; ")
+        assert f"-m utils.data.scan --data {tiny.data}` lists them" in problems
+        assert "images/val/1.png: empty file: image skipped" in output
+    assert not RUN.with_name("second").exists()
 
 
 def test_labels_without_val_boxes_train_with_a_warning(tiny, cli):
@@ -382,7 +398,8 @@ def test_images_that_vanish_after_the_scan(tiny, cli):
     tiny.image("train", 5).unlink()
     code, output, _ = cli(train, *tiny.flags())
     assert code == 0
-    assert "train: 7 images" in output
+    assert ["train", "7", "0", "7", "0", "1"] in [line.split() for line in output.splitlines()]
+    assert "labels/train/5.txt: label file without an image" in output
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -539,7 +556,7 @@ def test_ctrl_c_before_the_first_checkpoint(tiny, cli, monkeypatch):
 
 
 def test_ctrl_c_before_training(tiny, cli, monkeypatch):
-    monkeypatch.setattr("utils.train.build.scan_split", fail_with(KeyboardInterrupt()))
+    monkeypatch.setattr("utils.train.build.scan_dataset", fail_with(KeyboardInterrupt()))
     code, _, problems = cli(train, *tiny.flags())
     assert (code, problems.strip()) == (130, "train.py: interrupted")
     assert not Path("runs").exists()

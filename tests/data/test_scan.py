@@ -1,4 +1,5 @@
 import csv
+import json
 import multiprocessing
 import os
 import pickle
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from utils.config import read_dataset
-from utils.data import scan
+from utils.data import scan, scan_cache
 from utils.data.findings import write_findings
 from utils.data.labels import Finding
 from utils.data.probe import probe
@@ -261,7 +262,7 @@ def test_strict_names_the_counts_and_where_all_findings_are(make_dataset):
     ) as e:
         refuse_findings(dirty)
     assert "\n" not in str(e.value)
-    with pytest.raises(UserError, match="1 in train; all of them are in here/scan.csv"):
+    with pytest.raises(UserError, match=r"1 in train; all of them are in here/scan\.csv"):
         refuse_findings(dirty, listed=Path("here/scan.csv"))
 
 
@@ -349,7 +350,7 @@ def test_ctrl_c_ends_all_processes_at_once_with_one_line(make_dataset, tmp_path)
     try:
         if multiprocessing.get_start_method() != "fork":
             pytest.skip("a replaced function reaches forked processes only")
-        assert process.stdout.readline() == "started\n"
+        assert process.stdout.readline().startswith("started")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, problems = process.communicate(timeout=20)
         assert (process.returncode, problems) == (130, "\npython -m utils.data.scan: interrupted\n")
@@ -530,14 +531,14 @@ def test_splits_and_descriptions_have_caches_of_their_own(make_dataset, no_decod
 
 
 def test_where_the_data_cannot_be_written_the_cache_goes_to_the_users_folder(small, home, monkeypatch, no_decoding):
-    write = scan.write_arrays
+    write = scan_cache.write_arrays
 
     def refuse(path, arrays, meta):
         if path.parent == small.root:
             raise PermissionError(13, "read-only file system")
         write(path, arrays, meta)
 
-    monkeypatch.setattr(scan, "write_arrays", refuse)
+    monkeypatch.setattr(scan_cache, "write_arrays", refuse)
     before = files_of(small.root)
     first = scan_split(small, "train")
     assert files_of(small.root) == before
@@ -551,9 +552,48 @@ def test_where_no_cache_can_be_written_at_all_the_scan_still_works(small, home, 
     def refuse(path, arrays, meta):
         raise OSError(28, "no space left on device")
 
-    monkeypatch.setattr(scan, "write_arrays", refuse)
+    monkeypatch.setattr(scan_cache, "write_arrays", refuse)
     assert_same(scan_split(small, "train"), scan_split(small, "train"))
     assert len(decoded) == 8
+
+
+@pytest.fixture
+def coco(make_dataset):
+    """A data set whose labels are two COCO files, and the function that writes these."""
+    spec = make_dataset({"train": {"a.png": None, "b.jpg": None}, "val": {"c.png": None}})
+
+    def write(box=(4, 4, 8, 8)):
+        for split, names in (("train", ["a.png", "b.jpg"]), ("val", ["c.png"])):
+            images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+            boxes = [{"image_id": 0, "category_id": 7, "bbox": list(box)}]
+            content = {"images": images, "annotations": boxes, "categories": [{"id": 7, "name": "a"}]}
+            (spec.root / f"{split}.json").write_text(json.dumps(content))
+
+    write()
+    return replace(spec, train=(spec.root / "train.json",), val=(spec.root / "val.json",)), write
+
+
+def test_an_unchanged_coco_file_is_not_parsed_again(coco, no_decoding, monkeypatch):
+    spec, _ = coco
+    first = scan_split(spec, "train")
+    assert first[1].boxes == 1
+    no_decoding()
+    monkeypatch.setattr(scan, "open_split", lambda *_: pytest.fail("opened"))
+    assert_same(first, scan_split(spec, "train"))
+
+
+def test_a_changed_coco_file_image_or_entry_is_seen(coco):
+    spec, write = coco
+    scan_split(spec, "train")
+    write(box=(4, 4, 9, 9))
+    assert scan_split(spec, "train")[0].boxes.tolist() == [[4, 4, 13, 13]]
+    (spec.root / "images/train/a.png").write_bytes(b"")
+    assert scan_split(spec, "train")[1].skipped == 1
+    other = replace(spec, train=spec.val)
+    assert scan_split(other, "train")[0].path(0).endswith("val/c.png")
+    assert scan_split(replace(spec, train=(*spec.train, *spec.val)), "train")[1].images == 2
+    with pytest.raises(UserError, match="category 'a' has boxes"):
+        scan_split(replace(spec, names=("x",)), "train")
 
 
 def test_a_root_that_is_not_there_is_not_made(small, home):

@@ -392,7 +392,7 @@ def test_several_processes_are_refused(tiny, monkeypatch):
 
 def test_building_reads_the_data_set_and_writes_the_folder_last(tiny, monkeypatch):
     """Whatever part fails, no folder is left."""
-    parts = ["read_hyp", "open_dataset", "choose_runtime", "read_network", "scan_split", "choose_anchors"]
+    parts = ["read_hyp", "open_dataset", "choose_runtime", "read_network", "scan_dataset", "choose_anchors"]
     for part in parts:
         with monkeypatch.context() as context, pytest.raises(UserError, match=part):
             context.setattr(f"utils.train.build.{part}", lambda *_, **__: (_ for _ in ()).throw(UserError(part)))  # noqa: B023
@@ -400,9 +400,10 @@ def test_building_reads_the_data_set_and_writes_the_folder_last(tiny, monkeypatc
     assert not Path("runs").exists()
 
 
-def test_a_real_data_set(shared_datasets, tiny, monkeypatch):
-    monkeypatch.setattr("utils.data.scan._cache_files", lambda spec, split: [])  # leave the shared folder alone
-    trainer = build_trainer(tiny.options(data=str(shared_datasets / "road_signs/data.yaml")))
+def test_a_real_data_set(shared_datasets, tiny, tmp_path):
+    caches = tmp_path / "caches"  # the shared folder is left alone
+    trainer = build_trainer(tiny.options(data=str(shared_datasets / "road_signs/data.yaml"), cache_dir=str(caches)))
+    assert len(list(caches.iterdir())) == 2
     assert len(trainer.evaluator.batches.store) == 128
     assert trainer.step.model.head.num_classes == 21
     assert next(trainer.stream.epoch(0)).images.shape == (4, 3, 64, 64)

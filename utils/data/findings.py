@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.labels import Finding, shown_path
-from utils.data.store import joined_offsets, offsets_of
+from utils.data.labels import Finding, offsets_of, shown_path
+from utils.data.store import joined_offsets
 from utils.files import write_text
 from utils.structures import LabelStore
 

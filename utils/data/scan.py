@@ -1,23 +1,17 @@
 """Looks at every image and label of a split once, reports what is wrong, and caches the result.
 
-User files are never touched. The cache is keyed by the listing (paths, sizes, modification times), so a moved, changed
-or foreign data set is scanned anew. `python -m utils.data.scan --data D` shows and saves the report of a data set.
+User files are never touched. `python -m utils.data.scan --data D` shows and saves the report of a data set.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import sys
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from dataclasses import dataclass, fields, replace
-from hashlib import blake2b
-from itertools import islice
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -31,7 +25,6 @@ from utils.data.findings import (
     copies,
     finding_lines,
     joined_findings,
-    map_findings,
     packed_findings,
     table_lines,
     turned_lines,
@@ -41,19 +34,16 @@ from utils.data.images import quiet_opencv
 from utils.data.labels import OUTSIDE, Finding, Source, checked, shown_path
 from utils.data.pool import by_processes, by_threads, can_start_processes
 from utils.data.probe import probe
+from utils.data.scan_cache import Kept, Listing, cache_files, listing_of, load, remembered_listing, save
 from utils.data.shapes import ensure_shapes
 from utils.data.sources import open_split, split_findings
-from utils.data.store import joined, map_store, packed
-from utils.files import cache_folder, from_here, read_arrays, this_python, write_arrays
+from utils.data.store import joined, packed
+from utils.files import from_here, this_python
 from utils.machine import usable_cores
 from utils.structures import DatasetSpec, LabelStore, UserError
 
-_SCHEMA = 3  # raise it when LabelStore, the probe or the checks change
 _IN_PROCESSES = 4096  # images from which on it pays to start processes
 _PART, _SMALL_PART = 256, 32  # images looked at in one go
-_LISTED = 4096  # files digested in one go
-_OF_FINDINGS = tuple(item.name for item in fields(Findings))
-_COUNTS = ("images", "skipped", "background", "boxes", "turned", "class_counts")  # of a report, kept as JSON
 
 
 class Bar(Protocol):
@@ -143,21 +133,34 @@ def scan_split(
 
     Raises UserError when there is no image, no usable image, a class beyond `names`, or no way to use `cache_dir`.
     """
-    files = _cache_files(spec, split, cache_dir)
-    sources = open_split(spec, split)
-    listing = _listing(sources, spec)
-    kept = _load(files, split, listing.key)
+    files = cache_files(spec, split, cache_dir)
+    sources, listing = None, remembered_listing(files, spec, split)
+    kept = load(files, split, listing.key) if listing else None
     if kept is None:
-        store, report = _scan(sources, spec, split, progress)
-        listed = packed_findings(split_findings(spec, split, sources))
-        fresh = _Kept(store=store, report=report, listed=listed, surroundings=listing.surroundings)
-        _save(files, spec, listing.key, fresh)
-        kept = _load(files, split, listing.key) or fresh  # mapped, where it could be saved
+        sources = open_split(spec, split)
+        listing = listing_of(sources, spec)
+        kept = load(files, split, listing.key) or _scanned(sources, listing, files, spec, split, progress)
     listed = kept.listed
     if kept.surroundings != listing.surroundings:
-        listed = packed_findings(split_findings(spec, split, sources))
+        listed = packed_findings(split_findings(spec, split, sources or open_split(spec, split)))
     report = kept.report
     return kept.store, replace(report, defects=joined_findings([listed, report.defects])) if len(listed) else report
+
+
+def _scanned(
+    sources: Sequence[Source],
+    listing: Listing,
+    files: Sequence[Path],
+    spec: DatasetSpec,
+    split: str,
+    progress: Progress,
+) -> Kept:
+    """A scan, mapped from the cache that it leaves where it could be saved."""
+    store, report = _scan(sources, spec, split, progress)
+    listed = packed_findings(split_findings(spec, split, sources))
+    fresh = Kept(store=store, report=report, listed=listed, surroundings=listing.surroundings)
+    save(files, spec, split, listing, sources, fresh)
+    return load(files, split, listing.key) or fresh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,109 +275,6 @@ def _refuse_foreign_units(spec: DatasetSpec, split: str, defects: Findings, boxe
         f"{spec.source}: {outside} of {outside + boxes} boxes of '{split}' lie outside their images, "
         f"e.g. {where(example)}; {hint}"
     )
-
-
-# ---- cache --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Listing:
-    """Digests of all that a scan depends on."""
-
-    key: str  # for what is in the files
-    surroundings: str  # for findings of the listing, which files beside those of the split can change
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Kept:
-    """What a cache file holds."""
-
-    store: LabelStore
-    report: ScanReport  # with the findings in files
-    listed: Findings  # findings of the listing
-    surroundings: str
-
-
-def _listing(sources: Sequence[Source], spec: DatasetSpec) -> _Listing:
-    digest = blake2b(json.dumps([_SCHEMA, spec.names]).encode(), digest_size=16)
-    folders: dict[str, None] = {}
-    for source in sources:
-        digest.update(f"{type(source).__name__} {len(source.images)}\n".encode())
-        for paths in (source.images, source.label_files):
-            _digest_files(digest, paths, folders)
-    key = digest.hexdigest()
-    digest.update(repr((spec.train, spec.val, spec.test, spec.val_fraction)).encode("utf-8", "surrogateescape"))
-    _digest_files(digest, list(folders), {})
-    return _Listing(key=key, surroundings=digest.hexdigest())
-
-
-def _digest_files(digest: Any, paths: Sequence[str], folders: dict[str, None]) -> None:
-    """Path, size and modification time of each file, of which some may not be there; adds their folders to those."""
-    rest = iter(paths)
-    while chunk := list(islice(rest, _LISTED)):
-        states = array("q")
-        for path in chunk:
-            try:
-                status = os.stat(path)  # noqa: PTH116 (hot)
-            except (OSError, ValueError):
-                states.append(-1)
-            else:
-                states.append(status.st_size)
-                states.append(status.st_mtime_ns)
-        digest.update(os.fsencode("\0".join(chunk)))
-        digest.update(states.tobytes())
-        folders.update(dict.fromkeys([path[: path.rfind(os.sep)] for path in chunk]))
-
-
-def _cache_files(spec: DatasetSpec, split: str, cache_dir: str) -> list[Path]:
-    """Beside the data, else in the user's cache folder under a name that tells data sets apart."""
-    whose = blake2b(os.fsencode(spec.source), digest_size=6).hexdigest()
-    named = f"{spec.source.stem}-{whose}-{split}.cache"
-    if not cache_dir:
-        return [spec.root / f".{spec.source.stem}-{split}.cache", cache_folder() / named]
-    folder = Path(cache_dir).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--cache-dir {cache_dir}: cannot be made: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--cache-dir {cache_dir}: cannot be written")
-    return [folder.resolve() / named]
-
-
-def _load(files: Sequence[Path], split: str, key: str) -> _Kept | None:
-    for path in files:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # missing, foreign or damaged: scan anew
-            arrays, meta = read_arrays(path)
-            if meta["key"] != key:
-                continue
-            store = map_store(path, key, arrays)
-            counts = {name: meta["report"][name] for name in _COUNTS}
-            counts["class_counts"] = tuple(counts["class_counts"])
-            among = copies({split: store})[split]
-            report = ScanReport(split=split, **counts, defects=_mapped(arrays, "found"), copies=among)
-            return _Kept(
-                store=store, report=report, listed=_mapped(arrays, "listed"), surroundings=meta["surroundings"]
-            )
-    return None
-
-
-def _mapped(arrays: Mapping[str, np.ndarray], prefix: str) -> Findings:
-    return map_findings({name: arrays[f"{prefix}_{name}"] for name in _OF_FINDINGS})
-
-
-def _save(files: Sequence[Path], spec: DatasetSpec, key: str, kept: _Kept) -> None:
-    arrays = {item.name: getattr(kept.store, item.name) for item in fields(LabelStore)}
-    for prefix, found in (("found", kept.report.defects), ("listed", kept.listed)):
-        arrays |= {f"{prefix}_{name}": getattr(found, name) for name in _OF_FINDINGS}
-    counts = {name: getattr(kept.report, name) for name in _COUNTS}
-    meta = {"key": key, "surroundings": kept.surroundings, "report": counts}
-    for path in files:
-        with suppress(OSError):  # a read-only or full place costs a scan next time, nothing else
-            if path.parent != spec.root:  # a root that does not exist is the user's to make
-                path.parent.mkdir(parents=True, exist_ok=True)
-            write_arrays(path, arrays, meta)
-            return
 
 
 def main() -> int:

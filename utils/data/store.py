@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.labels import LabelRows
+from utils.data.labels import LabelRows, box_rows, offsets_of
 from utils.files import read_arrays
 from utils.structures import LabelStore, UserError
 
@@ -55,13 +55,6 @@ def packed(
         path_bytes=np.frombuffer(b"".join(names), np.uint8),
         path_offsets=offsets_of([len(name) for name in names]),
     )
-
-
-def offsets_of(counts: Sequence[int] | np.ndarray) -> np.ndarray:
-    """(n + 1,) i64: where each of n runs of these lengths starts, and the end."""
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets
 
 
 def joined(parts: Sequence[LabelStore]) -> LabelStore:
@@ -138,6 +131,7 @@ def _is_whole(store: LabelStore) -> bool:
         "sizes": (images, 2),
         "digests": (images,),
         "image_ids": (images,),
+        "path_bytes": (store.path_bytes.size,),
         "path_offsets": (images + 1,),
     }
     ends = {"ring_offsets": rings, "point_offsets": len(store.points), "offsets": boxes}
@@ -210,18 +204,10 @@ def plain_store(
     sizes: np.ndarray, *, boxes: np.ndarray | None = None, classes: np.ndarray | None = None, offsets=None
 ) -> LabelStore:
     """Images without names or polygons; sizes (I, 2) height and width, boxes (T, 4) px, offsets (I + 1,)."""
-    boxes = np.empty((0, 4)) if boxes is None else np.asarray(boxes, np.float64)
+    boxes = np.empty((0, 4)) if boxes is None else boxes
     offsets = np.zeros(len(sizes) + 1, np.int64) if offsets is None else np.asarray(offsets)
-    rows = LabelRows(
-        image_of=np.repeat(np.arange(len(sizes)), np.diff(offsets)),
-        classes=np.zeros(len(boxes), np.int64) if classes is None else np.asarray(classes),
-        boxes=boxes,
-        ignore=np.zeros(len(boxes), np.uint8),
-        area=np.full(len(boxes), np.nan),
-        ring_offsets=np.zeros(len(boxes) + 1, np.int64),
-        point_offsets=np.zeros(1, np.int64),
-        points=np.empty((0, 2)),
-    )
+    classes = np.zeros(len(boxes), np.int64) if classes is None else classes
+    rows = box_rows(np.repeat(np.arange(len(sizes)), np.diff(offsets)), classes, boxes)
     return packed(
         rows,
         paths=[""] * len(sizes),

@@ -1,0 +1,79 @@
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from utils.data.pool import by_processes, by_threads
+from utils.structures import RunError, UserError
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def slow_first(number: int) -> int:
+    time.sleep(0.2 if number == 0 else 0)
+    return number
+
+
+def fail_from_three_on(number: int) -> int:
+    if number == 3:
+        time.sleep(0.2)  # so that a later one fails first
+    if number >= 3:
+        raise UserError(f"number {number}")
+    return number
+
+
+def divide(number: int) -> float:
+    return 1 / number
+
+
+def leave(number: int) -> int:
+    if number == 2:
+        os._exit(7)
+    return number
+
+
+def processes(function, tasks, count=2):
+    return by_processes(function, tasks, count, name=lambda task: f"task {task}")
+
+
+@pytest.mark.parametrize("run", [processes, lambda function, tasks: by_threads(function, tasks, 2)])
+@pytest.mark.parametrize("count", [0, 1, 2, 50])
+def test_every_task_is_done_once(run, count):
+    assert sorted(run(square, range(count))) == [(number, number**2) for number in range(count)]
+    assert not multiprocessing.active_children()
+
+
+def test_results_come_as_they_are_ready_with_their_numbers():
+    results = list(processes(slow_first, iter(range(20))))
+    assert sorted(results) == [(number, number) for number in range(20)]
+    assert results[0] != (0, 0)
+
+
+@pytest.mark.parametrize("run", [processes, lambda function, tasks: by_threads(function, tasks, 2)])
+def test_the_error_of_the_first_task_is_raised(run):
+    with pytest.raises(UserError, match=r"^number 3$"):
+        list(run(fail_from_three_on, range(1000)))
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_of_ours_shows_where_it_came_from():
+    with pytest.raises(ZeroDivisionError) as error:
+        list(processes(divide, range(3)))
+    assert "in divide" in str(error.value.__cause__)
+
+
+def test_a_process_that_ends_is_reported_with_its_task():
+    with pytest.raises(RunError, match=r"^a process ended \(7\) at task 2$"):
+        list(processes(leave, range(10)))
+    assert not multiprocessing.active_children()
+
+
+def test_processes_end_with_the_loop_that_they_work_for():
+    results = processes(square, range(1000))
+    next(results)
+    assert multiprocessing.active_children()
+    results.close()
+    assert not multiprocessing.active_children()
