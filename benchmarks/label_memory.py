@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import torch
 
+from utils.data.images import BaseImages
 from utils.data.loader import TrainBatches, TrainStream
 from utils.data.store import map_store, plain_store
 from utils.files import read_arrays, write_arrays
@@ -66,7 +67,14 @@ def _store(folder: Path, images: int) -> LabelStore:
 
 
 def _measured(store: LabelStore, flags: argparse.Namespace) -> dict[str, object]:
-    batches = TrainBatches(store=store, imgsz=64, batch_size=_BATCH, hyp=Hyperparameters(), seed=0)
+    batches = TrainBatches(
+        store=store,
+        imgsz=64,
+        batch_size=_BATCH,
+        hyp=Hyperparameters(),
+        seed=0,
+        images=BaseImages(store=store, imgsz=64),
+    )
     stream = TrainStream(
         batches, start_epoch=0, end_epoch=1, workers=2, image_weights=flags.image_weights, num_classes=80
     )
