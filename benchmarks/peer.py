@@ -2,8 +2,8 @@
 
     python -m benchmarks.peer [--quick] [--only step|loading] [--rounds 3] [--relaxed] [--out FILE]
 
-Steps work on the same synthetic batches, with as many threads; samples are made of the same data set on one core, and CPU
-time counts. Each turn is a process of its own; the peer's in its own environment, which `make bench-peer` fills from
+Steps work on the same synthetic batches, with as many threads; samples are made of the same data set on one core, and
+CPU time counts. Each turn is a process of its own; the peer's in its own environment, which `make bench-peer` fills from
 requirements-peer.txt. It is measured as published (see peer_step.py and peer_loading.py).
 """
 
@@ -199,7 +199,7 @@ def _divided(mine: float | None, peers: float | None) -> float | None:
 
 
 def sampler(one: Measurement, rounds: Rounds) -> dict[str, Any]:
-    """One side's CPU time per sample: the median over rounds, and how many times as fast as the peer, the first, it is."""
+    """One side's CPU time per sample, the median over rounds, and the peer's, who comes first, over it."""
     mine, peers = rounds[one.name], next(iter(rounds.values()))
     failed = next((turn["failed"] for turn in [*mine, *peers] if "failed" in turn), None)
     summary: dict[str, Any] = {"name": one.name, "command": one.command, "failed": failed, "rounds": mine}

@@ -2,8 +2,8 @@
 
     .venv-peer/bin/python -m benchmarks.peer_loading --data COPY/bccd.yaml --imgsz 640 --cache ram
 
-Its LoadImagesAndLabels as published, a mosaic and the default augmentation for each sample, on one core. The surprise: it
-writes a cache beside the labels, so it wants a copy of the data set.
+Its LoadImagesAndLabels as published, a mosaic and the default augmentation for each sample, on one core, without the
+collating that follows. The surprise: it writes a cache beside the labels, so it wants a copy of the data set.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-import colorsys
 from dataclasses import replace
 
 import cv2
@@ -360,44 +359,6 @@ def test_a_quad_is_its_samples_side_by_side(polygon_store, smooth_image):
 
 
 # ---- colours, flips, mixing
-
-
-def slow_hsv(pixel: np.ndarray, factors: tuple[float, float, float]) -> np.ndarray:
-    """An RGB pixel with its hue (0..180), saturation and value (0..255) as whole numbers times `factors`."""
-    hue, saturation, value = colorsys.rgb_to_hsv(*(pixel / 255))
-    hue, saturation, value = round(hue * 180) % 180, round(saturation * 255), round(value * 255)
-    hue = int(hue * factors[0] % 180)
-    saturation, value = (min(int(level * factor), 255) for level, factor in zip((saturation, value), factors[1:]))
-    return 255 * np.array(colorsys.hsv_to_rgb(hue / 180, saturation / 255, value / 255))
-
-
-def opencv_hsv(picture: np.ndarray, factors: tuple[float, float, float]) -> np.ndarray:
-    """BGR -> RGB by the letter: whole hues, saturations and values times factors, rounded."""
-    levels = cv2.cvtColor(picture, cv2.COLOR_BGR2HSV) * np.array(factors)
-    levels[..., 0] %= 180
-    return cv2.cvtColor(np.clip(np.rint(levels), 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB).astype(int)
-
-
-@settings(max_examples=60, deadline=None)
-@given(seeds, *[st.floats(0, 2)] * 3, st.integers(16, 70), st.integers(16, 70))
-def test_colours_are_those_of_factors_on_bytes_of_hsv(seed, hue, saturation, value, height, width):
-    base = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    factors = (hue, saturation, value)
-    picture = render(plain_plan((height, width), hsv=factors), lambda _: base)
-    error = np.abs(picture - opencv_hsv(base, factors))
-    assert error.max() <= 10  # a hue that is rounded the other way
-    assert error.mean() < 0.7
-    assert (error > 2).mean() < 0.05
-
-
-@pytest.mark.parametrize("factors", [(1, 1, 1), (1.015, 0.3, 1.4), (0.985, 1.7, 0.6), (1.5, 1.2, 0.9), (1, 0, 1)])
-def test_colours_move_in_hsv_as_the_slow_twin_says(factors):
-    base = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    picture = render(plain_plan((24, 24), hsv=factors), lambda _: base)
-    expected = np.array([[slow_hsv(pixel, factors) for pixel in row] for row in base[..., ::-1]])
-    error = np.abs(picture - expected)
-    assert error.mean() < 1
-    assert error.max() <= 2 * 255 / 30  # two steps of hue, which OpenCV rounds in its own way
 
 
 def test_the_value_factor_is_brightness_and_zero_saturation_is_grey(bases):
