@@ -3,8 +3,8 @@
     python -m benchmarks.peer [--quick] [--only step|loading] [--rounds 3] [--relaxed] [--out FILE]
 
 Steps work on the same synthetic batches, with as many threads; samples are made of the same data set on one core, and
-CPU time counts. Each turn is a process of its own; the peer's in its own environment, which `make bench-peer` fills from
-requirements-peer.txt. It is measured as published (see peer_step.py and peer_loading.py).
+CPU time counts. Each turn is a process of its own; the peer's in its own environment, which `make bench-peer` fills
+from requirements-peer.txt. It is measured as published (see peer_step.py and peer_loading.py).
 """
 
 from __future__ import annotations

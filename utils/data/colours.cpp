@@ -50,6 +50,10 @@ void recolour_block(const Planes& from, Planes& to, float hue_factor, float satu
 
 extern "C" void recolour(uint8_t* picture, int64_t rows, int64_t columns, int64_t row_bytes, float hue_factor,
                          float saturation_factor, float value_factor) {
+  if (row_bytes == 3 * columns) {  // one long row has a single end
+    columns *= rows;
+    rows = 1;
+  }
   Planes from, to;
   uint8_t rest[3 * BLOCK] = {};
   for (int64_t row = 0; row < rows; ++row) {
