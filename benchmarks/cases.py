@@ -29,7 +29,7 @@ class StepSize:
 
 CPU_STEPS = (StepSize("yolov5n.yaml", 320, 16), StepSize("yolov5s.yaml", 640, 8))
 CUDA_STEPS = (StepSize("yolov5s.yaml", 640, 64),)
-_BCCD = ROOT.parent / "shared" / "datasets" / "bccd" / "bccd.yaml"
+BCCD = ROOT.parent / "shared" / "datasets" / "bccd" / "bccd.yaml"
 
 
 def all_measurements(threads: int, *, on_gpu: bool, quick: bool) -> list[Measurement]:
@@ -79,7 +79,7 @@ def step_measurement(size: StepSize, *, device: str, amp: str, compiled: bool, t
 
 def _data_sets() -> dict[str, tuple[str, int]]:
     """Name: YAML and image size."""
-    real = {"bccd 640": (str(_BCCD), 640)} if _BCCD.is_file() else {}
+    real = {"bccd 640": (str(BCCD), 640)} if BCCD.is_file() else {}
     return {"shapes 160": ("data/shapes.yaml", 160), **real}
 
 

@@ -1,9 +1,10 @@
-"""`make bench-peer`: our training step and that of the published yolov5 package in turn, A B A B, in one run; ratios.
+"""`make bench-peer`: our training step and samples and those of the published yolov5 package in turn, A B A B; ratios.
 
-    python -m benchmarks.peer [--quick] [--rounds 3] [--relaxed] [--out FILE]
+    python -m benchmarks.peer [--quick] [--only step|loading] [--rounds 3] [--relaxed] [--out FILE]
 
-Both work on the same synthetic batches, with as many threads, each turn in a process of its own; the peer in its own
-environment, which `make bench-peer` fills from requirements-peer.txt. It is measured as published (see peer_step.py).
+Steps work on the same synthetic batches, with as many threads; samples are made of the same data set on one core, and
+CPU time counts. Each turn is a process of its own; the peer's in its own environment, which `make bench-peer` fills
+from requirements-peer.txt. It is measured as published (see peer_step.py and peer_loading.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import CPU_STEPS, CUDA_STEPS, StepSize, step_measurement
+from benchmarks.cases import BCCD, CPU_STEPS, CUDA_STEPS, StepSize, step_measurement
 from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
 from benchmarks.workers import ROOT, Measurement, run_worker
 from utils.machine import usable_cores
@@ -39,12 +40,16 @@ def main() -> int:
     cases = []
     with tempfile.TemporaryDirectory(prefix="bench-peer-") as scratch:
         environment = _peer_environment(peer_python, Path(scratch) / "config")
-        for size in CPU_STEPS if flags.device == "cpu" else CUDA_STEPS:
-            size = size.toy if flags.quick else size
+        turns = 1 if flags.quick else flags.rounds
+        for size in _steps(flags):
             contenders = _contenders(size, flags, peer_python, environment)
-            rounds = _play(contenders, 1 if flags.quick else flags.rounds, flags.threads, Path(scratch) / "compiled")
+            rounds = _play(contenders, turns, flags.threads, Path(scratch) / "compiled")
             cases.append({"case": size.name, **_compared(contenders, rounds)})
             print("\n" + _table(cases[-1]), flush=True)
+        for name, contenders in _loading(flags, peer_python, environment, Path(scratch)).items():
+            rounds = _play(contenders, turns, 1, Path(scratch) / "compiled")
+            cases.append({"case": name, "contenders": [sampler(one, rounds) for one in contenders]})
+            print("\n" + _loading_table(cases[-1]), flush=True)
     out = Path(flags.out) if flags.out else FOLDER / ("peer-quick.json" if flags.quick else "peer.json")
     write_json(out, {"machine": machine, "quick": flags.quick, "rounds": flags.rounds, "cases": cases})
     print(f"\nAll figures: {out}")
@@ -56,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="toy sizes, one round: shows that it runs")
+    parser.add_argument("--only", choices=("step", "loading"), help="default: both")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     parser.add_argument("--relaxed", action="store_true", help="also the peer without deterministic algorithms")
     parser.add_argument("--device", default="cpu", help="cpu, or 0: the first GPU")
@@ -92,6 +98,40 @@ def _contenders(
         ),
         *ours,
     ]
+
+
+def _steps(flags: argparse.Namespace) -> list[StepSize]:
+    sizes = CPU_STEPS if flags.device == "cpu" else CUDA_STEPS
+    return [size.toy if flags.quick else size for size in sizes if flags.only != "loading"]
+
+
+def _loading(
+    flags: argparse.Namespace, peer_python: Path, environment: dict[str, str], scratch: Path
+) -> dict[str, list[Measurement]]:
+    """By case, the peer's measurement and ours, on copies of a real data set: the peer writes beside it."""
+    if flags.only == "step":
+        return {}
+    if not BCCD.is_file():
+        print(f"no samples are measured: {BCCD} is missing", file=sys.stderr)
+        return {}
+    data = shutil.copytree(BCCD.parent, scratch / "bccd") / BCCD.name
+    cases = {}
+    for imgsz in (64,) if flags.quick else (640, 320):
+        for cache in ("ram", "files"):
+            given = ["--data", str(data), "--imgsz", str(imgsz), "--cache", cache]
+            given += ["--samples", "4"] if flags.quick else []
+            cases[f"mosaic {imgsz}, {cache}"] = [
+                Measurement(
+                    section="loading",
+                    name="yolov5 7.0.14",
+                    module="peer_loading",
+                    flags=given,
+                    python=peer_python,
+                    environment=environment,
+                ),
+                Measurement(section="loading", name="ours", module="sample", flags=given),
+            ]
+    return cases
 
 
 def _peer_environment(peer_python: Path, folder: Path) -> dict[str, str]:
@@ -156,6 +196,30 @@ def _memory(turns: list[dict[str, Any]], kind: str) -> float | None:
 
 def _divided(mine: float | None, peers: float | None) -> float | None:
     return mine / peers if mine is not None and peers else None
+
+
+def sampler(one: Measurement, rounds: Rounds) -> dict[str, Any]:
+    """One side's CPU time per sample, the median over rounds, and the peer's, who comes first, over it."""
+    mine, peers = rounds[one.name], next(iter(rounds.values()))
+    failed = next((turn["failed"] for turn in [*mine, *peers] if "failed" in turn), None)
+    summary: dict[str, Any] = {"name": one.name, "command": one.command, "failed": failed, "rounds": mine}
+    if failed:
+        return summary
+    ratios = [peer["cpu_ms"] / turn["cpu_ms"] for turn, peer in zip(mine, peers)]
+    cpu_ms, peer_ms = (_median(turns, "cpu_ms") for turns in (mine, peers))
+    return summary | {"cpu_ms": cpu_ms, "ratio": peer_ms / cpu_ms, "ratio_range": [min(ratios), max(ratios)]}
+
+
+def _loading_table(case: dict[str, Any]) -> str:
+    headers = [case["case"], "CPU ms per sample", "x peer", "single rounds", "OpenCV"]
+    rows = []
+    for one in case["contenders"]:
+        if one["failed"]:
+            rows.append([f"{one['name']}: {one['failed']:.120}", *[""] * (len(headers) - 1)])
+            continue
+        span = " to ".join(figure(ratio, 2) for ratio in one["ratio_range"])
+        rows.append([one["name"], figure(one["cpu_ms"], 2), figure(one["ratio"], 2), span, one["rounds"][0]["opencv"]])
+    return table(headers, rows)
 
 
 def _table(case: dict[str, Any]) -> str:

@@ -42,20 +42,20 @@ def main() -> None:
         "--relaxed", action="store_true", help="leave deterministic algorithms off, unlike its train.py"
     )
     flags = parser.parse_args()
-    _stand_in_for_the_installer()
-    _shut_sockets()
+    stand_in_for_the_installer()
+    shut_sockets()
     torch.set_num_threads(flags.threads)
     print(json.dumps(_figures(flags)), flush=True)
 
 
-def _stand_in_for_the_installer() -> None:
+def stand_in_for_the_installer() -> None:
     names = ("ultralytics", "ultralytics.utils", "ultralytics.utils.checks")
     modules = {name: types.ModuleType(name) for name in names}
     modules["ultralytics.utils.checks"].check_requirements = lambda *_, **__: None
     sys.modules.update(modules)
 
 
-def _shut_sockets() -> None:
+def shut_sockets() -> None:
     def refuse(*_: object) -> None:
         raise OSError("no network while we measure")
 

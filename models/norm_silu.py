@@ -9,12 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import Conv
-from utils.files import cache_folder
+from utils.native import NativeError, native_library
 from utils.structures import UserError
 
 _SOURCE = Path(__file__).with_name("norm_silu.cpp")
-_COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    "-fopenmp",
     # what vectorising sums and divisions needs of -ffast-math, whose rest would change how torch computes as well
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
-    *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []),
 )
 _POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
@@ -116,56 +108,14 @@ def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> No
     getattr(_library(), f"{name}_{_SUFFIXES[dtype]}")(*passed, torch.get_num_threads())
 
 
-# ---- the library --------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def _library() -> ctypes.CDLL:
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        raise UserError(
-            f"--compile needs a C++ compiler on the CPU ({', '.join(_COMPILERS)}); install one or leave it out"
-        )
-    path = cache_folder() / f"norm_silu-{_fingerprint(compiler)}.so"
-    if not _is_ours(path):
-        _build(compiler, path)
     try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise UserError(f"--compile: cannot load {path}: {error}; leave it out") from None
+        library = native_library(_SOURCE, _FLAGS)
+    except NativeError as error:
+        raise UserError(f"--compile: {error}; leave it out") from None
     for name, arguments in _ARGUMENTS.items():
         for suffix in _SUFFIXES.values():
             function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, None
     return library
-
-
-def _fingerprint(compiler: str) -> str:
-    """Of all that the library depends on; a home folder may be shared by machines with other instructions."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    native = subprocess.run(
-        [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=False
-    )
-    parts = (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, native.stdout)
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether the file exists and nobody else could have put it there."""
-    return path.exists() and (not hasattr(os, "getuid") or path.stat().st_uid == os.getuid())
-
-
-def _build(compiler: str, path: Path) -> None:
-    """Compile beside `path`, then rename, so that no half-written library is ever loaded."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / "norm_silu.so"
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-            if done.returncode:
-                problem = next((line for line in done.stderr.splitlines() if "error" in line), "it gave no reason")
-                raise UserError(f"--compile: {compiler} cannot compile {_SOURCE.name}: {problem}; leave it out")
-            made.replace(path)
-    except OSError as error:
-        raise UserError(f"--compile: cannot write {path}: {error.strerror}; leave it out") from None

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import evaluation, first_step, loading, measuring
+from benchmarks import evaluation, first_step, loading, measuring, sample
 from benchmarks.measuring import measure_steps, synthetic_batches
-from benchmarks.peer import contender
+from benchmarks.peer import contender, sampler
 from benchmarks.results import table
 from benchmarks.roofline import best_rate, floor_seconds, share_of_peak, step_gflop
 from benchmarks.step import waits_per_step
@@ -184,6 +184,27 @@ def test_ratios_to_the_peer_are_of_medians():
     assert summary["ratio"] == 2.5
     assert summary["ratio_range"] == [2.0, 3.75]
     assert summary["steps_add_ratio"] == 2.0  # the most of each: 100 and 50
+
+
+def test_samples_are_compared_by_cpu_time():
+    """Twice the time is half as fast."""
+    peer, ours = (Measurement(section="loading", name=name, module="sample", flags=[]) for name in ("peer", "ours"))
+    rounds = {"peer": [{"cpu_ms": 6.0}, {"cpu_ms": 8.0}], "ours": [{"cpu_ms": 2.0}, {"cpu_ms": 1.0}]}
+    summary = sampler(ours, rounds)
+    assert summary["ratio"] == pytest.approx(7 / 1.5)
+    assert summary["ratio_range"] == [3.0, 8.0]
+    assert sampler(peer, rounds)["ratio"] == 1
+    rounds["peer"][0] = {"failed": "no package"}
+    assert sampler(ours, rounds)["failed"] == "no package"
+
+
+def test_a_training_sample_is_measured(tiny, monkeypatch, capfd):
+    for cache in ("ram", "files"):
+        flags = ["sample", "--data", str(tiny.data), "--imgsz", "64", "--cache", cache, "--samples", "20"]
+        monkeypatch.setattr(sys, "argv", flags)
+        sample.main()
+        figures = json.loads(capfd.readouterr().out)
+        assert figures["cpu_ms"] == pytest.approx(min(figures["cpu_ms_of_turns"]), abs=1e-3)
 
 
 def turn(rate: float, memory: float) -> dict:

@@ -10,10 +10,11 @@ from torch import nn
 from models import norm_silu as library
 from models.layers import Conv
 from models.yolo import DetectionModel, fused, read_network
+from utils import native
 from utils.structures import UserError
 
 pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, library._COMPILERS)), reason="no C++ compiler, which --compile needs on the CPU"
+    not any(map(shutil.which, native.COMPILERS)), reason="no C++ compiler, which --compile needs on the CPU"
 )
 
 SHAPES = [(2, 8, 5, 7), (1, 3, 1, 7), (3, 17, 16, 16), (1, 32, 33, 31), (2, 1, 4, 4), (5, 16, 1, 1)]
@@ -181,7 +182,7 @@ def test_loading_the_library_leaves_torchs_arithmetic_alone():
 
 @pytest.fixture
 def fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(library, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(native, "cache_folder", lambda: tmp_path / "cache")
     library._library.cache_clear()
     yield tmp_path / "cache"
     library._library.cache_clear()
@@ -191,20 +192,20 @@ def test_the_library_is_compiled_once(fresh_cache, monkeypatch):
     library.accelerate(Conv(3, 8))
     (made,) = fresh_cache.iterdir()
     library._library.cache_clear()
-    monkeypatch.setattr(library, "_build", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("compiled again"))
     library.accelerate(Conv(3, 8))
     assert [made] == list(fresh_cache.iterdir())
 
 
 def test_without_a_compiler_it_says_so(fresh_cache, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(UserError, match=r"^--compile needs a C\+\+ compiler .*leave it out$"):
+    with pytest.raises(UserError, match=r"^--compile: there is no C\+\+ compiler .*; leave it out$"):
         library.accelerate(Conv(3, 8))
 
 
 def test_a_library_that_cannot_be_loaded_is_named(fresh_cache, monkeypatch):
     """As from a cache folder on a disk that holds no programs."""
-    monkeypatch.setattr(library, "_build", lambda compiler, path: (path.parent.mkdir(), path.write_text("no program")))
+    monkeypatch.setattr(native, "_build", lambda command, path: (path.parent.mkdir(), path.write_text("no program")))
     with pytest.raises(UserError, match=r"^--compile: cannot load .*norm_silu-\w+\.so: .*; leave it out$"):
         library.accelerate(Conv(3, 8))
 

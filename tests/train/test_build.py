@@ -2,6 +2,7 @@
 
 import gc
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import train
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import TrainOptions
 from utils.data import cache
+from utils.hyp import hyperparameters
 from utils.runtime import Runtime
 from utils.structures import UserError
+from utils.train import build
 from utils.train.build import _WITH_RESUME, build_trainer
 
 RUN = Path("runs/train/exp")
@@ -378,10 +381,28 @@ def test_epochs_without_mosaics_are_worth_a_line(closed, line, tiny, capsys):
     assert "epoch 3 of" not in capsys.readouterr().out
 
 
-def test_copy_paste_is_refused_until_there_is_one(tiny):
+def test_copy_paste_without_polygons_is_a_note(tiny, capsys):
     tiny.hyp.write_text(tiny.hyp.read_text() + "copy_paste: 0.5\n")
-    with pytest.raises(UserError, match="copy-paste is not available yet"):
+    build_trainer(tiny.options())
+    assert "'copy_paste: 0.5' does nothing: no label of 'train' is a polygon" in capsys.readouterr().out
+
+
+def test_transforms_of_a_package_that_is_not_there_stop_the_run_before_its_folder(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "albumentations", None)
+    tiny.hyp.write_text(tiny.hyp.read_text() + "albumentations: [ToGray]\n")
+    with pytest.raises(UserError, match=r"hyp.yaml: 'albumentations': the package is not installed"):
         build_trainer(tiny.options())
+    assert not Path("runs").exists()
+
+
+def test_transforms_are_written_as_they_were_read(tiny, monkeypatch):
+    monkeypatch.setattr(build, "check_transforms", lambda transforms, source: None)
+    tiny.hyp.write_text(tiny.hyp.read_text() + "albumentations: [ToGray, Blur: {p: 0.01, blur_limit: [3, 5]}]\n")
+    trainer = build_trainer(tiny.options())
+    wanted = ["ToGray", {"Blur": {"p": 0.01, "blur_limit": [3, 5]}}]
+    assert yaml.safe_load((trainer.run.path / "hyp.yaml").read_text())["albumentations"] == wanted
+    assert trainer.checkpoint()["hyp"]["albumentations"] == wanted
+    assert hyperparameters(trainer.checkpoint()["hyp"], source="last.pt") == trainer.hyp
 
 
 def test_several_processes_are_refused(tiny, monkeypatch):

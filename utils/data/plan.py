@@ -172,7 +172,7 @@ def train_plan(
             )
     else:
         canvas = letterboxed(store, image, shape, imgsz)
-        scene = projected(store, canvas, _draw_warp(canvas.shape, shape, hyp, chance), imgsz, shape)
+        scene = projected(store, canvas, _draw_warp(canvas.shape, shape, hyp, chance), shape)
     hsv = tuple(1 + chance.uniform(-1, 1) * gain for gain in (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v))
     flip_ud, flip_lr = chance.happens(hyp.flipud), chance.happens(hyp.fliplr)
     cutouts, boxes, classes = (), scene.boxes, scene.classes
@@ -186,7 +186,7 @@ def train_plan(
     return SamplePlan(
         shape=shape,
         tiles=scene.tiles,
-        boxes=_flipped(boxes, shape, flip_ud=flip_ud, flip_lr=flip_lr).astype(np.float32),
+        boxes=_flipped(boxes, shape, flip_ud=flip_ud, flip_lr=flip_lr),
         classes=classes,
         hsv=hsv if hyp.hsv_h or hyp.hsv_s or hyp.hsv_v else None,
         flip_ud=flip_ud,
@@ -211,19 +211,17 @@ def _mosaic(
     images[4 if of_nine else chance.below(4)] = image
     canvas = (mosaic_of_nine if of_nine else mosaic_of_four)(store, images, centre, imgsz)
     if hyp.copy_paste:
-        canvas = replace(canvas, pastes=_draw_pastes(store, canvas, imgsz, hyp.copy_paste, chance))
-    return projected(store, canvas, _draw_warp(canvas.shape, shape, hyp, chance), imgsz, shape)
+        canvas = replace(canvas, pastes=_draw_pastes(store, canvas, hyp.copy_paste, chance))
+    return projected(store, canvas, _draw_warp(canvas.shape, shape, hyp, chance), shape)
 
 
-def _draw_pastes(
-    store: LabelStore, canvas: Canvas, imgsz: int, probability: float, chance: _Chance
-) -> tuple[Paste, ...]:
+def _draw_pastes(store: LabelStore, canvas: Canvas, probability: float, chance: _Chance) -> tuple[Paste, ...]:
     """Objects with polygons to show again, each drawn for itself, mirrored left-right across the canvas.
 
     One that would cover more than a share of any box there, pasted ones included, is left out. A crowd is no object,
     but neither to be covered.
     """
-    shown = [shown_part(canvas_boxes(store, laid, imgsz), laid) for laid in canvas.laid]
+    shown = [shown_part(canvas_boxes(store, laid), laid) for laid in canvas.laid]
     taken = np.concatenate([np.empty((0, 4)), *shown])
     pastes = []
     for laid, boxes in zip(canvas.laid, shown):
@@ -276,12 +274,13 @@ def _draw_cutouts(shape: tuple[int, int], chance: _Chance) -> tuple[Cutout, ...]
 
 
 def _flipped(boxes: np.ndarray, shape: tuple[int, int], *, flip_ud: bool, flip_lr: bool) -> np.ndarray:
-    height, width = shape
+    """(N, 4) f32."""
+    flipped = boxes.astype(np.float32)
     if flip_ud:
-        boxes = np.stack([boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]], axis=1)
+        flipped[:, 1], flipped[:, 3] = shape[0] - boxes[:, 3], shape[0] - boxes[:, 1]
     if flip_lr:
-        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
-    return boxes
+        flipped[:, 0], flipped[:, 2] = shape[1] - boxes[:, 2], shape[1] - boxes[:, 0]
+    return flipped
 
 
 def enlarges(rng: np.random.Generator) -> bool:
@@ -309,8 +308,8 @@ def quad_plan(samples: Sequence[SamplePlan], *, enlarge: bool) -> QuadPlan:
 def letterbox_plan(store: LabelStore, image: int, *, shape: tuple[int, int], imgsz: int) -> SamplePlan:
     """The base image in the middle of a grey network input of `shape` (height, width), and all its boxes; no chance."""
     canvas = letterboxed(store, image, shape, imgsz)
-    scene = projected(store, canvas, Warp(matrix=np.eye(3), scale=1.0, upright=True), imgsz, shape)
-    boxes = canvas_boxes(store, canvas.laid[0], imgsz)  # evaluation leaves out none
+    scene = projected(store, canvas, Warp(matrix=np.eye(3), scale=1.0, upright=True), shape)
+    boxes = canvas_boxes(store, canvas.laid[0])  # evaluation leaves out none
     classes = store.classes[store.rows(image)]
     return SamplePlan(shape=shape, tiles=scene.tiles, boxes=boxes.astype(np.float32), classes=classes)
 

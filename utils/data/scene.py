@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.boxes import box_area, clip_boxes, transform_boxes, transform_points
-from utils.data.images import base_scale, base_shape
+from utils.data.images import base_shape
 from utils.structures import CROWD, LabelStore, Tile
 
 _MIN_SIDE_PX = 2
@@ -30,6 +30,7 @@ class Laid:
     """A base image on a canvas, of which a part shows. Canvas px."""
 
     image: int
+    scale: tuple[float, float]  # x and y, from source px
     left: int
     top: int
     visible: Rectangle  # never empty
@@ -76,21 +77,21 @@ class Scene:
 
 def letterboxed(store: LabelStore, image: int, shape: tuple[int, int], imgsz: int) -> Canvas:
     """The base image in the middle of a canvas."""
-    height, width = _base_size(store, image, imgsz)
-    left, top = (shape[1] - width) // 2, (shape[0] - height) // 2
-    return _canvas(shape, [(image, left, top, width, height, (0, 0, shape[1], shape[0]))])
+    piece = _Piece.of(store, image, imgsz)
+    left, top = (shape[1] - piece.width) // 2, (shape[0] - piece.height) // 2
+    return _canvas(shape, [piece.at(left, top, shape, (0, 0, shape[1], shape[0]))])
 
 
 def mosaic_of_four(store: LabelStore, images: Sequence[int], centre: tuple[int, int], imgsz: int) -> Canvas:
     """Four images, from the top left by rows, meet at `centre` (x, y) of a canvas of twice the size."""
     side = 2 * imgsz
-    pieces = []
+    laid = []
     for quadrant, image in enumerate(images):
-        height, width = _base_size(store, image, imgsz)
-        left = centre[0] if quadrant % 2 else centre[0] - width
-        top = centre[1] if quadrant // 2 else centre[1] - height
-        pieces.append((image, left, top, width, height, (0, 0, side, side)))
-    return _canvas((side, side), pieces)
+        piece = _Piece.of(store, image, imgsz)
+        left = centre[0] if quadrant % 2 else centre[0] - piece.width
+        top = centre[1] if quadrant // 2 else centre[1] - piece.height
+        laid.append(piece.at(left, top, (side, side), (0, 0, side, side)))
+    return _canvas((side, side), laid)
 
 
 def mosaic_of_nine(store: LabelStore, images: Sequence[int], centre: tuple[int, int], imgsz: int) -> Canvas:
@@ -100,48 +101,57 @@ def mosaic_of_nine(store: LabelStore, images: Sequence[int], centre: tuple[int, 
     or the upper or left end of the edge, that it shares with the fifth, and is cut off where its cell ends.
     """
     side = 2 * imgsz
-    height, width = _base_size(store, images[4], imgsz)
-    left, top = centre[0] - width // 2, centre[1] - height // 2
-    xs, ys = (0, left, left + width, side), (0, top, top + height, side)
-    pieces = []
-    for number, image in enumerate(images):
-        row, column = divmod(number, 3)
-        height, width = _base_size(store, image, imgsz)
-        x = xs[1] - width if column == 0 else xs[column]
-        y = ys[1] - height if row == 0 else ys[row]
-        pieces.append((image, x, y, width, height, (xs[column], ys[row], xs[column + 1], ys[row + 1])))
-    return _canvas((side, side), pieces)
-
-
-def _base_size(store: LabelStore, image: int, imgsz: int) -> tuple[int, int]:
-    return base_shape(store.sizes[image].tolist(), imgsz)
-
-
-def _canvas(shape: tuple[int, int], pieces: Sequence[tuple[int, int, int, int, int, Rectangle]]) -> Canvas:
-    """Of images with left, top, width, height and cell; what does not show is left out."""
+    pieces = [_Piece.of(store, image, imgsz) for image in images]
+    left, top = centre[0] - pieces[4].width // 2, centre[1] - pieces[4].height // 2
+    xs, ys = (0, left, left + pieces[4].width, side), (0, top, top + pieces[4].height, side)
     laid = []
-    for image, left, top, width, height, cell in pieces:
+    for number, piece in enumerate(pieces):
+        row, column = divmod(number, 3)
+        x = xs[1] - piece.width if column == 0 else xs[column]
+        y = ys[1] - piece.height if row == 0 else ys[row]
+        laid.append(piece.at(x, y, (side, side), (xs[column], ys[row], xs[column + 1], ys[row + 1])))
+    return _canvas((side, side), laid)
+
+
+class _Piece(NamedTuple):
+    """A base image that is to be laid on a canvas."""
+
+    image: int
+    width: int
+    height: int
+    scale: tuple[float, float]
+
+    @classmethod
+    def of(cls, store: LabelStore, image: int, imgsz: int) -> _Piece:
+        source_height, source_width = store.sizes[image].tolist()
+        height, width = base_shape((source_height, source_width), imgsz)
+        return cls(image, width, height, (width / source_width, height / source_height))
+
+    def at(self, left: int, top: int, canvas: tuple[int, int], cell: Rectangle) -> Laid | None:
+        """Its top left corner there, cut to a cell of the canvas; None where nothing shows."""
         x1, y1 = max(left, cell[0], 0), max(top, cell[1], 0)
-        x2, y2 = min(left + width, cell[2], shape[1]), min(top + height, cell[3], shape[0])
-        if x1 < x2 and y1 < y2:
-            laid.append(Laid(image=image, left=left, top=top, visible=(x1, y1, x2, y2)))
-    return Canvas(shape=shape, laid=tuple(laid))
+        x2, y2 = min(left + self.width, cell[2], canvas[1]), min(top + self.height, cell[3], canvas[0])
+        if x1 >= x2 or y1 >= y2:
+            return None
+        return Laid(image=self.image, scale=self.scale, left=left, top=top, visible=(x1, y1, x2, y2))
+
+
+def _canvas(shape: tuple[int, int], laid: Sequence[Laid | None]) -> Canvas:
+    return Canvas(shape=shape, laid=tuple(item for item in laid if item is not None))
 
 
 # ---- labels on the canvas -----------------------------------------------------------------------------------------
 
 
-def canvas_boxes(store: LabelStore, laid: Laid, imgsz: int) -> np.ndarray:
+def canvas_boxes(store: LabelStore, laid: Laid) -> np.ndarray:
     """(N, 4) f64 boxes of a laid image in canvas px, whole even where they do not show."""
-    scale_x, scale_y = base_scale(store.sizes[laid.image].tolist(), imgsz)
     offset = (laid.left, laid.top, laid.left, laid.top)
-    return store.boxes[store.rows(laid.image)] * np.array([scale_x, scale_y, scale_x, scale_y]) + offset
+    return store.boxes[store.rows(laid.image)] * np.array([*laid.scale, *laid.scale]) + offset
 
 
-def _canvas_rings(store: LabelStore, row: int, laid: Laid, imgsz: int) -> list[np.ndarray]:
+def _canvas_rings(store: LabelStore, row: int, laid: Laid) -> list[np.ndarray]:
     """The polygon of a box in canvas px: (n, 2) f64 for each ring."""
-    scale = base_scale(store.sizes[laid.image].tolist(), imgsz)
-    return [ring * np.array(scale) + (laid.left, laid.top) for ring in store.rings(row)]
+    return [ring * np.array(laid.scale) + (laid.left, laid.top) for ring in store.rings(row)]
 
 
 def has_polygon(store: LabelStore, rows: slice) -> np.ndarray:
@@ -159,26 +169,25 @@ def shown_part(boxes: np.ndarray, laid: Laid) -> np.ndarray:
 # ---- to the network -----------------------------------------------------------------------------------------------
 
 
-def projected(store: LabelStore, canvas: Canvas, warp: Warp, imgsz: int, shape: tuple[int, int]) -> Scene:
+def projected(store: LabelStore, canvas: Canvas, warp: Warp, shape: tuple[int, int]) -> Scene:
     """Tiles of a canvas in an output of `shape` (height, width), and the boxes worth training on."""
-    scene = (_upright if warp.upright else _tilted)(store, canvas.laid, warp, imgsz, shape)
+    scene = (_upright if warp.upright else _tilted)(store, canvas.laid, warp, shape)
     for paste in canvas.pastes:
-        scene = _with_paste(scene, store, paste, canvas.shape[1], warp, imgsz, shape)
+        scene = _with_paste(scene, store, paste, canvas.shape[1], warp, shape)
     return scene
 
 
-def _upright(store: LabelStore, laid: Sequence[Laid], warp: Warp, imgsz: int, shape: tuple[int, int]) -> Scene:
+def _upright(store: LabelStore, laid: Sequence[Laid], warp: Warp, shape: tuple[int, int]) -> Scene:
     shift_x, shift_y = warp.matrix[:2, 2].tolist()
-    tiles, rows, frames = [], [], []
+    spans, rows, frames = [], [], []
     for item in laid:
         across = _span(item.visible[0], item.visible[2], item.left, warp.scale, shift_x, shape[1])
         down = _span(item.visible[1], item.visible[3], item.top, warp.scale, shift_y, shape[0])
         if across is None or down is None:
             continue
-        tiles.append(_upright_tile(item.image, across, down))
+        spans.append((item.image, across, down))
         rows.append(store.rows(item.image))
-        scale_x, scale_y = base_scale(store.sizes[item.image].tolist(), imgsz)
-        gain_x, gain_y = across.zoom * scale_x, down.zoom * scale_y
+        gain_x, gain_y = across.zoom * item.scale[0], down.zoom * item.scale[1]
         frames.append(
             (
                 (gain_x, gain_y, gain_x, gain_y),
@@ -187,7 +196,7 @@ def _upright(store: LabelStore, laid: Sequence[Laid], warp: Warp, imgsz: int, sh
                 (across.high, down.high, across.high, down.high),
             )
         )
-    if not tiles:
+    if not spans:
         return Scene(tiles=(), boxes=np.empty((0, 4)), classes=np.empty(0, np.int32))
     counts = [part.stop - part.start for part in rows]
     gain, offset, low, high = np.repeat(np.array(frames).transpose(1, 0, 2), counts, axis=1)  # (N, 4) each
@@ -195,7 +204,7 @@ def _upright(store: LabelStore, laid: Sequence[Laid], warp: Warp, imgsz: int, sh
     boxes = np.minimum(np.maximum(moved, low), high)
     keep = _worth_training(boxes, box_area(moved), store, rows)
     classes = np.concatenate([store.classes[part] for part in rows])
-    return Scene(tiles=tuple(tiles), boxes=boxes[keep], classes=classes[keep])
+    return Scene(tiles=_upright_tiles(spans), boxes=boxes[keep], classes=classes[keep])
 
 
 class _Span(NamedTuple):
@@ -229,17 +238,21 @@ def _span(start: int, stop: int, origin: int, scale: float, shift: float, side: 
     return _Span(low, high, first, last, zoom, low - zoom * first)
 
 
-def _upright_tile(image: int, across: _Span, down: _Span) -> Tile:
-    x1, x2, y1, y2 = across.low, across.high, down.low, down.high
-    return Tile(
-        image=image,
-        matrix=np.array([[across.zoom, 0, across.shift], [0, down.zoom, down.shift], [0, 0, 1]]),
-        corners=np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]], np.float64),
-        crop=(across.first, down.first, across.last, down.last),
+def _upright_tiles(spans: Sequence[tuple[int, _Span, _Span]]) -> tuple[Tile, ...]:
+    """Of images with what they show across and down."""
+    matrices = np.array(
+        [[[x.zoom, 0, x.shift], [0, y.zoom, y.shift], [0, 0, 1]] for _, x, y in spans], np.float64
+    )  # made at once, as each array has its price
+    corners = np.array(
+        [[[x.low, y.low], [x.high, y.low], [x.high, y.high], [x.low, y.high]] for _, x, y in spans], np.float64
+    )
+    return tuple(
+        Tile(image=image, matrix=matrix, corners=corner, crop=(x.first, y.first, x.last, y.last))
+        for (image, x, y), matrix, corner in zip(spans, matrices, corners)
     )
 
 
-def _tilted(store: LabelStore, laid: Sequence[Laid], warp: Warp, imgsz: int, shape: tuple[int, int]) -> Scene:
+def _tilted(store: LabelStore, laid: Sequence[Laid], warp: Warp, shape: tuple[int, int]) -> Scene:
     tiles, boxes, classes = [], [np.empty((0, 4))], [np.empty(0, np.int32)]
     for item in laid:
         corners = _moved_corners(item.visible, warp.matrix)
@@ -248,12 +261,12 @@ def _tilted(store: LabelStore, laid: Sequence[Laid], warp: Warp, imgsz: int, sha
         matrix = warp.matrix @ _translation(item.left, item.top)
         tiles.append(Tile(image=item.image, matrix=matrix, corners=corners, crop=None))
         rows = store.rows(item.image)
-        laid_boxes = canvas_boxes(store, item, imgsz)
+        laid_boxes = canvas_boxes(store, item)
         shown = shown_part(laid_boxes, item)
         moved = clip_boxes(transform_boxes(shown, warp.matrix), shape)
         polygons = has_polygon(store, rows)
         for number in np.flatnonzero(polygons):
-            rings = _canvas_rings(store, rows.start + int(number), item, imgsz)
+            rings = _canvas_rings(store, rows.start + int(number), item)
             moved[number] = _box_of_rings(rings, item.visible, warp.matrix, shape)
         full = box_area(laid_boxes)
         keep = _worth_training(moved, full * warp.scale**2, store, [rows])
@@ -265,14 +278,14 @@ def _tilted(store: LabelStore, laid: Sequence[Laid], warp: Warp, imgsz: int, sha
 
 
 def _with_paste(
-    scene: Scene, store: LabelStore, paste: Paste, canvas_width: int, warp: Warp, imgsz: int, shape: tuple[int, int]
+    scene: Scene, store: LabelStore, paste: Paste, canvas_width: int, warp: Warp, shape: tuple[int, int]
 ) -> Scene:
     """The scene with an object shown again on top, and its box."""
     matrix = warp.matrix @ np.array([[-1, 0, canvas_width], [0, 1, 0], [0, 0, 1]])
     corners = _moved_corners(paste.source, matrix)
     if corners is None or not _shows(corners, shape):
         return scene
-    rings = _canvas_rings(store, paste.row, paste.laid, imgsz)
+    rings = _canvas_rings(store, paste.row, paste.laid)
     tile = Tile(
         image=paste.laid.image,
         matrix=matrix @ _translation(paste.laid.left, paste.laid.top),
@@ -285,7 +298,7 @@ def _with_paste(
     else:
         box = _box_of_rings(rings, paste.source, matrix, shape)[None]
     row = slice(paste.row, paste.row + 1)
-    full = box_area(canvas_boxes(store, paste.laid, imgsz)[[paste.row - store.rows(paste.laid.image).start]])
+    full = box_area(canvas_boxes(store, paste.laid)[[paste.row - store.rows(paste.laid.image).start]])
     keep = _worth_training(box, full * warp.scale**2, store, [row])
     return Scene(
         tiles=(*scene.tiles, tile),

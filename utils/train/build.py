@@ -88,6 +88,8 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
     _accelerated(model, runtime)
     scan = _scan(given, spec, console)
     train, val = _stores(given, scan)
+    if hyp.copy_paste and not len(train.points):
+        console.note(f"{given.hyp}: 'copy_paste: {hyp.copy_paste:g}' does nothing: no label of 'train' is a polygon")
     options = _resolved(given, spec, model, console)
     options = _with_batch_size(options, hyp, model, runtime, train=train, val=val, console=console)
     images = _images(options, spec, train=train, val=val, console=console)
