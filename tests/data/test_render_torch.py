@@ -1,0 +1,182 @@
+import pickle
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.data import render_torch
+from utils.data.plan import PADDING
+from utils.data.render_torch import pack, pack_quads, paint, paint_quads, render_batch
+from utils.structures import Cutout, Mix, QuadPlan, SamplePlan, Tile
+
+SHAPE = (72, 96)
+SIZES = [(96, 96), (48, 96), (96, 60), (1, 1), (1, 9)]
+EMPTY = {"boxes": np.empty((0, 4), np.float32), "classes": np.empty(0, np.int32)}
+seeds = st.integers(0, 2**31)
+
+
+@pytest.fixture(scope="module")
+def bases(smooth_image):
+    return [smooth_image(np.random.default_rng(seed), *size) for seed, size in enumerate(SIZES)]
+
+
+# ---- random plans
+
+
+def random_plan(rng: np.random.Generator, **changes) -> SamplePlan:
+    fields = {
+        "tiles": random_tiles(rng),
+        "mix": Mix(tiles=random_tiles(rng), weight=float(rng.uniform())) if rng.random() < 0.3 else None,
+        "hsv": tuple(1 + rng.uniform(-1, 1, 3) * (0.1, 0.9, 0.9)) if rng.random() < 0.7 else None,
+        "cutouts": tuple(random_cutout(rng) for _ in range(rng.integers(3))),
+        "flip_lr": bool(rng.random() < 0.5),
+        "flip_ud": bool(rng.random() < 0.5),
+    }
+    return SamplePlan(shape=SHAPE, **{**EMPTY, **fields, **changes})
+
+
+def random_tiles(rng: np.random.Generator) -> tuple[Tile, ...]:
+    kinds = rng.choice([upright_tile, tilted_tile, pasted_tile], rng.integers(6))
+    return tuple(kind(rng) for kind in kinds)
+
+
+def interval(rng: np.random.Generator, length: int) -> tuple[int, int]:
+    start = int(rng.integers(length))
+    return start, int(rng.integers(start + 1, length + 1))
+
+
+def upright_tile(rng: np.random.Generator) -> Tile:
+    image = int(rng.integers(len(SIZES)))
+    (x1, x2), (y1, y2) = (interval(rng, side) for side in SIZES[image][::-1])
+    (left, right), (top, bottom) = (interval(rng, side) for side in SHAPE[::-1])
+    scale_x, scale_y = (right - left) / (x2 - x1), (bottom - top) / (y2 - y1)
+    matrix = np.array([[scale_x, 0, left - x1 * scale_x], [0, scale_y, top - y1 * scale_y], [0, 0, 1]])
+    corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]], float)
+    return Tile(image=image, matrix=matrix, corners=corners, crop=(x1, y1, x2, y2))
+
+
+def tilted_tile(rng: np.random.Generator) -> Tile:
+    image = int(rng.integers(len(SIZES)))
+    height, width = SIZES[image]
+    (x1, x2), (y1, y2) = interval(rng, width), interval(rng, height)
+    angle, scale = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 2)
+    turn = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    turn = turn @ np.array([[rng.choice([-1, 1]), rng.uniform(-0.3, 0.3)], [0, 1]])
+    move = rng.uniform(0.2, 0.8, 2) * SHAPE[::-1] - turn @ ((x1 + x2) / 2, (y1 + y2) / 2)
+    matrix = np.vstack([np.column_stack([turn, move]), [*rng.uniform(-1, 1, 2) * rng.choice([0, 0.001]), 1]])
+    return Tile(image=image, matrix=matrix, corners=projected(matrix, square(x1, y1, x2, y2)), crop=None)
+
+
+def pasted_tile(rng: np.random.Generator) -> Tile:
+    """A star, and sometimes a second one that leaves a hole."""
+    tile = tilted_tile(rng)
+    height, width = SIZES[tile.image]
+    spikes = np.linspace(0, 2 * np.pi, 11)[:10]
+    rings = []
+    for _ in range(rng.integers(1, 3)):
+        star = np.stack([np.cos(spikes), np.sin(spikes)], 1) * rng.uniform(0.2, 0.5, (10, 1)) + 0.5
+        rings.append(projected(tile.matrix, star * (width, height)))
+    corners = projected(tile.matrix, square(0, 0, width, height))
+    return replace(tile, rings=tuple(rings), corners=corners)
+
+
+def square(x1, y1, x2, y2) -> np.ndarray:
+    return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]], float)
+
+
+def projected(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    moved = np.column_stack([points, np.ones(len(points))]) @ matrix.T
+    return moved[:, :2] / moved[:, 2:]
+
+
+def random_cutout(rng: np.random.Generator) -> Cutout:
+    (x1, x2), (y1, y2) = (interval(rng, side) for side in SHAPE[::-1])
+    return Cutout(box=(x1, y1, x2, y2), colour=tuple(rng.integers(0, 256, 3).tolist()))
+
+
+# ---- the slow twin
+
+
+def slow_render(plan: SamplePlan, bases) -> np.ndarray:
+    """(H, W, 3) f64 RGB, one step after the other, as structures.py tells them."""
+    picture = slow_paint(plan.tiles, plan.shape, bases)
+    if plan.mix is not None:
+        other = slow_paint(plan.mix.tiles, plan.shape, bases)
+        picture = np.rint(plan.mix.weight * picture + (1 - plan.mix.weight) * other)
+    if plan.hsv is not None:
+        hue, saturation, value = cv2.cvtColor(picture.astype(np.uint8), cv2.COLOR_BGR2HSV).transpose(2, 0, 1)
+        hue = hue * plan.hsv[0] % 180
+        saturation, value = (np.minimum(level * gain, 255) for level, gain in zip((saturation, value), plan.hsv[1:]))
+        moved = np.stack([hue, saturation, value], axis=-1).astype(np.uint8)
+        picture = cv2.cvtColor(moved, cv2.COLOR_HSV2BGR).astype(float)
+    for cutout in plan.cutouts:
+        x1, y1, x2, y2 = cutout.box
+        picture[y1:y2, x1:x2] = cutout.colour
+    return picture[:: -1 if plan.flip_ud else 1, :: -1 if plan.flip_lr else 1, ::-1]
+
+
+def slow_paint(tiles, shape, bases) -> np.ndarray:
+    """(H, W, 3) f64 BGR, whole numbers: each pixel looks up where its centre lies in the tile's image."""
+    picture = np.full((*shape, 3), float(PADDING))
+    for tile in tiles:
+        base, back = bases[tile.image].astype(float), np.linalg.inv(tile.matrix)
+        x1, y1, x2, y2 = tile.crop or (0, 0, base.shape[1], base.shape[0])
+        for y, x in np.ndindex(shape):
+            if not covers(tile, x + 0.5, y + 0.5):
+                continue
+            u, v, w = back @ [x + 0.5, y + 0.5, 1]
+            u, v = min(max(u / w - 0.5, x1), x2 - 1), min(max(v / w - 0.5, y1), y2 - 1)
+            left, top = int(u), int(v)
+            right, bottom = min(left + 1, x2 - 1), min(top + 1, y2 - 1)
+            upper = base[top, left] * (1 - u + left) + base[top, right] * (u - left)
+            lower = base[bottom, left] * (1 - u + left) + base[bottom, right] * (u - left)
+            picture[y, x] = np.floor(upper * (1 - v + top) + lower * (v - top) + 0.5)
+    return picture
+
+
+def covers(tile: Tile, x: float, y: float) -> bool:
+    if tile.crop is not None:
+        (left, top), (right, bottom) = tile.corners[[0, 2]]
+        inside = left < x < right and top < y < bottom
+    else:
+        inside = odd_crossings([tile.corners], x, y)
+    return inside and (not tile.rings or odd_crossings(tile.rings, x, y))
+
+
+def odd_crossings(rings, x: float, y: float) -> bool:
+    """Whether a ray to the left crosses an odd number of edges."""
+    odd = False
+    for ring in rings:
+        for (x1, y1), (x2, y2) in zip(ring, np.roll(ring, -1, axis=0)):
+            if (y1 <= y) != (y2 <= y) and x1 + (y - y1) / (y2 - y1) * (x2 - x1) <= x:
+                odd = not odd
+    return odd
+
+
+def assert_alike(pictures: np.ndarray, expected: np.ndarray):
+    error = np.abs(pictures.astype(float) - expected)
+    assert error.mean() <= 1.0
+    assert (error > 8).any(-1).mean() <= 0.02
+
+
+def rgb(pictures: torch.Tensor) -> np.ndarray:
+    assert pictures.dtype == torch.uint8
+    assert pictures.is_contiguous(memory_format=torch.channels_last)
+    return pictures.permute(0, 2, 3, 1).numpy()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds)
+def test_every_pixel_is_what_the_slow_twin_says(bases, seed):
+    rng = np.random.default_rng(seed)
+    plans = [random_plan(rng) for _ in range(3)]
+    pictures = rgb(render_batch(plans, bases.__getitem__, device="cpu"))
+    for plan, picture in zip(plans, pictures):
+        error = np.abs(picture - slow_render(plan, bases))
+        assert error.mean() < 0.3
+        if plan.hsv is None:
+            assert np.sort(error.max(-1).ravel())[:-8].max() <= 1  # but for a few centres on an edge
