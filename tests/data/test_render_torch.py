@@ -180,3 +180,24 @@ def test_every_pixel_is_what_the_slow_twin_says(bases, seed):
         assert error.mean() < 0.3
         if plan.hsv is None:
             assert np.sort(error.max(-1).ravel())[:-8].max() <= 1  # but for a few centres on an edge
+
+
+# ---- exactness
+
+
+@pytest.mark.parametrize("factors", [(1, 1, 1), (1.015, 0.3, 1.4), (0.985, 1.7, 0.6), (1.5, 1.2, 0.9), (1, 0, 1)])
+def test_colours_are_those_of_opencv(factors):
+    """OpenCV's last step is in floating point, and off by one where the quotient is whole."""
+    base = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    base[:4] = np.arange(256, dtype=np.uint8)[:, None]  # greys
+    plan = whole_plan((256, 256), hsv=factors)
+    (picture,) = rgb(render_batch([plan], lambda _: base, device="cpu"))
+    error = np.abs(picture - slow_render(replace(plan, tiles=(), hsv=factors), [base]))
+    assert error.shape == picture.shape
+
+
+def whole_plan(size: tuple[int, int], **changes) -> SamplePlan:
+    """One image, as it is, as large as the output."""
+    height, width = size
+    tile = Tile(image=0, matrix=np.eye(3), corners=square(0, 0, width, height), crop=(0, 0, width, height))
+    return SamplePlan(shape=size, **{**EMPTY, "tiles": (tile,), **changes})

@@ -151,41 +151,57 @@ def pack_quads(plans: Sequence[QuadPlan], base_image_of: _BaseImageOf) -> Packed
 
 def _picture(plan: SamplePlan, tiles: Sequence[Tile], *, look: int = -1) -> _Picture:
     """Later surfaces lie over earlier ones; flips are part of the matrices and of the runs."""
-    height, width = plan.shape
     share = 1.0 if plan.mix is None else plan.mix.weight
     surfaces = [_plain((PADDING,) * 3, look=look, share=share)]
-    owner_of = np.zeros(plan.shape, np.int16)
-    to_plane = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # a pixel's numbers -> its centre
-    to_plane = np.diag([1.0 - 2 * plan.flip_lr, 1.0 - 2 * plan.flip_ud, 1]) @ to_plane
-    to_plane[:2, 2] += (width * plan.flip_lr, height * plan.flip_ud)
+    owners = np.zeros(plan.shape, np.min_scalar_type(len(tiles) + len(plan.cutouts)))
+    to_plane = _to_plane(plan)
     for tile in tiles:
-        low, high = (
-            np.clip(edge, 0, (width, height)).astype(int)
-            for edge in (np.floor(tile.corners.min(0)), np.ceil(tile.corners.max(0)))
-        )
-        if (high <= low).any():
-            continue
-        region = owner_of[low[1] : high[1], low[0] : high[0]]
-        back = np.linalg.inv(tile.matrix)
-        part = tile.crop
-        if part is None or tile.rings:
-            shows = _shows(tile, low, region.shape)
-            if not shows.any():
-                continue
-            region[shows] = len(surfaces)
-            part = part or _part_below(shows, low, back)
-        else:
-            region[:] = len(surfaces)
-        to_texels = np.array([[1, 0, -part[0] - 0.5], [0, 1, -part[1] - 0.5], [0, 0, 1]])
-        matrix = to_texels @ back @ to_plane
-        surfaces.append(_Surface(image=tile.image, part=part, matrix=matrix / matrix[2, 2], look=look, share=share))
+        part = _take(tile, owners, len(surfaces))
+        if part is not None:
+            matrix = _to_part(tile, part) @ to_plane
+            surfaces.append(_Surface(image=tile.image, part=part, matrix=matrix / matrix[2, 2], look=look, share=share))
     for cutout in plan.cutouts:
-        x1, y1, x2, y2 = cutout.box
-        owner_of[max(y1, 0) : max(y2, 0), max(x1, 0) : max(x2, 0)] = len(surfaces)
+        x1, y1, x2, y2 = np.maximum(cutout.box, 0)
+        owners[y1:y2, x1:x2] = len(surfaces)
         surfaces.append(_plain(cutout.colour))
-    flipped = owner_of[:: -1 if plan.flip_ud else 1, :: -1 if plan.flip_lr else 1].reshape(-1)
-    starts = np.flatnonzero(np.concatenate([[True], flipped[1:] != flipped[:-1]]))
-    return _Picture(surfaces=surfaces, lengths=np.diff(starts, append=flipped.size), owners=flipped[starts])
+    if plan.flip_ud or plan.flip_lr:
+        owners = cv2.flip(owners, -1 if plan.flip_ud and plan.flip_lr else int(plan.flip_lr))
+    owners = owners.ravel()
+    starts = np.flatnonzero(np.concatenate([[True], owners[1:] != owners[:-1]]))
+    return _Picture(surfaces=surfaces, lengths=np.diff(starts, append=owners.size), owners=owners[starts])
+
+
+def _to_plane(plan: SamplePlan) -> np.ndarray:
+    """(3, 3) column and row of a pixel of the flipped picture -> where its centre lay before the flips."""
+    height, width = plan.shape
+    sign_x, sign_y = 1 - 2 * plan.flip_lr, 1 - 2 * plan.flip_ud
+    left, top = width * plan.flip_lr, height * plan.flip_ud
+    return np.array([[sign_x, 0, left + sign_x / 2], [0, sign_y, top + sign_y / 2], [0, 0, 1]])
+
+
+def _to_part(tile: Tile, part: tuple[int, int, int, int]) -> np.ndarray:
+    """(3, 3) network px -> column and row of a texel, whose centre is a whole number."""
+    return np.array([[1, 0, -part[0] - 0.5], [0, 1, -part[1] - 0.5], [0, 0, 1]]) @ np.linalg.inv(tile.matrix)
+
+
+def _take(tile: Tile, owners: np.ndarray, number: int) -> tuple[int, int, int, int] | None:
+    """Writes `number` where the tile shows. The part of the base image (xyxy px) that this takes; None: it does not show."""
+    limits = owners.shape[::-1]
+    low, high = (np.clip(edge, 0, limits).astype(int) for edge in (tile.corners.min(0), np.ceil(tile.corners.max(0))))
+    region = owners[low[1] : high[1], low[0] : high[0]]
+    if not region.size:
+        return None
+    if tile.crop is not None and not tile.rings:
+        region[:] = number
+        return tile.crop
+    spans = _spans(tile.corners - low, region.shape)
+    columns = np.arange(region.shape[1], dtype=np.int32)
+    shows = (columns >= spans[0, :, None]) & (columns < spans[1, :, None])
+    if tile.rings:
+        shows &= _inside_rings([ring - low for ring in tile.rings], region.shape)
+        spans = np.stack([shows.argmax(1), shows.shape[1] - shows[:, ::-1].argmax(1)]) * shows.any(1)
+    np.copyto(region, number, where=shows)
+    return tile.crop or _part_below(spans, low, np.linalg.inv(tile.matrix))
 
 
 def _plain(colour: tuple[int, int, int], *, look: int = -1, share: float = 1.0) -> _Surface:
@@ -193,22 +209,26 @@ def _plain(colour: tuple[int, int, int], *, look: int = -1, share: float = 1.0) 
     return _Surface(part=(0, 0, 1, 1), matrix=np.diag([0.0, 0, 1]), colour=colour, look=look, share=share)
 
 
-def _shows(tile: Tile, low: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: pixels of the rectangle of `shape` at `low` whose centres the tile covers."""
-    shows = np.ones(shape, bool) if tile.crop is not None else _inside(tile.corners - low, shape)
-    return shows & _inside_rings([ring - low for ring in tile.rings], shape) if tile.rings else shows
+def _spans(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(2, H) i32: in each row, the first pixel with its centre in the convex polygon, and the first one after those.
 
-
-def _inside(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: pixels with their centre in the convex polygon, edge included, so that neighbours leave no gap."""
+    Centres on an edge are inside, so that neighbours leave no gap.
+    """
     edges = np.roll(corners, -1, axis=0) - corners
-    if edges[0, 0] * edges[1, 1] < edges[0, 1] * edges[1, 0]:
-        return _inside(corners[::-1], shape)
-    rows, columns = (np.arange(side) + 0.5 for side in shape)
-    mask = np.ones(shape, bool)
-    for (x, y), (along_x, along_y) in zip(corners, edges):
-        mask &= (along_x * (rows - y) + _EDGE_SLACK)[:, None] >= along_y * (columns - x)
-    return mask
+    if edges[0, 0] * edges[1, 1] < edges[0, 1] * edges[1, 0]:  # mirrored
+        return _spans(corners[::-1], shape)
+    height, width = shape
+    rows = np.arange(height) + 0.5
+    left, right = np.zeros(height), np.full(height, float(width))
+    for (x, y), (along_x, along_y) in zip(corners, edges):  # inside is to the right of every edge
+        room = along_x * (rows - y) + _EDGE_SLACK
+        if along_y > 0:
+            np.minimum(right, x + room / along_y, out=right)
+        elif along_y < 0:
+            np.maximum(left, x + room / along_y, out=left)
+        else:
+            right[room < 0] = -1
+    return np.clip([np.ceil(left - 0.5), np.floor(right + 0.5)], 0, width).astype(np.int32)
 
 
 def _inside_rings(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
@@ -225,19 +245,18 @@ def _inside_rings(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.nda
     return np.cumsum(crossings, axis=1)[:, :-1] % 2 == 1
 
 
-def _part_below(shows: np.ndarray, low: np.ndarray, back: np.ndarray) -> tuple[int, int, int, int]:
-    """The base image's pixels (xyxy) that the shown pixels interpolate.
+def _part_below(spans: np.ndarray, low: np.ndarray, back: np.ndarray) -> tuple[int, int, int, int] | None:
+    """The base image's pixels (xyxy) that the pixels of the spans interpolate; None where there is no pixel.
 
-    The ends of the rows span what lies between them, and a projection keeps that so.
+    The ends of the rows enclose all others, and a projection keeps that so.
     """
-    rows = np.flatnonzero(shows.any(1))
-    ends = shows.argmax(1)[rows], shows.shape[1] - 1 - shows[:, ::-1].argmax(1)[rows]
-    centres = np.stack([np.concatenate(ends) + low[0], np.tile(rows, 2) + low[1]], axis=1) + 0.5
+    (rows,) = np.nonzero(spans[0] < spans[1])
+    if not rows.size:
+        return None
+    centres = np.stack([np.concatenate([spans[0, rows], spans[1, rows] - 1]), np.tile(rows, 2)], axis=1) + low + 0.5
     moved = centres @ back[:, :2].T + back[:, 2]
-    points = moved[:, :2] / moved[:, 2:]
-    left, top = np.floor(points.min(0) - 0.5).astype(int).tolist()
-    right, bottom = np.floor(points.max(0) - 0.5).astype(int).tolist()
-    return left, top, right + 2, bottom + 2
+    first = np.floor(moved[:, :2] / moved[:, 2:] - 0.5).astype(int)
+    return (*first.min(0).tolist(), *(first.max(0) + 2).tolist())
 
 
 def _parts(surfaces: Sequence[_Surface]) -> list[tuple[int, int, int, int]]:
