@@ -21,7 +21,7 @@ from utils.structures import QuadPlan, SamplePlan, Tile
 _CHUNK_PX = 16 * 640 * 640  # painted at once; takes about 100 bytes of the device for each
 _MOST_INT32 = 2**31 - 1
 _EDGE_SLACK = 1e-6  # px^2, far above what rounding does to an edge seen from both of its sides
-_SIXTH = 30  # steps of 8-bit hue in a sixth of the colour circle
+_SIXTH = 30  # steps of OpenCV's 8-bit hue in a sixth of the colour circle
 _BaseImageOf = Callable[[int], np.ndarray]
 
 
@@ -283,18 +283,21 @@ def _copy_part(base: np.ndarray, part: tuple[int, int, int, int], out: np.ndarra
     height, width = base.shape[:2]
     beyond = (max(-y1, 0), max(y2 - height, 0), max(-x1, 0), max(x2 - width, 0))
     inner = base[max(y1, 0) : y2, max(x1, 0) : x2]
-    out[:] = cv2.copyMakeBorder(inner, *beyond, cv2.BORDER_REPLICATE) if any(beyond) else inner
+    if any(beyond):
+        cv2.copyMakeBorder(inner, *beyond, cv2.BORDER_REPLICATE, dst=out)
+    else:
+        out[:] = inner
 
 
 def _colour_table(hsv: tuple[float, float, float]) -> np.ndarray:
     """(5, 256) u8: by old 8-bit hue, how many thirtieths of its range red, green and blue lie below the value; new
     saturation by old; new value by old."""
     levels = np.arange(256)
-    hue = (levels * hsv[0] % 180).astype(int)  # OpenCV's 8-bit hue counts two degrees
-    circle = (np.array([5, 3, 1])[:, None] * _SIXTH + hue) % 180
+    hue = np.rint(levels * hsv[0]).astype(int) % (6 * _SIXTH)
+    circle = (np.array([5, 3, 1])[:, None] * _SIXTH + hue) % (6 * _SIXTH)
     below = np.clip(np.minimum(circle, 4 * _SIXTH - circle), 0, _SIXTH)
     factors = np.array(hsv[1:])[:, None]
-    return np.concatenate([below, np.clip(levels * factors, 0, 255)]).astype(np.uint8)
+    return np.concatenate([below, np.clip(np.rint(levels * factors), 0, 255)]).astype(np.uint8)
 
 
 # ---- painting, on the device
@@ -361,7 +364,9 @@ def _looked_up(packed: PackedPlans, texels: Tensor, owners: Tensor) -> list[Tens
     row = torch.arange(height, dtype=torch.float32, device=owners.device)[:, None]
 
     def along(line: int) -> Tensor:
-        a, b, c = (packed.matrices[3 * line + place].index_select(0, owners).view(-1, height, width) for place in range(3))
+        a, b, c = (
+            packed.matrices[3 * line + place].index_select(0, owners).view(-1, height, width) for place in range(3)
+        )
         return torch.addcmul(torch.addcmul(c, a, column), b, row).view(-1)
 
     x, y = along(0), along(1)
@@ -389,9 +394,7 @@ def _between(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return before, position - before, (before < size - 1).to(size.dtype)
 
 
-def _mix(
-    packed: PackedPlans, texels: Tensor, owners: Tensor, levels: list[Tensor], mixed: slice, first: int
-) -> None:
+def _mix(packed: PackedPlans, texels: Tensor, owners: Tensor, levels: list[Tensor], mixed: slice, first: int) -> None:
     """Blends the partners `mixed` into the pictures of a chunk that starts with picture `first`, in place."""
     area = packed.shape[0] * packed.shape[1]
     partners = _owners(packed, len(packed) + mixed.start, len(packed) + mixed.stop)
@@ -417,7 +420,9 @@ def _recoloured(packed: PackedPlans, owners: Tensor, levels: list[Tensor]) -> li
 
     tables = packed.colours.view(-1)
     at = looks.clamp(min=0) * packed.colours[0].numel()
-    saturation, value = (tables.index_select(0, at + (256 * line + old)).int() for line, old in ((3, saturation), (4, value)))
+    saturation, value = (
+        tables.index_select(0, at + (256 * line + old)).int() for line, old in ((3, saturation), (4, value))
+    )
     drop = saturation * value
     full = value * (255 * _SIXTH)
     recoloured = []
