@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from utils.files import nearest_name, read_yaml
-from utils.structures import UserError
+from utils.structures import PixelTransform, UserError
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,28 @@ class Hyperparameters:
     fliplr: float = _hyp(0.5, 0, 0.0, 1.0, (0, 1), "probability of a left-right flip")
     mosaic: float = _hyp(1.0, 1, 0.0, 1.0, (0, 1), "probability of a mosaic of four")
     mosaic9: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability that a mosaic is one of nine")
+    # 0 keeps the classic recipe; training ends better on images as they will be met, so recent ones take 10 or so
     close_mosaic: float = _hyp(0.0, 0, 0.0, 50.0, (0, INFINITY), "so many epochs at the end have no mosaics")
     mixup: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability of mixing two mosaics")
     copy_paste: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability of pasting each polygon again")
     cutout: float = _hyp(0.0, 1, 0.0, 1.0, (0, 1), "probability of painting rectangles over the image")
+    albumentations: tuple[PixelTransform, ...] = ()  # no gene: `- Blur: {p: 0.01, blur_limit: 3}` or `- ToGray`
 
 
-GENES: dict[str, Gene] = {item.name: item.metadata["gene"] for item in fields(Hyperparameters)}
+GENES: dict[str, Gene] = {item.name: item.metadata["gene"] for item in fields(Hyperparameters) if item.metadata}
+_TRANSFORMS = "albumentations"  # the one key that is a list
 
 
 def hyperparameters(values: dict[str, Any], *, source: str) -> Hyperparameters:
     """Validated hyperparameters from a mapping. Raises UserError that names `source`, the key, and what it takes."""
-    checked = {}
+    checked: dict[str, Any] = {}
     for name, value in values.items():
+        if name == _TRANSFORMS:
+            checked[name] = _transforms(value, source)
+            continue
         if name not in GENES:
-            raise UserError(f"{source}: unknown hyperparameter '{name}: {value}'{nearest_name(str(name), GENES)}")
+            nearest = nearest_name(str(name), [*GENES, _TRANSFORMS])
+            raise UserError(f"{source}: unknown hyperparameter '{name}: {value}'{nearest}")
         if name == "anchors" and value in (None, 0):  # 0 is how older files say that there is none
             continue
         checked[name] = _number(name, value, source)
@@ -96,6 +104,45 @@ def _number(name: str, value: Any, source: str) -> float:
     if not (math.isfinite(number) and low <= number <= high):
         raise UserError(f"{source}: '{name}: {value}' should be {takes} ({GENES[name].meaning})")
     return number
+
+
+def _transforms(value: Any, source: str) -> tuple[PixelTransform, ...]:
+    """Of the key `albumentations`; whether the package knows them is found out when it is imported."""
+    if value is not None and not isinstance(value, (list, tuple)):
+        raise UserError(f"{source}: '{_TRANSFORMS}: {value}' should be a list such as {_EXAMPLE}")
+    return tuple(_transform(item, source) for item in value or ())
+
+
+_EXAMPLE = "[ToGray, Blur: {p: 0.01, blur_limit: 3}]"
+
+
+def _transform(item: Any, source: str) -> PixelTransform:
+    if isinstance(item, str):
+        return PixelTransform(name=item, arguments=())
+    if isinstance(item, Mapping) and len(item) == 1:
+        ((name, arguments),) = item.items()
+        if isinstance(name, str) and isinstance(arguments or {}, Mapping):
+            pairs = tuple((str(key), _frozen(value)) for key, value in (arguments or {}).items())
+            return PixelTransform(name=name, arguments=pairs)
+    raise UserError(f"{source}: '{_TRANSFORMS}': '{item}' should be the name of a transform, as in {_EXAMPLE}")
+
+
+def _frozen(value: Any) -> Any:
+    """A YAML value with tuples in place of lists, so that it can be a key."""
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _thawed(value: Any) -> Any:
+    return list(map(_thawed, value)) if isinstance(value, tuple) else value
+
+
+def plain_values(hyp: Hyperparameters) -> dict[str, Any]:
+    """Numbers, strings and lists by name, as in a YAML file: what `hyperparameters` reads."""
+    listed = [
+        {item.name: {key: _thawed(value) for key, value in item.arguments}} if item.arguments else item.name
+        for item in hyp.albumentations
+    ]
+    return {**asdict(hyp), _TRANSFORMS: listed}
 
 
 def read_hyp(path: Path) -> Hyperparameters:

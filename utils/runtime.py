@@ -176,6 +176,11 @@ def _be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def keep_albumentations_offline() -> None:
+    """Before its import: the package would ask the internet for a newer one."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+
 def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -99,9 +99,7 @@ class Tile:
     image: int  # index into the LabelStore
     matrix: np.ndarray  # (3, 3) f64, base-image px (long side = imgsz) -> network px
     corners: np.ndarray  # (4, 2) f64 network px: the visible part, clockwise from that of the base image's top left
-    crop: (
-        tuple[int, int, int, int] | None
-    )  # xyxy base-image px; None: tilted or mirrored, `matrix` alone says what shows
+    crop: tuple[int, int, int, int] | None  # xyxy base-image px; None: tilted or mirrored, `matrix` says what shows
     rings: tuple[np.ndarray, ...] = ()  # (n, 2) f64 network px each; inside by the even-odd rule
 
 
@@ -111,6 +109,22 @@ class Cutout:
 
     box: tuple[int, int, int, int]  # xyxy network px, before flips
     colour: tuple[int, int, int]  # BGR
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelTransform:
+    """A transform of the albumentations package, as the user's hyp YAML asks for it."""
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...]  # plain values, lists as tuples
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelChange:
+    """Transforms that change colours and leave every object where it is, and the seed of their chance."""
+
+    transforms: tuple[PixelTransform, ...]
+    seed: int  # 0 <= seed < 2^31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +139,7 @@ class Mix:
 class SamplePlan:
     """Everything decided about one network input before a pixel is touched.
 
-    Painted in this order: tiles, mix, hsv, cutouts, flips.
+    Painted in this order: tiles, mix, hsv, pixels, cutouts, flips.
     """
 
     shape: tuple[int, int]  # height, width in network px
@@ -136,6 +150,7 @@ class SamplePlan:
     flip_lr: bool = False
     flip_ud: bool = False
     mix: Mix | None = None
+    pixels: PixelChange | None = None
     cutouts: tuple[Cutout, ...] = ()
 
 

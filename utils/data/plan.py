@@ -1,4 +1,4 @@
-"""Every random decision about an epoch and its samples, and where boxes land, without touching a pixel.
+"""Every random decision about an epoch and its samples, without touching a pixel; scene.py works out where things land.
 
 Randomness is a function of (seed, epoch, position): the generator of a sample is keyed by these three numbers, so the
 batches do not depend on the number of loader processes or on where a run was resumed. Augmentation follows SPEC 6.
@@ -6,15 +6,31 @@ batches do not depend on the number of loader processes or on where a run was re
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
-from utils.boxes import box_area, clip_boxes, transform_boxes, transform_points
-from utils.data.images import base_scale, base_shape
+from utils.boxes import box_area
+from utils.data.images import base_scale
+from utils.data.scene import (
+    Canvas,
+    Paste,
+    Scene,
+    Warp,
+    canvas_boxes,
+    covered_shares,
+    has_polygon,
+    letterboxed,
+    mosaic_of_four,
+    mosaic_of_nine,
+    projected,
+    shown_part,
+)
 from utils.hyp import Hyperparameters
-from utils.structures import LabelStore, Mix, QuadPlan, SamplePlan, Tile
+from utils.structures import CROWD, Cutout, LabelStore, Mix, PixelChange, QuadPlan, SamplePlan
 
 PADDING = 114  # grey level where no image lies
 
@@ -25,10 +41,11 @@ QUAD = 2
 SIZE = 3  # of the network input, with --multi-scale
 
 _EPOCH_POSITION = 2**32 - 1  # the position whose generators decide about the epoch as a whole
-_MIN_SIDE_PX = 2
-_MIN_AREA_KEPT = 0.1
-_MAX_ASPECT = 100
+_STOCK = 32  # uniform numbers that are drawn at once
 _MIXUP_BETA = 32.0
+_MAX_PASTED_OVER = 0.3  # of a box, by a pasted one
+_MAX_CUTOUTS = 8
+_MAX_COVERED = 0.6  # of a box, by cutouts
 
 
 def generator(seed: int, epoch: int, position: int, purpose: int = SAMPLE) -> np.random.Generator:
@@ -80,28 +97,20 @@ def image_weights(store: LabelStore, class_weights: np.ndarray) -> np.ndarray:
 # ---- samples ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Canvas:
-    """Base images laid on a plane, before the random transform."""
+class _Chance:
+    """Numbers drawn one after the other; from a stock of them, as a call of the generator for each would cost more."""
 
-    shape: tuple[int, int]
-    placed: tuple[tuple[int, int, int], ...]  # image, x and y of its top left corner
+    def __init__(self, rng: np.random.Generator):
+        self._numbers = itertools.chain.from_iterable(iter(lambda: rng.random(_STOCK).tolist(), None))
 
+    def uniform(self, low: float, high: float) -> float:
+        return low + (high - low) * next(self._numbers)
 
-@dataclass(frozen=True, kw_only=True)
-class _Warp:
-    """A drawn transform from canvas px to network px."""
+    def below(self, count: int) -> int:
+        return int(next(self._numbers) * count)
 
-    matrix: np.ndarray  # (3, 3)
-    scale: float
-    upright: bool  # only scaled and moved
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Scene:
-    tiles: tuple[Tile, ...]
-    boxes: np.ndarray  # (N, 4) f64 network px
-    classes: np.ndarray  # (N,) i32
+    def happens(self, probability: float) -> bool:
+        return next(self._numbers) < probability
 
 
 def train_plan(
@@ -113,34 +122,134 @@ def train_plan(
     hyp: Hyperparameters,
     rng: np.random.Generator,
 ) -> SamplePlan:
-    """The augmented sample that grows out of `image`; the output is of `shape` (height, width), else imgsz x imgsz."""
+    """The augmented sample that grows out of `image`; the output is of `shape` (height, width), else imgsz x imgsz.
+
+    Chance is drawn in the order of the code: mosaic and mixup, colours, flips, cutouts, pixels.
+    """
     shape = shape or (imgsz, imgsz)
-    mix = None
-    if rng.random() < hyp.mosaic:
-        scene = _warped(store, _mosaic(store, image, imgsz, rng), imgsz, shape, hyp, rng)
-        if rng.random() < hyp.mixup:
-            partner = int(rng.integers(len(store)))
-            other = _warped(store, _mosaic(store, partner, imgsz, rng), imgsz, shape, hyp, rng)
+    chance, mix = _Chance(rng), None
+    if chance.happens(hyp.mosaic):
+        scene = _mosaic(store, image, imgsz, shape, hyp, chance)
+        if chance.happens(hyp.mixup):
+            other = _mosaic(store, chance.below(len(store)), imgsz, shape, hyp, chance)
             mix = Mix(tiles=other.tiles, weight=float(rng.beta(_MIXUP_BETA, _MIXUP_BETA)))
-            scene = _Scene(
-                tiles=scene.tiles,
+            scene = replace(
+                scene,
                 boxes=np.concatenate([scene.boxes, other.boxes]),
                 classes=np.concatenate([scene.classes, other.classes]),
             )
     else:
-        scene = _warped(store, _letterbox(store, image, shape, imgsz), imgsz, shape, hyp, rng)
-    factors = 1 + rng.uniform(-1, 1, 3) * (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v)
-    flip_ud, flip_lr = bool(rng.random() < hyp.flipud), bool(rng.random() < hyp.fliplr)
+        canvas = letterboxed(store, image, shape, imgsz)
+        scene = projected(store, canvas, _draw_warp(canvas.shape, shape, hyp, chance), imgsz, shape)
+    hsv = tuple(1 + chance.uniform(-1, 1) * gain for gain in (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v))
+    flip_ud, flip_lr = chance.happens(hyp.flipud), chance.happens(hyp.fliplr)
+    cutouts, boxes, classes = (), scene.boxes, scene.classes
+    if chance.happens(hyp.cutout):
+        cutouts = _draw_cutouts(shape, chance)
+        seen = covered_shares(boxes, [cutout.box for cutout in cutouts]) <= _MAX_COVERED
+        boxes, classes = boxes[seen], classes[seen]
+    pixels = None
+    if hyp.albumentations:
+        pixels = PixelChange(transforms=hyp.albumentations, seed=chance.below(2**31))
     return SamplePlan(
         shape=shape,
         tiles=scene.tiles,
-        boxes=_flipped(scene.boxes, shape, flip_ud=flip_ud, flip_lr=flip_lr).astype(np.float32),
-        classes=scene.classes,
-        hsv=tuple(map(float, factors)) if hyp.hsv_h or hyp.hsv_s or hyp.hsv_v else None,
+        boxes=_flipped(boxes, shape, flip_ud=flip_ud, flip_lr=flip_lr).astype(np.float32),
+        classes=classes,
+        hsv=hsv if hyp.hsv_h or hyp.hsv_s or hyp.hsv_v else None,
         flip_ud=flip_ud,
         flip_lr=flip_lr,
         mix=mix,
+        pixels=pixels,
+        cutouts=cutouts,
     )
+
+
+def _mosaic(
+    store: LabelStore, image: int, imgsz: int, shape: tuple[int, int], hyp: Hyperparameters, chance: _Chance
+) -> Scene:
+    """Four images in shuffled order, or nine around `image`; the others are drawn. Then copy-paste, then the warp.
+
+    Four meet, and the fifth of nine has its middle, at a point of the canvas that is uniform in [S/2, 3S/2]^2. For nine
+    that is a window of 2S, drawn from the 3S that nine square images take.
+    """
+    of_nine = chance.happens(hyp.mosaic9)
+    centre = int(chance.uniform(imgsz / 2, 3 * imgsz / 2)), int(chance.uniform(imgsz / 2, 3 * imgsz / 2))
+    images = [chance.below(len(store)) for _ in range(9 if of_nine else 4)]
+    images[4 if of_nine else chance.below(4)] = image
+    canvas = (mosaic_of_nine if of_nine else mosaic_of_four)(store, images, centre, imgsz)
+    if hyp.copy_paste:
+        canvas = replace(canvas, pastes=_draw_pastes(store, canvas, imgsz, hyp.copy_paste, chance))
+    return projected(store, canvas, _draw_warp(canvas.shape, shape, hyp, chance), imgsz, shape)
+
+
+def _draw_pastes(
+    store: LabelStore, canvas: Canvas, imgsz: int, probability: float, chance: _Chance
+) -> tuple[Paste, ...]:
+    """Objects with polygons to show again, each drawn for itself, mirrored left-right across the canvas.
+
+    One that would cover more than a share of any box there, pasted ones included, is left out. A crowd is no object,
+    but neither to be covered.
+    """
+    shown = [shown_part(canvas_boxes(store, laid, imgsz), laid) for laid in canvas.laid]
+    taken = np.concatenate([np.empty((0, 4)), *shown])
+    pastes = []
+    for laid, boxes in zip(canvas.laid, shown):
+        rows = store.rows(laid.image)
+        candidates = has_polygon(store, rows) & (store.ignore[rows] != CROWD) & (box_area(boxes) > 0)
+        for number in np.flatnonzero(candidates).tolist():
+            if not chance.happens(probability):
+                continue
+            x1, y1, x2, y2 = boxes[number].tolist()
+            target = np.array([[canvas.shape[1] - x2, y1, canvas.shape[1] - x1, y2]])
+            overlap = box_area(np.clip(target, taken[:, [0, 1, 0, 1]], taken[:, [2, 3, 2, 3]]))
+            if (overlap <= _MAX_PASTED_OVER * box_area(taken)).all():
+                pastes.append(Paste(laid=laid, row=rows.start + number, source=boxes[number]))
+                taken = np.concatenate([taken, target])
+    return tuple(pastes)
+
+
+def _draw_warp(canvas: tuple[int, int], shape: tuple[int, int], hyp: Hyperparameters, chance: _Chance) -> Warp:
+    """Perspective, rotation, scale and shear about the canvas centre, which then moves near that of the output."""
+    perspective = [chance.uniform(-1, 1) * hyp.perspective for _ in range(2)]
+    angle = math.radians(chance.uniform(-1, 1) * hyp.degrees)
+    scale = chance.uniform(1 - hyp.scale, 1 + hyp.scale)
+    shear = [math.tan(math.radians(chance.uniform(-1, 1) * hyp.shear)) for _ in range(2)]
+    x, y = ((0.5 + chance.uniform(-1, 1) * hyp.translate) * side for side in shape[::-1])
+    if not (hyp.degrees or hyp.shear or hyp.perspective):
+        left, top = x - scale * canvas[1] / 2, y - scale * canvas[0] / 2
+        return Warp(matrix=np.array([[scale, 0, left], [0, scale, top], [0, 0, 1]]), scale=scale, upright=True)
+    to_origin = np.array([[1, 0, -canvas[1] / 2], [0, 1, -canvas[0] / 2], [0, 0, 1]])
+    project = np.array([[1, 0, 0], [0, 1, 0], [*perspective, 1]])
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    rotate = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+    skew = np.array([[1, shear[0], 0], [shear[1], 1, 0], [0, 0, 1]])
+    to_centre = np.array([[1, 0, x], [0, 1, y], [0, 0, 1]])
+    return Warp(matrix=to_centre @ skew @ rotate @ project @ to_origin, scale=scale, upright=False)
+
+
+def _draw_cutouts(shape: tuple[int, int], chance: _Chance) -> tuple[Cutout, ...]:
+    """One to eight rectangles, of any colour; middles are uniform in the output, sides in 1/32 to 1/4 of its sides."""
+    cutouts = []
+    for _ in range(1 + chance.below(_MAX_CUTOUTS)):
+        spans = []
+        for side in shape[::-1]:
+            length, middle = chance.uniform(side / 32, side / 4), chance.uniform(0, side)
+            low = max(int(middle - length / 2), 0)
+            spans.append((low, min(max(round(middle + length / 2), low + 1), side)))
+        (x1, x2), (y1, y2) = spans
+        colour = (chance.below(256), chance.below(256), chance.below(256))
+        cutouts.append(Cutout(box=(x1, y1, x2, y2), colour=colour))
+    return tuple(cutouts)
+
+
+def _flipped(boxes: np.ndarray, shape: tuple[int, int], *, flip_ud: bool, flip_lr: bool) -> np.ndarray:
+    height, width = shape
+    if flip_ud:
+        boxes = np.stack([boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]], axis=1)
+    if flip_lr:
+        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+    return boxes
 
 
 def enlarges(rng: np.random.Generator) -> bool:
@@ -166,10 +275,11 @@ def quad_plan(samples: Sequence[SamplePlan], *, enlarge: bool) -> QuadPlan:
 
 
 def letterbox_plan(store: LabelStore, image: int, *, shape: tuple[int, int], imgsz: int) -> SamplePlan:
-    """The base image in the middle of a grey network input of `shape` (height, width); no chance in it."""
-    canvas = _letterbox(store, image, shape, imgsz)
-    scene = _projected(store, canvas, _Warp(matrix=np.eye(3), scale=1.0, upright=True), imgsz, shape)
-    boxes, classes = _canvas_boxes(store, canvas.placed[0], imgsz)  # evaluation leaves out none
+    """The base image in the middle of a grey network input of `shape` (height, width), and all its boxes; no chance."""
+    canvas = letterboxed(store, image, shape, imgsz)
+    scene = projected(store, canvas, Warp(matrix=np.eye(3), scale=1.0, upright=True), imgsz, shape)
+    boxes = canvas_boxes(store, canvas.laid[0], imgsz)  # evaluation leaves out none
+    classes = store.classes[store.rows(image)]
     return SamplePlan(shape=shape, tiles=scene.tiles, boxes=boxes.astype(np.float32), classes=classes)
 
 
@@ -178,142 +288,3 @@ def source_to_network(store: LabelStore, plan: SamplePlan, imgsz: int) -> np.nda
     (tile,) = plan.tiles
     scale_x, scale_y = base_scale(tuple(store.sizes[tile.image]), imgsz)
     return tile.matrix @ np.diag([scale_x, scale_y, 1.0])
-
-
-# ---- laying out ---------------------------------------------------------------------------------------------------
-
-
-def _letterbox(store: LabelStore, image: int, shape: tuple[int, int], imgsz: int) -> _Canvas:
-    height, width = base_shape(tuple(store.sizes[image]), imgsz)
-    return _Canvas(shape=shape, placed=((image, (shape[1] - width) // 2, (shape[0] - height) // 2),))
-
-
-def _mosaic(store: LabelStore, image: int, imgsz: int, rng: np.random.Generator) -> _Canvas:
-    """The image and three drawn ones, in shuffled order, meet at a drawn centre of a canvas of twice the size."""
-    centre_x, centre_y = (int(value) for value in rng.uniform(imgsz / 2, 3 * imgsz / 2, 2))
-    images = rng.permutation([image, *rng.integers(len(store), size=3)])
-    placed = []
-    for quadrant, member in enumerate(images):
-        height, width = base_shape(tuple(store.sizes[member]), imgsz)
-        right, below = quadrant % 2, quadrant // 2
-        placed.append((int(member), centre_x - width * (1 - right), centre_y - height * (1 - below)))
-    return _Canvas(shape=(2 * imgsz, 2 * imgsz), placed=tuple(placed))
-
-
-# ---- moving -------------------------------------------------------------------------------------------------------
-
-
-def _warped(
-    store: LabelStore,
-    canvas: _Canvas,
-    imgsz: int,
-    shape: tuple[int, int],
-    hyp: Hyperparameters,
-    rng: np.random.Generator,
-) -> _Scene:
-    return _projected(store, canvas, _draw_warp(canvas.shape, shape, hyp, rng), imgsz, shape)
-
-
-def _draw_warp(
-    canvas: tuple[int, int], shape: tuple[int, int], hyp: Hyperparameters, rng: np.random.Generator
-) -> _Warp:
-    """Perspective, rotation, scale and shear about the canvas centre, which then moves near that of the output."""
-    perspective = rng.uniform(-1, 1, 2) * hyp.perspective
-    angle = np.deg2rad(rng.uniform(-1, 1) * hyp.degrees)
-    scale = float(rng.uniform(1 - hyp.scale, 1 + hyp.scale))
-    shear = np.tan(np.deg2rad(rng.uniform(-1, 1, 2) * hyp.shear))
-    centre = (0.5 + rng.uniform(-1, 1, 2) * hyp.translate) * shape[::-1]
-
-    to_origin = np.array([[1, 0, -canvas[1] / 2], [0, 1, -canvas[0] / 2], [0, 0, 1]])
-    project = np.array([[1, 0, 0], [0, 1, 0], [*perspective, 1]])
-    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
-    rotate = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
-    skew = np.array([[1, shear[0], 0], [shear[1], 1, 0], [0, 0, 1]])
-    to_centre = np.array([[1, 0, centre[0]], [0, 1, centre[1]], [0, 0, 1]])
-    return _Warp(
-        matrix=to_centre @ skew @ rotate @ project @ to_origin,
-        scale=scale,
-        upright=not (hyp.degrees or hyp.shear or hyp.perspective),
-    )
-
-
-def _projected(store: LabelStore, canvas: _Canvas, warp: _Warp, imgsz: int, shape: tuple[int, int]) -> _Scene:
-    """Tiles and boxes of a canvas in the network frame; what does not show is left out."""
-    tiles, boxes, classes = [], [np.empty((0, 4))], [np.empty(0, np.int32)]
-    for placed in canvas.placed:
-        visible = _visible_part(store, placed, canvas.shape, imgsz)
-        if visible is None or not _in_front(visible, warp.matrix):
-            continue
-        tile = _tile(placed, visible, warp, shape)
-        if tile is not None:
-            tiles.append(tile)
-        laid, laid_classes = _canvas_boxes(store, placed, imgsz)
-        shown = clip_boxes(laid, canvas.shape)
-        moved = clip_boxes(transform_boxes(shown, warp.matrix), shape)
-        keep = _worth_keeping(moved, box_area(laid) * warp.scale**2)
-        keep &= box_area(shown) > _MIN_AREA_KEPT * box_area(laid)  # tilted, even a line lies in a box with an area
-        boxes.append(moved[keep])
-        classes.append(laid_classes[keep])
-    return _Scene(tiles=tuple(tiles), boxes=np.concatenate(boxes), classes=np.concatenate(classes))
-
-
-def _visible_part(
-    store: LabelStore, placed: tuple[int, int, int], canvas: tuple[int, int], imgsz: int
-) -> np.ndarray | None:
-    """(4, 2) corners in canvas px, clockwise from the top left, of the part of a placed image inside the canvas."""
-    image, left, top = placed
-    height, width = base_shape(tuple(store.sizes[image]), imgsz)
-    x1, y1 = max(left, 0), max(top, 0)
-    x2, y2 = min(left + width, canvas[1]), min(top + height, canvas[0])
-    if x2 <= x1 or y2 <= y1:
-        return None
-    return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]], np.float64)
-
-
-def _in_front(corners: np.ndarray, matrix: np.ndarray) -> bool:
-    """Whether a strong perspective leaves all corners before the camera; behind it, they would come out mirrored."""
-    return bool((corners @ matrix[2, :2] + matrix[2, 2] > 0.1).all())
-
-
-def _tile(placed: tuple[int, int, int], visible: np.ndarray, warp: _Warp, shape: tuple[int, int]) -> Tile | None:
-    image, left, top = placed
-    corners = transform_points(visible, warp.matrix)
-    if warp.upright:  # neighbours share canvas edges, so rounding leaves neither gap nor overlap
-        corners = np.clip(np.rint(corners), 0, [shape[1], shape[0]])
-    low, high = np.maximum(corners.min(0), 0), np.minimum(corners.max(0), [shape[1], shape[0]])
-    if (high <= low).any():
-        return None
-    place = np.array([[1, 0, left], [0, 1, top], [0, 0, 1]], np.float64)
-    return Tile(
-        image=image, matrix=warp.matrix @ place, corners=corners, crop=(0, 0, 1, 1) if warp.upright else None
-    )  # TODO the crop
-
-
-def _canvas_boxes(store: LabelStore, placed: tuple[int, int, int], imgsz: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 4) f64 boxes of a placed image in canvas px, and their classes."""
-    image, left, top = placed
-    rows = store.rows(image)
-    scale_x, scale_y = base_scale(tuple(store.sizes[image]), imgsz)
-    boxes = store.boxes[rows] * np.array([scale_x, scale_y, scale_x, scale_y]) + (left, top, left, top)
-    return boxes, np.asarray(store.classes[rows])
-
-
-def _worth_keeping(boxes: np.ndarray, full_area: np.ndarray) -> np.ndarray:
-    """(N,) bool: large enough, not a sliver, and enough left of the `full_area` that the box had before clipping."""
-    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    aspect = np.maximum(width, height) / np.maximum(np.minimum(width, height), 1e-9)
-    return (
-        (width > _MIN_SIDE_PX)
-        & (height > _MIN_SIDE_PX)
-        & (width * height > _MIN_AREA_KEPT * full_area)
-        & (aspect < _MAX_ASPECT)
-    )
-
-
-def _flipped(boxes: np.ndarray, shape: tuple[int, int], *, flip_ud: bool, flip_lr: bool) -> np.ndarray:
-    height, width = shape
-    if flip_ud:
-        boxes = np.stack([boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]], axis=1)
-    if flip_lr:
-        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
-    return boxes

@@ -18,11 +18,12 @@ from utils.checkpoint import Checkpoint, LateRunFolder, RunFolder, load_checkpoi
 from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling, validated, whole_strides
 from utils.data.loader import EvalBatches, TrainBatches, TrainStream
 from utils.data.old_text import label_path
+from utils.data.pixels import check_transforms
 from utils.data.scan import ScanReport, open_dataset, scan_split, write_findings
 from utils.data.store import single_class
 from utils.evaluate.evaluator import Evaluator, evaluated_at_once
 from utils.files import from_here, new_run_folder, write_yaml
-from utils.hyp import Hyperparameters, hyperparameters, read_hyp
+from utils.hyp import Hyperparameters, hyperparameters, plain_values, read_hyp
 from utils.loss import LossGains
 from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport
@@ -89,7 +90,7 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
     options = _with_batch_size(options, hyp, model, runtime, train=train.store, val=val.store, console=console)
     lines += _choose_anchors(model, options, hyp, train.store)
     run = _run_folder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok), options)
-    write_yaml(run.path / "hyp.yaml", asdict(hyp))
+    write_yaml(run.path / "hyp.yaml", plain_values(hyp))
     if train.report.findings or val.report.findings:
         write_findings(run.path / "scan.csv", [train.report, val.report])
         lines.append(f"All findings in the data: {run.path / 'scan.csv'}")
@@ -121,6 +122,7 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     changed = {name: values[name] for name in values if name != "resume" and values[name] is not None}
     options = validated(TrainOptions, {**checkpoint["options"], **changed})
     hyp = hyperparameters(checkpoint["hyp"], source=str(path))
+    check_transforms(hyp.albumentations, source=str(path))
     run = _run_of(path, checkpoint, options)
     state = _unfinished_state(path, checkpoint, run, options)
     spec = open_dataset(options.data, note=console.note)
@@ -187,10 +189,7 @@ def _unfinished_state(path: Path, checkpoint: Checkpoint, run: RunFolder, option
 
 def _hyperparameters(options: TrainOptions) -> Hyperparameters:
     hyp = read_hyp(find_file(options.hyp, "data/hyps"))
-    if hyp.copy_paste:
-        raise UserError(
-            f"{options.hyp}: 'copy_paste: {hyp.copy_paste:g}': copy-paste is not available yet, set it to 0"
-        )
+    check_transforms(hyp.albumentations, source=options.hyp)
     if options.optimizer != "SGD" and max(hyp.momentum, hyp.warmup_momentum) >= 1:
         raise UserError(f"{options.hyp}: 'momentum' and 'warmup_momentum' should be below 1 for {options.optimizer}")
     if hyp.anchors is not None and options.noautoanchor:

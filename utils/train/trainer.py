@@ -19,7 +19,7 @@ from utils.config import TrainOptions
 from utils.data.loader import TrainStream
 from utils.evaluate.evaluator import Evaluator
 from utils.files import this_python
-from utils.hyp import Hyperparameters
+from utils.hyp import Hyperparameters, plain_values
 from utils.report.loggers import format_losses
 from utils.report.run_report import RunReport
 from utils.runtime import Runtime, mendable_errors
@@ -169,7 +169,7 @@ class Trainer:
             "network": self.step.model.network,
             "names": list(self.names),
             "options": asdict(self.options),
-            "hyp": asdict(self.hyp),
+            "hyp": plain_values(self.hyp),
             "accumulation": self.schedule.accumulation,
             **asdict(self.state),
         }
