@@ -1,5 +1,6 @@
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.data import render_torch
-from utils.data.plan import PADDING
+from utils.data.plan import PADDING, generator, letterbox_plan, quad_plan, train_plan
+from utils.data.render import render, render_quad
 from utils.data.render_torch import pack, pack_quads, paint, paint_quads, render_batch
-from utils.structures import Cutout, Mix, QuadPlan, SamplePlan, Tile
+from utils.data.store import ImageLabels, build_store
+from utils.hyp import Hyperparameters
+from utils.structures import Cutout, Mix, PixelChange, PixelTransform, QuadPlan, SamplePlan, Tile, UserError
 
 SHAPE = (40, 56)
-SIZES = [(96, 96), (48, 96), (96, 60), (1, 1), (1, 9)]
+IMGSZ = 96
+SIZES = [(96, 96), (48, 96), (96, 60), (1, 1), (1, 9)]  # the first three are base images
 EMPTY = {"boxes": np.empty((0, 4), np.float32), "classes": np.empty(0, np.int32)}
 seeds = st.integers(0, 2**31)
 
@@ -98,6 +103,80 @@ def random_cutout(rng: np.random.Generator) -> Cutout:
     return Cutout(box=(x1, y1, x2, y2), colour=tuple(rng.integers(0, 256, 3).tolist()))
 
 
+# ---- the other executor
+
+
+UPRIGHT = {"mosaic": 0.8, "mosaic9": 0.5, "mixup": 0.5, "cutout": 0.5, "flipud": 0.5}
+TILTED = {**UPRIGHT, "degrees": 45.0, "shear": 10.0, "perspective": 0.001}
+HYPS = [UPRIGHT, TILTED, {**UPRIGHT, "copy_paste": 1.0}, {**TILTED, "copy_paste": 1.0}, {**TILTED, "shear": 70.0}]
+
+
+@pytest.fixture(scope="module")
+def store():
+    """Three images with polygons."""
+    rng = np.random.default_rng(0)
+    labels = []
+    for _ in range(3):
+        rings = [[rng.uniform(0, 1, (1, 2)) + rng.uniform(-0.2, 0.2, (7, 2))] for _ in range(4)]
+        rings = [[np.clip(ring, 0, 1) for ring in polygon] for polygon in rings]
+        boxes = [np.concatenate([polygon[0].min(0), polygon[0].max(0)]) for polygon in rings]
+        labels.append(ImageLabels(boxes=np.array(boxes), classes=np.zeros(4, np.int64), rings=rings))
+    return build_store([Path(f"{index}.png") for index in range(3)], SIZES[:3], labels)
+
+
+def plan_of(store, seed: int, position: int, hyp: dict[str, float]) -> SamplePlan:
+    rng = generator(seed, 0, position)
+    return train_plan(store, position % 3, imgsz=IMGSZ, shape=(80, 112), hyp=Hyperparameters(**hyp), rng=rng)
+
+
+def assert_alike(pictures: torch.Tensor, expected: list[np.ndarray]):
+    error = np.abs(rgb(pictures).astype(float) - np.stack(expected))
+    assert error.mean() <= 1.0
+    assert (error.max(-1) > 8).mean() <= 0.02
+
+
+@pytest.mark.parametrize("hyp", HYPS, ids=["upright", "tilted", "upright-paste", "tilted-paste", "mirrored"])
+@settings(max_examples=10, deadline=None)
+@given(seed=seeds)
+def test_the_renderers_agree(store, bases, hyp, seed):
+    plans = [plan_of(store, seed, position, hyp) for position in range(4)]
+    assert_alike(
+        render_batch(plans, bases.__getitem__, device="cpu"), [render(plan, bases.__getitem__) for plan in plans]
+    )
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds)
+def test_the_renderers_agree_on_plans_that_nothing_drew(bases, seed):
+    rng = np.random.default_rng(seed)
+    plans = [random_plan(rng) for _ in range(4)]
+    assert_alike(
+        render_batch(plans, bases.__getitem__, device="cpu"), [render(plan, bases.__getitem__) for plan in plans]
+    )
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (128, 160), (97, 99)])
+def test_the_renderers_agree_on_letterboxes_to_the_last_bit(store, bases, shape):
+    plans = [letterbox_plan(store, image, shape=shape, imgsz=IMGSZ) for image in range(3)]
+    pictures = rgb(render_batch(plans, bases.__getitem__, device="cpu"))
+    np.testing.assert_array_equal(pictures, [render(plan, bases.__getitem__) for plan in plans])
+
+
+def test_the_renderers_agree_on_quads(store, bases):
+    plans = []
+    for group, count in enumerate((4, 1, 3, 1, 4)):
+        samples = [plan_of(store, group, place, UPRIGHT) for place in range(count)]
+        plans.append(quad_plan(samples, enlarge=count == 1))
+    pictures = render_batch(plans, bases.__getitem__, device="cpu")
+    assert_alike(pictures, [render_quad(plan, bases.__getitem__) for plan in plans])
+
+
+def test_albumentations_are_refused(bases):
+    change = PixelChange(transforms=(PixelTransform(name="Blur", arguments=()),), seed=0)
+    with pytest.raises(UserError, match="albumentations"):
+        pack([whole_plan(SHAPE, pixels=change)], bases.__getitem__)
+
+
 # ---- the slow twin
 
 
@@ -157,12 +236,6 @@ def odd_crossings(rings, x: float, y: float) -> bool:
             if (y1 <= y) != (y2 <= y) and x1 + (y - y1) / (y2 - y1) * (x2 - x1) <= x:
                 odd = not odd
     return odd
-
-
-def assert_alike(pictures: np.ndarray, expected: np.ndarray):
-    error = np.abs(pictures.astype(float) - expected)
-    assert error.mean() <= 1.0
-    assert (error > 8).any(-1).mean() <= 0.02
 
 
 def rgb(pictures: torch.Tensor) -> np.ndarray:

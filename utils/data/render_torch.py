@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.data.plan import PADDING
-from utils.structures import QuadPlan, SamplePlan, Tile
+from utils.structures import QuadPlan, SamplePlan, Tile, UserError
 
 _CHUNK_PX = 16 * 640 * 640  # painted at once; takes about 100 bytes of the device for each
 _MOST_INT32 = 2**31 - 1
@@ -107,7 +107,14 @@ class _Picture:
 
 
 def pack(plans: Sequence[SamplePlan], base_image_of: _BaseImageOf) -> PackedPlans:
-    """What painting the plans takes: of each base image the part that shows, and who owns which pixels."""
+    """What painting the plans takes: of each base image the part that shows, and who owns which pixels.
+
+    Raises UserError for a plan with transforms of albumentations, which know OpenCV's pictures alone.
+    """
+    if any(plan.pixels is not None for plan in plans):
+        raise UserError(
+            "'albumentations' in the hyperparameters is for images painted by loader processes, not on a device"
+        )
     looks = np.cumsum([plan.hsv is not None for plan in plans]) - 1
     pictures = [
         _picture(plan, plan.tiles, look=int(look) if plan.hsv is not None else -1) for plan, look in zip(plans, looks)
@@ -185,7 +192,7 @@ def _to_part(tile: Tile, part: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def _take(tile: Tile, owners: np.ndarray, number: int) -> tuple[int, int, int, int] | None:
-    """Writes `number` where the tile shows. The part of the base image (xyxy px) that this takes; None: it does not show."""
+    """Writes `number` where the tile shows. The part of the base image that this takes; None: nothing shows."""
     limits = owners.shape[::-1]
     low, high = (np.clip(edge, 0, limits).astype(int) for edge in (tile.corners.min(0), np.ceil(tile.corners.max(0))))
     region = owners[low[1] : high[1], low[0] : high[0]]
@@ -387,8 +394,8 @@ def _looked_up(packed: PackedPlans, texels: Tensor, owners: Tensor) -> list[Tens
 
 
 def _between(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The texel before each position, clamped to 0..size - 1, how far it is past it (0..1), and the step to the next one
-    (0 at the end)."""
+    """The texel before each position, clamped to 0..size - 1; the way from there, 0..1; the step to the next, 0 at the
+    end."""
     position = torch.minimum(position.clamp_(min=0), size - 1)
     before = position.to(size.dtype)
     return before, position - before, (before < size - 1).to(size.dtype)
