@@ -18,7 +18,7 @@ from torch import Tensor
 from utils.data.plan import PADDING
 from utils.structures import QuadPlan, SamplePlan, Tile, UserError
 
-_CHUNK_PX = 16 * 640 * 640  # painted at once; takes about 100 bytes of the device for each
+_CHUNK_PX = 16 * 640 * 640  # painted at once, with up to 150 bytes of the device for each
 _MOST_INT32 = 2**31 - 1
 _EDGE_SLACK = 1e-6  # px^2, far above what rounding does to an edge seen from both of its sides
 _SIXTH = 30  # steps of OpenCV's 8-bit hue in a sixth of the colour circle
