@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import math
 import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -96,19 +97,28 @@ def write_yaml(path: Path, content: dict[str, Any], *, header: str = "") -> None
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
     """Write arrays and a JSON-able `meta` to one file that `read_arrays` maps into memory."""
-    table, offset = {}, 0
-    for name, array in arrays.items():
-        table[name] = {"dtype": array.dtype.str, "shape": list(array.shape), "offset": offset}
-        offset += -(-array.nbytes // _PACK_ALIGN) * _PACK_ALIGN
-    header = json.dumps({"meta": meta, "arrays": table}).encode()
-    header += b" " * (-(len(_PACK_MAGIC) + 8 + len(header)) % _PACK_ALIGN)
+    header, _ = array_layout({name: (array.dtype, array.shape) for name, array in arrays.items()}, meta)
 
     def write(file: IO[bytes]) -> None:
-        file.write(_PACK_MAGIC + len(header).to_bytes(8, "little") + header)
+        file.write(header)
         for array in arrays.values():
             file.write(np.ascontiguousarray(array).tobytes() + b"\0" * (-array.nbytes % _PACK_ALIGN))
 
     write_atomic(path, write)
+
+
+def array_layout(
+    kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]], meta: dict[str, Any]
+) -> tuple[bytes, dict[str, int]]:
+    """How a file for `read_arrays` begins, and at which byte of it each array of this dtype and shape does."""
+    table, offset = {}, 0
+    for name, (dtype, shape) in kinds.items():
+        table[name] = {"dtype": np.dtype(dtype).str, "shape": list(shape), "offset": offset}
+        offset += -(-np.dtype(dtype).itemsize * math.prod(shape) // _PACK_ALIGN) * _PACK_ALIGN
+    header = json.dumps({"meta": meta, "arrays": table}).encode()
+    header += b" " * (-(len(_PACK_MAGIC) + 8 + len(header)) % _PACK_ALIGN)
+    start = _PACK_MAGIC + len(header).to_bytes(8, "little") + header
+    return start, {name: len(start) + entry["offset"] for name, entry in table.items()}
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from utils.boxes import transform_boxes
 from utils.data import loader
-from utils.data.images import base_image
+from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches, Lot, Stream, TrainBatches, TrainStream, resized
 from utils.data.plan import (
     QUAD,
@@ -46,7 +46,12 @@ def store(make_dataset):
 
 @pytest.fixture
 def batches(store):
-    return TrainBatches(store=store, imgsz=IMGSZ, batch_size=4, hyp=HYP, seed=3)
+    return train_batches(store)
+
+
+def train_batches(store, **changes) -> TrainBatches:
+    usual = {"images": BaseImages(store=store, imgsz=IMGSZ), "imgsz": IMGSZ, "batch_size": 4, "hyp": HYP, "seed": 3}
+    return TrainBatches(store=store, **{**usual, **changes})
 
 
 def content(batch: Batch) -> dict[str, bytes | None]:
@@ -70,11 +75,11 @@ def lots(batches: TrainBatches, epoch: int) -> list[Lot]:
 
 def by_hand(batches: TrainBatches, images, position: int, *, shape=(IMGSZ, IMGSZ), epoch=0) -> list[tuple]:
     """Pixels, boxes and classes of the samples of some images of an epoch, one at a time."""
-    samples, store = [], batches.store
+    samples = []
     for offset, image in enumerate(images):
         rng = generator(batches.seed, epoch, position + offset)
-        plan = train_plan(store, int(image), imgsz=IMGSZ, shape=shape, hyp=batches.hyp, rng=rng)
-        samples.append((render(plan, lambda image: base_image(store.path(image), IMGSZ)), plan.boxes, plan.classes))
+        plan = train_plan(batches.store, int(image), imgsz=IMGSZ, shape=shape, hyp=batches.hyp, rng=rng)
+        samples.append((render(plan, batches.images), plan.boxes, plan.classes))
     return samples
 
 
@@ -151,14 +156,14 @@ def test_images_are_rgb(make_dataset):
     cv2.imwrite(str(spec.root / "images/train/a.png"), red)
     store, _ = scan_split(spec, "train")
     hyp = Hyperparameters(mosaic=0, scale=0, translate=0, hsv_h=0, hsv_s=0, hsv_v=0)
-    [batch] = streamed(TrainBatches(store=store, imgsz=IMGSZ, batch_size=1, hyp=hyp, seed=0))
+    [batch] = streamed(train_batches(store, batch_size=1, hyp=hyp))
     assert batch.images.amin((0, 2, 3)).tolist() == [255, 0, 0]
     assert batch.images.amax((0, 2, 3)).tolist() == [255, 0, 0]
 
 
 def test_a_set_without_boxes_makes_batches(make_dataset):
     store, _ = scan_split(make_dataset({"train": {"a.png": None, "b.png": None}}), "train")
-    [batch] = streamed(TrainBatches(store=store, imgsz=IMGSZ, batch_size=2, hyp=HYP, seed=0))
+    [batch] = streamed(train_batches(store, batch_size=2))
     assert batch.boxes.shape == (0, 4)
     assert batch.image_of.shape == batch.classes.shape == (0,)
 
@@ -187,7 +192,7 @@ def photos(make_store, tmp_path, smooth_image):
 
 @pytest.fixture
 def rect(photos):
-    return TrainBatches(store=photos, imgsz=IMGSZ, batch_size=4, hyp=replace(HYP, mosaic=0), seed=3, rect=True)
+    return train_batches(photos, hyp=replace(HYP, mosaic=0), rect=True)
 
 
 def test_a_rect_epoch_has_each_image_once_in_batches_of_like_aspect(rect, photos):
@@ -222,7 +227,7 @@ def test_a_rect_batch_without_gains_is_its_images_letterboxed(rect, photos):
     batch = streamed(replace(rect, hyp=still))[2]  # mosaic, and mixup with it, is off
     for slot, image in enumerate(batch.indices.tolist()):
         plan = letterbox_plan(photos, image, shape=tuple(batch.images.shape[2:]), imgsz=IMGSZ)
-        picture = render(plan, lambda image: base_image(photos.path(image), IMGSZ))
+        picture = render(plan, rect.images)
         np.testing.assert_array_equal(batch.images[slot].permute(1, 2, 0), picture)
         np.testing.assert_allclose(batch.boxes[batch.image_of == slot], plan.boxes, atol=1e-4)
 
@@ -272,20 +277,18 @@ def test_a_quad_batch_is_its_samples_pasted_by_hand(with_rect, batch_size, rect)
             assert_same(of_batch(batch), expected)
 
 
-def test_what_a_quad_leaves_out_is_not_even_read(rect, monkeypatch):
-    batches = replace(rect, rect=False, quad=True)
+def test_what_a_quad_leaves_out_is_not_even_read(rect):
     read = []
-    monkeypatch.setattr(loader, "base_image", lambda path, *_, **__: read.append(path) or base_image(path, IMGSZ))
+    batches = replace(rect, rect=False, quad=True, images=lambda image: read.append(image) or rect.images(image))
     enlarged = 0
     for lot in (lot for epoch in range(4) for lot in lots(batches, epoch)):
         read.clear()
         batch = batches.batch_of(lot)
-        shown = {batches.store.path(image) for image in batch.indices.tolist()}
         if len(read) == 1 < len(batch.indices):
             enlarged += 1
-            assert read == [batches.store.path(int(batch.indices[0]))]
+            assert read == [int(batch.indices[0])]
         else:
-            assert set(read) == shown
+            assert set(read) == set(batch.indices.tolist())
     assert 5 <= enlarged <= 15  # of 20 full groups
 
 
@@ -316,7 +319,7 @@ def test_an_epoch_under_image_weights_draws_its_images_by_the_last_evaluation(ba
 
 
 def test_class_maps_change_the_order(batches, photos):
-    twenty = replace(batches, store=replace(photos, classes=photos.classes % 2))
+    twenty = train_batches(replace(photos, classes=photos.classes % 2))
     orders = [
         [batch.indices.tolist() for batch in weighted(twenty, maps=[maps])[0]]
         for maps in [(), (0.0, 0.0, 0.0), (0.95, 0.0, 0.0)]
@@ -444,7 +447,8 @@ def test_resized_pixels_are_the_bilinear_interpolation_in_the_same_layout(side, 
 
 @pytest.fixture
 def evaluation(store):
-    return EvalBatches(store=store, imgsz=IMGSZ, batch_size=3, stride=32)
+    images = BaseImages(store=store, imgsz=IMGSZ, area=True)
+    return EvalBatches(store=store, images=images, imgsz=IMGSZ, batch_size=3, stride=32)
 
 
 def test_evaluation_sees_each_image_once_and_each_box(evaluation, store):

@@ -14,6 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from models.yolo import DetectionModel, read_network
+from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches
 from utils.data.plan import letterbox_plan, source_to_network
 from utils.data.store import ImageLabels, build_store
@@ -76,7 +77,13 @@ def scene(tmp_path_factory):
 
 
 def evaluator(store, batch_size, **changes):
-    batches = EvalBatches(store=store, imgsz=IMGSZ, batch_size=batch_size, stride=STRIDE)
+    batches = EvalBatches(
+        store=store,
+        images=BaseImages(store=store, imgsz=IMGSZ, area=True),
+        imgsz=IMGSZ,
+        batch_size=batch_size,
+        stride=STRIDE,
+    )
     return Evaluator(batches=batches, names=NAMES, runtime=CPU, **changes)
 
 

@@ -2,6 +2,7 @@
 
 A batch is a pure function of its place in the run, so as many processes as you like yield the same stream. Only
 --image-weights makes an epoch depend on the evaluation before it; else they already work on it while that one runs.
+A process that dies or hangs ends the run, with a line that says what it was at.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import multiprocessing
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import cv2
 import numpy as np
@@ -22,26 +27,31 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from utils.data.images import ImageError, base_image
+from utils.data.images import ImageSource
 from utils.data.plan import (
     QUAD,
     batch_order,
     class_weights,
     enlarges,
     epoch_order,
+    even_order,
     generator,
     image_weights,
     letterbox_plan,
     quad_plan,
+    repeat_factors,
     source_to_network,
     train_plan,
 )
 from utils.data.render import render, render_quad
 from utils.hyp import Hyperparameters
-from utils.structures import Batch, LabelStore, QuadPlan, SamplePlan, UserError
+from utils.structures import Batch, LabelStore, QuadPlan, RunError, SamplePlan, UserError
 
 _PREFETCH = 4  # batches that each loader process works ahead
 _SHARED_MEMORY = Path("/dev/shm")  # Linux; torch hands batches from process to process through it
+_PATIENCE_S = 300  # without any batch from any process; then whoever has been at one that long hangs
+
+Allocate = Callable[[tuple[int, ...]], torch.Tensor]  # shape -> u8 of any content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,7 @@ class Lot:
     """The images that a training batch grows out of, and their place: with the seed, all that the batch depends on."""
 
     epoch: int
+    index: int  # of the batch in its epoch
     position: int  # of the first image among the samples of its epoch
     images: np.ndarray  # (n,) into the LabelStore
 
@@ -70,6 +81,7 @@ class TrainBatches:
     """
 
     store: LabelStore
+    images: ImageSource
     imgsz: int
     batch_size: int
     hyp: Hyperparameters
@@ -77,6 +89,7 @@ class TrainBatches:
     rect: bool = False
     quad: bool = False
     stride: int = 32  # of the network; sides of rectangular batches are multiples of it
+    epochs: int | None = None  # of the run, the last of which may have no mosaics
 
     @property
     def batch_bytes(self) -> int:
@@ -89,9 +102,10 @@ class TrainBatches:
     def per_epoch(self) -> int:
         return -(-len(self.store) // self.batch_size)
 
-    def order(self, epoch: int, weights: np.ndarray | None = None) -> EpochOrder:
-        """The order of an epoch whose images are all there once or, with (I,) `weights`, drawn by them."""
-        images = epoch_order(self.seed, epoch, len(self.store), weights)
+    def order(self, epoch: int, images: np.ndarray | None = None) -> EpochOrder:
+        """The order of an epoch whose (I,) images were drawn or, by themselves, are all there once."""
+        if images is None:
+            images = epoch_order(self.seed, epoch, len(self.store))
         if not self.rect:
             return EpochOrder(images=images, cuts=range(self.per_epoch))
         images = images[np.argsort(_aspects(self.store, images), kind="stable")]
@@ -99,22 +113,27 @@ class TrainBatches:
 
     def lot(self, epoch: int, index: int, order: EpochOrder) -> Lot:
         position = int(order.cuts[index]) * self.batch_size
-        return Lot(epoch=epoch, position=position, images=order.images[position : position + self.batch_size])
+        images = order.images[position : position + self.batch_size]
+        return Lot(epoch=epoch, index=index, position=position, images=images)
 
-    def batch_of(self, lot: Lot) -> Batch:
+    def batch_of(self, lot: Lot, allocate: Allocate | None = None) -> Batch:
+        """Its images are painted into what `allocate` yields."""
         shape = self._shape(_aspects(self.store, lot.images))
         if self.quad:
-            return _assemble(self._quads(lot, shape), lot.images, self.store, self.imgsz, paint=render_quad)
+            return _assemble(self._quads(lot, shape), lot.images, self.images, allocate, paint=render_quad)
         plans = [self._sample(lot, place, shape) for place in range(len(lot.images))]
-        return _assemble(plans, lot.images, self.store, self.imgsz)
+        return _assemble(plans, lot.images, self.images, allocate)
 
     def _shape(self, aspects: np.ndarray) -> tuple[int, int]:
         return _rect_shape(aspects, self.imgsz, self.stride) if self.rect else (self.imgsz, self.imgsz)
 
     def _sample(self, lot: Lot, place: int, shape: tuple[int, int]) -> SamplePlan:
-        hyp = replace(self.hyp, mosaic=0.0) if self.rect else self.hyp
+        hyp = self.hyp if self._has_mosaics(lot.epoch) else replace(self.hyp, mosaic=0.0)
         rng = generator(self.seed, lot.epoch, lot.position + place)
         return train_plan(self.store, int(lot.images[place]), imgsz=self.imgsz, shape=shape, hyp=hyp, rng=rng)
+
+    def _has_mosaics(self, epoch: int) -> bool:
+        return not self.rect and (self.epochs is None or epoch < self.epochs - self.hyp.close_mosaic)
 
     def _quads(self, lot: Lot, shape: tuple[int, int]) -> list[QuadPlan]:
         """The groups of four. A last one of fewer is always merged, with padding where nothing lies."""
@@ -132,6 +151,7 @@ class EvalBatches:
     """Every image of a split once, letterboxed. Images of like aspect share a batch and its shape."""
 
     store: LabelStore
+    images: ImageSource  # averaged by area
     imgsz: int
     batch_size: int
     stride: int
@@ -149,11 +169,12 @@ class EvalBatches:
         """(I,) images by their ratio of height to width."""
         return np.argsort(_aspects(self.store, slice(None)), kind="stable")
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int, allocate: Allocate | None = None) -> Batch:
+        """Its images are painted into what `allocate` yields."""
         images = self._order[number * self.batch_size : (number + 1) * self.batch_size]
         shape = _rect_shape(_aspects(self.store, images), self.imgsz, self.stride)
         plans = [letterbox_plan(self.store, int(image), shape=shape, imgsz=self.imgsz) for image in images]
-        batch = _assemble(plans, images, self.store, self.imgsz, area=True)
+        batch = _assemble(plans, images, self.images, allocate)
         placements = np.stack([source_to_network(self.store, plan, self.imgsz) for plan in plans])
         return replace(batch, placements=torch.from_numpy(placements))
 
@@ -176,31 +197,37 @@ _Plan = TypeVar("_Plan", SamplePlan, QuadPlan)
 
 def _assemble(
     plans: Sequence[_Plan],
-    images: np.ndarray,
-    store: LabelStore,
-    imgsz: int,
+    indices: np.ndarray,
+    images: ImageSource,
+    allocate: Allocate | None,
     *,
-    paint: Callable[[_Plan, Callable[[int], np.ndarray]], np.ndarray] = render,
-    area: bool = False,
+    paint: Callable[..., np.ndarray] = render,
 ) -> Batch:
-    def load(image: int) -> np.ndarray:
-        path = store.path(image)
-        try:
-            return base_image(path, imgsz, area=area)
-        except ImageError as error:
-            raise UserError(f"{path}: {error}, though it was fine when the data set was scanned") from None
-
-    pixels = np.empty((len(plans), *plans[0].shape, 3), np.uint8)
-    for slot, plan in zip(pixels, plans):
-        slot[:] = paint(plan, load)
+    """A batch painted in its place, so that nothing is copied afterwards."""
+    pixels = (allocate or _private)((len(plans), *plans[0].shape, 3))
+    for slot, plan in zip(pixels.numpy(), plans):
+        paint(plan, images, out=slot)
     counts = [len(plan.classes) for plan in plans]
     return Batch(
-        images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # a view: channels last in memory
+        images=pixels.permute(0, 3, 1, 2),  # a view: channels last in memory
         boxes=torch.from_numpy(np.concatenate([plan.boxes for plan in plans])),
         classes=torch.from_numpy(np.concatenate([plan.classes for plan in plans]).astype(np.int64)),
         image_of=torch.from_numpy(np.repeat(np.arange(len(plans)), counts)),
-        indices=torch.from_numpy(images.astype(np.int64)),
+        indices=torch.from_numpy(indices.astype(np.int64)),
     )
+
+
+def _private(shape: tuple[int, ...], *, pinned: bool = False) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+
+
+def _shared(shape: tuple[int, ...]) -> torch.Tensor:
+    """Memory that the main process sees; where there is no way to it, private memory, to be moved later."""
+    try:
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    except (AttributeError, RuntimeError):
+        return _private(shape)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def resized(batch: Batch, factor: float, stride: int) -> Batch:
@@ -234,19 +261,26 @@ class Stream:
     """Iterating yields the batches of `numbers` in order, as often as asked, made by `workers` processes (0: in here).
 
     The processes live as long as the stream; there are fewer where shared memory is too small for the batches they work
-    ahead. Leaves the global random state alone. Raises UserError when an image has vanished since the scan.
+    ahead. Leaves the global random state alone. Raises UserError when an image has vanished since the scan, and
+    RunError when a process dies or hangs.
     """
 
     def __init__(self, batches: EvalBatches, numbers: Sequence[int], *, workers: int, pin_memory: bool = False):
         self.batch_size = batches.batch_size
         self._numbers = numbers
-        self._loader = _loader(batches.batch, numbers, batches.batch_bytes, workers=workers, pin_memory=pin_memory)
+        self._supply = _Supply(
+            batches, EvalBatches.batch, _evaluated_at, numbers, workers=workers, pin_memory=pin_memory
+        )
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _delivered(self._loader)
+        return iter(self._supply)
+
+    def fault(self) -> str:
+        """What a process died of; empty while all are well."""
+        return self._supply.death()
 
 
 class TrainStream:
@@ -254,6 +288,7 @@ class TrainStream:
 
     As Stream otherwise. Without image weights, the processes do not stop between epochs. With them, an epoch has as
     many images as the split, drawn by what the class mAPs of the evaluation before it say; it cannot begin earlier.
+    With a `repeat_factor`, images of classes that fewer have are there more often; see `repeat_factors`.
     """
 
     def __init__(
@@ -265,20 +300,25 @@ class TrainStream:
         workers: int,
         pin_memory: bool = False,
         image_weights: bool = False,
+        repeat_factor: float = 0.0,
         num_classes: int,
     ):
+        assert not (image_weights and repeat_factor)
         self._batches, self._num_classes = batches, num_classes
         self._image_weights = image_weights
         self._next_epoch = start_epoch
         self._lots = _Lots(batches, range(start_epoch, end_epoch))
-        self._loader = _loader(
-            batches.batch_of, self._lots, batches.batch_bytes, workers=workers, pin_memory=pin_memory
+        if repeat_factor:
+            factors = repeat_factors(batches.store, num_classes, repeat_factor)
+            self._lots.draw = partial(even_order, batches.seed, weights=factors)
+        self._supply = _Supply(
+            batches, TrainBatches.batch_of, _trained_at, self._lots, workers=workers, pin_memory=pin_memory
         )
-        self._all_epochs = _delivered(self._loader)
+        self._all_epochs = iter(self._supply)
 
     @property
     def workers(self) -> int:
-        return self._loader.num_workers
+        return self._supply.workers
 
     def epoch(self, epoch: int, class_maps: Sequence[float] = ()) -> Iterator[Batch]:
         """The batches of an epoch. Each epoch is asked for once, in order, and taken to its end.
@@ -289,10 +329,29 @@ class TrainStream:
         self._next_epoch += 1
         if not self._image_weights:
             return itertools.islice(self._all_epochs, self._batches.per_epoch)
-        store = self._batches.store
+        store, seed = self._batches.store, self._batches.seed
+        weights = image_weights(store, class_weights(store, self._num_classes, class_maps))
         self._lots.epochs = range(epoch, epoch + 1)
-        self._lots.weights = image_weights(store, class_weights(store, self._num_classes, class_maps))
-        return _delivered(self._loader)
+        self._lots.draw = partial(epoch_order, seed, num_images=len(store), weights=weights)
+        return iter(self._supply)
+
+    def fault(self) -> str:
+        """What a process died of; empty while all are well."""
+        return self._supply.death()
+
+
+@contextmanager
+def faults_named(*streams: Stream | TrainStream) -> Iterator[None]:
+    """Deaths of loader processes are reported by name, wherever in the block the main process is when it is told.
+
+    torch raises an error of its own out of a signal handler.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        for fault in filter(None, (stream.fault() for stream in streams)):
+            raise RunError(fault) from error
+        raise
 
 
 class _Lots:
@@ -300,42 +359,174 @@ class _Lots:
 
     def __init__(self, batches: TrainBatches, epochs: range):
         self.batches, self.epochs = batches, epochs
-        self.weights: np.ndarray | None = None
+        self.draw: Callable[[int], np.ndarray | None] = lambda epoch: None  # the images of an epoch; None: each once
 
     def __iter__(self) -> Iterator[Lot]:
         for epoch in self.epochs:
-            order = self.batches.order(epoch, self.weights)
+            order = self.batches.order(epoch, self.draw(epoch))
             for index in range(self.batches.per_epoch):
                 yield self.batches.lot(epoch, index, order)
 
 
-_Key = TypeVar("_Key")
+_Batches = TypeVar("_Batches", EvalBatches, TrainBatches)
+_Key = TypeVar("_Key", int, Lot)
 
 
-def _loader(
-    make: Callable[[_Key], Batch], keys: Iterable[_Key], batch_bytes: int, *, workers: int, pin_memory: bool
-) -> DataLoader:
-    """Iterating goes through the keys anew each time. Yields what `make` makes of each, or a _Failure."""
-    workers, prefetch = _within_shared_memory(workers, batch_bytes)
-    return DataLoader(
-        _Made(make),
-        sampler=keys,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        persistent_workers=workers > 0,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # the default draws from the global one
-        collate_fn=_unchanged,
-    )
+class _Supply(Generic[_Batches, _Key]):
+    """Batches made out of keys. Iterating goes through the keys anew each time."""
+
+    def __init__(
+        self,
+        batches: _Batches,
+        make: Callable[[_Batches, _Key, Allocate], Batch],
+        place: Callable[[_Key], tuple[int, int]],
+        keys: Iterable[_Key],
+        *,
+        workers: int,
+        pin_memory: bool,
+    ):
+        """`place` yields the epoch of a key, or _EVALUATION, and the number of its batch."""
+        self.workers, prefetch = _within_shared_memory(workers, batches.batch_bytes)
+        self._store = batches.store
+        self._board = _Board(self.workers)
+        self._processes: Sequence[multiprocessing.Process] = ()
+        if self.workers:
+            made = _MadeApart(replace(batches, images=_Watched(batches.images, self._board)), make, place, self._board)
+        else:
+            made = _Made(batches, make, partial(_private, pinned=pin_memory))
+        self._loader = DataLoader(
+            made,
+            sampler=keys,
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=prefetch,
+            persistent_workers=self.workers > 0,
+            pin_memory=pin_memory,
+            timeout=_PATIENCE_S if self.workers else 0,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the default draws from the global one
+            collate_fn=_unchanged,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            batches = iter(self._loader)
+            if self.workers:
+                self._processes = batches._workers
+            for result in batches:
+                if isinstance(result, _Failure):
+                    raise UserError(result.message)
+                yield result
+        except RuntimeError as error:  # torch's word for what happened to a process
+            fault = self.death() or ("timed out" in str(error) and self._end_of_patience())
+            if not fault:
+                raise
+            raise RunError(fault) from error
+
+    def death(self) -> str:
+        """Of the first process that ended by itself; empty when there is none."""
+        for worker, process in enumerate(self._processes):
+            if process.exitcode:
+                end = f"was killed (signal {-process.exitcode})" if process.exitcode < 0 else "died"
+                reason = _REASONS.get(-process.exitcode, "a crash in a library? --workers 0 does without processes")
+                at = self._board.work(worker)
+                return f"{_name(worker, process)} {end}{f' while it made {at}' if at else ''}: {reason}"
+        return ""
+
+    def _end_of_patience(self) -> str:
+        """Of the process that has been at its batch for longest. All that hang are killed: they hear nothing else."""
+        busy = [worker for worker in range(self.workers) if self._board.seconds(worker) > _PATIENCE_S / 2]
+        if not busy:
+            return ""
+        worker = max(busy, key=self._board.seconds)
+        reads = self._board.image(worker)
+        where = f"reading {self._store.path(reads)}" if reads is not None else "painting"
+        fault = (
+            f"{_name(worker, self._processes[worker])} hangs, {where} since {self._board.seconds(worker):.0f} s, for "
+            f"{self._board.work(worker)}: is the drive still there? --resume continues the run"
+        )
+        for each in busy:
+            with suppress(RuntimeError):  # torch's handler hears of this death, too
+                self._processes[each].kill()
+                self._processes[each].join(timeout=5)
+        return fault
 
 
-def _delivered(loader: DataLoader) -> Iterator[Batch]:
-    for result in loader:
-        if isinstance(result, _Failure):
-            raise UserError(result.message)
-        yield result
+_LOWER = "lower --workers, --batch-size or --imgsz"
+_REASONS = {
+    9: f"out of memory? {_LOWER}",
+    getattr(signal, "SIGBUS", None): f"out of shared memory? {_LOWER}",  # no such signal on Windows
+}
+
+
+def _name(worker: int, process: multiprocessing.Process) -> str:
+    return f"loader process {worker + 1} (pid {process.pid})"
+
+
+_EVALUATION = -1  # in the place of an epoch
+
+
+def _trained_at(lot: Lot) -> tuple[int, int]:
+    return lot.epoch, lot.index
+
+
+def _evaluated_at(number: int) -> tuple[int, int]:
+    return _EVALUATION, number
+
+
+class _Board:
+    """What each loader process is at, in memory that all of them see, and that outlives them."""
+
+    _ROW = 4  # epoch, number of the batch (-1: none), when it was begun, image being read (-1: none)
+
+    def __init__(self, workers: int):
+        self._cells = multiprocessing.RawArray("d", [0, -1, 0, -1] * workers or 1)
+
+    def begin(self, worker: int, epoch: int, number: int) -> None:
+        self._set(worker, [epoch, number, time.monotonic(), -1])
+
+    def reads(self, worker: int, image: int | None) -> None:
+        self._cells[worker * self._ROW + 3] = -1 if image is None else image
+
+    def rest(self, worker: int) -> None:
+        self._set(worker, [0, -1, 0, -1])
+
+    def work(self, worker: int) -> str:
+        epoch, number, *_ = self._get(worker)
+        if number < 0:
+            return ""
+        whose = "the evaluation" if epoch == _EVALUATION else f"epoch {epoch + 1:.0f}"
+        return f"batch {number + 1:.0f} of {whose}"
+
+    def seconds(self, worker: int) -> float:
+        """Since it began its batch; 0 while it has none."""
+        _, number, since, _ = self._get(worker)
+        return time.monotonic() - since if number >= 0 else 0.0
+
+    def image(self, worker: int) -> int | None:
+        image = int(self._get(worker)[3])
+        return None if image < 0 else image
+
+    def _set(self, worker: int, row: list[float]) -> None:
+        self._cells[worker * self._ROW : (worker + 1) * self._ROW] = row
+
+    def _get(self, worker: int) -> list[float]:
+        return self._cells[worker * self._ROW : (worker + 1) * self._ROW]
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """An ImageSource in a loader process, which says on the board what it reads."""
+
+    images: ImageSource
+    board: _Board
+
+    def __call__(self, image: int) -> np.ndarray:
+        worker = get_worker_info().id
+        self.board.reads(worker, image)
+        pixels = self.images(image)
+        self.board.reads(worker, None)
+        return pixels
 
 
 def _within_shared_memory(workers: int, batch_bytes: int) -> tuple[int, int | None]:
@@ -356,22 +547,44 @@ class _Failure:
     message: str
 
 
-class _Made(Dataset):
-    def __init__(self, make: Callable[[_Key], Batch]):
-        self.make = make
+class _Made(Dataset, Generic[_Batches, _Key]):
+    """The batches that `make` makes of keys, in the main process."""
+
+    def __init__(self, batches: _Batches, make: Callable[[_Batches, _Key, Allocate], Batch], allocate: Allocate):
+        self.batches, self.make, self.allocate = batches, make, allocate
 
     def __getitem__(self, key: _Key) -> Batch | _Failure:
         try:
-            batch = self.make(key)
+            return self.make(self.batches, key, self.allocate)
         except UserError as error:
             return _Failure(str(error))
         except MemoryError:
-            return _Failure("a loader process is out of memory: lower --workers, --batch-size or --imgsz")
-        return batch if get_worker_info() is None else _shared(batch)
+            return _Failure(f"a loader process is out of memory: {_LOWER}")
 
 
-def _shared(batch: Batch) -> Batch | _Failure:
-    """The batch where the main process can see it; left to torch, a failure would be a wait without end."""
+class _MadeApart(_Made[_Batches, _Key]):
+    """The same in a loader process."""
+
+    def __init__(
+        self,
+        batches: _Batches,
+        make: Callable[[_Batches, _Key, Allocate], Batch],
+        place: Callable[[_Key], tuple[int, int]],
+        board: _Board,
+    ):
+        super().__init__(batches, make, _shared)
+        self.place, self.board = place, board
+
+    def __getitem__(self, key: _Key) -> Batch | _Failure:
+        worker = get_worker_info().id
+        self.board.begin(worker, *self.place(key))
+        result = super().__getitem__(key)
+        self.board.rest(worker)
+        return _moved(result) if isinstance(result, Batch) else result
+
+
+def _moved(batch: Batch) -> Batch | _Failure:
+    """The batch where the main process can see all of it; left to torch, a failure would be a wait without end."""
     try:
         batch.share_memory()
     except RuntimeError as error:

@@ -69,6 +69,20 @@ def epoch_order(seed: int, epoch: int, num_images: int, weights: np.ndarray | No
     return rng.choice(num_images, num_images, p=weights / weights.sum())
 
 
+def even_order(seed: int, epoch: int, weights: np.ndarray) -> np.ndarray:
+    """(I,) images drawn by `weights` (I,), each as often as is its due, rounded down or up, in random order.
+
+    Systematic resampling: its due is an image's share of a line of I units, on which a comb of I teeth one unit apart
+    falls at random. The line is laid in another order each epoch, so no two images always go together.
+    """
+    rng, count = generator(seed, epoch, _EPOCH_POSITION), len(weights)
+    laid = rng.permutation(count)
+    ends = np.cumsum(weights[laid] * (count / weights.sum()))
+    teeth = np.arange(count) + rng.random()
+    drawn = laid[np.minimum(np.searchsorted(ends, teeth, side="right"), count - 1)]
+    return rng.permutation(drawn)
+
+
 def batch_order(seed: int, epoch: int, num_batches: int) -> np.ndarray:
     """(num_batches,) the permutation of batches that an epoch goes through, where their images are not in order."""
     return generator(seed, epoch, _EPOCH_POSITION, BATCH_ORDER).permutation(num_batches)
@@ -77,9 +91,9 @@ def batch_order(seed: int, epoch: int, num_batches: int) -> np.ndarray:
 def class_weights(store: LabelStore, num_classes: int, class_maps: Sequence[float] = ()) -> np.ndarray:
     """(C,) f64: inverse class frequency, of sum 1, times (1 - mAP)^2; 0 for classes without labels.
 
-    `class_maps` are the mAPs of all classes, 0..1; empty stands for zeros.
+    `class_maps` are the mAPs of all classes, 0..1; empty stands for zeros. Crowds are no labels to train on.
     """
-    counts = np.bincount(store.classes, minlength=num_classes)
+    counts = np.bincount(store.classes[store.ignore != CROWD], minlength=num_classes)
     weights = np.divide(1, counts, out=np.zeros(num_classes), where=counts > 0)
     shares = weights / max(weights.sum(), np.finfo(float).tiny)  # no labels: all stay 0
     return shares * (1 - np.array(class_maps if len(class_maps) else [0.0] * num_classes)) ** 2
@@ -90,8 +104,26 @@ def image_weights(store: LabelStore, class_weights: np.ndarray) -> np.ndarray:
     weights = np.zeros(len(store))
     labelled = np.diff(store.offsets) > 0
     if labelled.any():
-        weights[labelled] = np.add.reduceat(class_weights[store.classes], store.offsets[:-1][labelled])
+        of_boxes = np.where(store.ignore == CROWD, 0, class_weights[store.classes])
+        weights[labelled] = np.add.reduceat(of_boxes, store.offsets[:-1][labelled])
     return weights if weights.any() else np.ones(len(store))
+
+
+def repeat_factors(store: LabelStore, num_classes: int, threshold: float) -> np.ndarray:
+    """(I,) f64: how much more often an image is due than one of frequent classes alone.
+
+    Gupta, Dollar, Girshick: LVIS, 2019: r(c) = max(1, sqrt(threshold / f(c))), where f(c) is the share of images with
+    the class c, and an image's factor is the largest of its classes; 1 where it has none. Crowds do not count.
+    """
+    counted = np.flatnonzero(store.ignore != CROWD)
+    image_of = np.repeat(np.arange(len(store)), np.diff(store.offsets))
+    pairs = np.unique(image_of[counted] * num_classes + store.classes[counted])  # of an image and a class that it has
+    images, classes = pairs // num_classes, pairs % num_classes
+    shares = np.bincount(classes, minlength=num_classes) / len(store)
+    of_classes = np.sqrt(threshold / np.maximum(shares, np.finfo(float).tiny))
+    factors = np.ones(len(store))
+    np.maximum.at(factors, images, of_classes[classes])
+    return factors
 
 
 # ---- samples ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from typing import Any
 
 from utils.checkpoint import METRICS_FILE, Checkpoint, averaged_model, load_checkpoint
 from utils.config import ValOptions, validated, whole_strides
-from utils.data.loader import EvalBatches
+from utils.data.images import BaseImages
+from utils.data.loader import EvalBatches, faults_named
 from utils.data.scan import open_dataset, scan_split
 from utils.data.store import single_class
 from utils.evaluate.evaluator import Evaluator
@@ -40,7 +41,13 @@ def evaluate(values: Mapping[str, Any]) -> Metrics:
     model = averaged_model(checkpoint)
     imgsz = whole_strides(options.imgsz or checkpoint["options"]["imgsz"], max(model.head.strides), note=console.note)
     evaluator = Evaluator(
-        batches=EvalBatches(store=store, imgsz=imgsz, batch_size=options.batch_size, stride=max(model.head.strides)),
+        batches=EvalBatches(
+            store=store,
+            images=BaseImages(store=store, imgsz=imgsz, area=True),
+            imgsz=imgsz,
+            batch_size=options.batch_size,
+            stride=max(model.head.strides),
+        ),
         names=names,
         runtime=runtime,
         confidence=options.conf_thres,
@@ -49,7 +56,7 @@ def evaluate(values: Mapping[str, Any]) -> Metrics:
     )
     folder = new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
     pictures = Pictures() if options.noplots else PictureFiles(folder, names, val=store)
-    with mendable_errors(batch_size=options.batch_size, imgsz=imgsz):
+    with mendable_errors(batch_size=options.batch_size, imgsz=imgsz), faults_named(evaluator.stream):
         metrics = evaluator(
             model.to(runtime.device),
             gains=_gains(checkpoint, model.head, imgsz),

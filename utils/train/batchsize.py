@@ -169,7 +169,8 @@ class Rehearsal:
         side = (self.options.imgsz + (stride if self.options.rect else 0)) * (2 if quad else 1)
         mosaics = self.hyp.mosaic > 0 and not self.options.rect
         tiles = (4 if mosaics else 1) * (2 if mosaics and self.hyp.mixup > 0 else 1)
-        labels = tiles * _densest(self.train, batch_size, repeated=self.options.image_weights)
+        repeated = self.options.image_weights or self.options.repeat_factor > 0
+        labels = tiles * _densest(self.train, batch_size, repeated=repeated)
         batch = self._noise(-(-batch_size // 4) if quad else batch_size, side, sizes_of=self.train, labels=labels)
         return replace(batch, indices=torch.zeros(batch_size, dtype=torch.int64))
 

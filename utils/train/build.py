@@ -5,6 +5,7 @@ Every mistake of the user is found before the run folder exists.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from models.norm_silu import accelerate
 from models.yolo import DetectionModel, count_parameters, gflops, read_network
 from utils.checkpoint import Checkpoint, LateRunFolder, RunFolder, load_checkpoint, newest_checkpoint, transfer
 from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling, validated, whole_strides
+from utils.data.cache import NoRoom, cached_images, remove_abandoned, summary
+from utils.data.images import BaseImages, ImageSource
 from utils.data.loader import EvalBatches, TrainBatches, TrainStream
 from utils.data.old_text import label_path
 from utils.data.pixels import check_transforms
@@ -65,6 +68,7 @@ class _Parts:
     model: DetectionModel
     train: LabelStore
     val: LabelStore
+    images: Mapping[str, ImageSource]  # of train and val
     run: RunFolder
     console: Console
 
@@ -88,6 +92,7 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
     train, val = _scan(given, spec, "train", console), _scan(given, spec, "val", console)
     options = _resolved(given, spec, model, console)
     options = _with_batch_size(options, hyp, model, runtime, train=train.store, val=val.store, console=console)
+    images = _images(options, spec, train=train.store, val=val.store, console=console)
     lines += _choose_anchors(model, options, hyp, train.store)
     run = _run_folder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok), options)
     write_yaml(run.path / "hyp.yaml", plain_values(hyp))
@@ -104,6 +109,7 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
         model=model,
         train=train.store,
         val=val.store,
+        images=images,
         run=run,
         console=console,
     )
@@ -134,6 +140,7 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     model.freeze(options.freeze)
     runtime = _accelerated(model, runtime, note=console.note)
     train, val = _scan(options, spec, "train", console), _scan(options, spec, "val", console)
+    images = _images(options, spec, train=train.store, val=val.store, console=console, note=console.note)
     console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}")
     parts = _Parts(
         options=options,
@@ -143,6 +150,7 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
         model=model,
         train=train.store,
         val=val.store,
+        images=images,
         run=run,
         console=console,
     )
@@ -320,6 +328,34 @@ def _with_batch_size(
     return replace(options, batch_size=min(batch_size, most))
 
 
+def _images(
+    options: TrainOptions,
+    spec: DatasetSpec,
+    *,
+    train: LabelStore,
+    val: LabelStore,
+    console: Console,
+    note: Note | None = None,
+) -> Mapping[str, ImageSource]:
+    """Where the images of each split come from. Where a cache has no room, see `choose_runtime` for `note`."""
+    files = {
+        "train": BaseImages(store=train, imgsz=options.imgsz),
+        "val": BaseImages(store=val, imgsz=options.imgsz, area=True),
+    }
+    if options.cache is None:
+        remove_abandoned()
+        return files
+    try:
+        caches = cached_images(
+            files, options.cache, spec=spec, cache_dir=options.cache_dir, progress=console.bar, note=console.note
+        )
+    except NoRoom as refusal:
+        raise_or_note(refusal, note, "without it")
+        return files
+    console.line(summary(options.cache, caches))
+    return caches
+
+
 def _choose_anchors(model: DetectionModel, options: TrainOptions, hyp: Hyperparameters, store: LabelStore) -> list[str]:
     """Give the model anchors that reach the labels; a line for the user."""
     if options.noautoanchor:
@@ -360,6 +396,7 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
             workers=runtime.workers,
             pin_memory=runtime.pin_memory,
             image_weights=options.image_weights,
+            repeat_factor=options.repeat_factor,
             num_classes=len(parts.names),
         ),
         evaluator=_evaluator(parts),
@@ -373,6 +410,7 @@ def _batches(parts: _Parts) -> TrainBatches:
     options = parts.options
     return TrainBatches(
         store=parts.train,
+        images=parts.images["train"],
         imgsz=options.imgsz,
         batch_size=options.batch_size,
         hyp=parts.hyp,
@@ -380,6 +418,7 @@ def _batches(parts: _Parts) -> TrainBatches:
         rect=options.rect,
         quad=options.quad,
         stride=max(parts.model.head.strides),
+        epochs=options.epochs,
     )
 
 
@@ -428,7 +467,11 @@ def _evaluator(parts: _Parts) -> Evaluator:
     options, stride = parts.options, max(parts.model.head.strides)
     return Evaluator(
         batches=EvalBatches(
-            store=parts.val, imgsz=options.imgsz, batch_size=evaluated_at_once(options.batch_size), stride=stride
+            store=parts.val,
+            images=parts.images["val"],
+            imgsz=options.imgsz,
+            batch_size=evaluated_at_once(options.batch_size),
+            stride=stride,
         ),
         names=parts.names,
         runtime=replace(parts.runtime, amp_dtype=None),  # a figure must not depend on the precision of training
@@ -445,6 +488,9 @@ def _report(parts: _Parts, schedule: Schedule, *, start_epoch: int) -> RunReport
         f"{options.imgsz}; batches of {options.batch_size}, {per_update} images per update"
     )
     parts.console.line(f"{parts.runtime.description}; writing to {folder}")
+    if parts.hyp.close_mosaic and parts.hyp.mosaic and not options.rect:
+        first = max(math.ceil(options.epochs - parts.hyp.close_mosaic), 0) + 1
+        parts.console.line(f"No mosaics from epoch {first} of {options.epochs} on (close_mosaic)")
     files = PictureFiles(folder, parts.names, val=parts.val, train=parts.train)
     return RunReport(
         folder,

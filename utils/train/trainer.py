@@ -16,7 +16,7 @@ import torch
 
 from utils.checkpoint import RunFolder, averaged_model, load_checkpoint
 from utils.config import TrainOptions
-from utils.data.loader import TrainStream
+from utils.data.loader import TrainStream, faults_named
 from utils.evaluate.evaluator import Evaluator
 from utils.files import this_python
 from utils.hyp import Hyperparameters, plain_values
@@ -84,6 +84,7 @@ class Trainer:
         with (
             _interruptible(self),
             mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz),
+            faults_named(self.stream, self.evaluator.stream),
         ):
             while not self.finished:
                 losses = self.train_epoch()
