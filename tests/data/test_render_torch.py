@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from utils.data import render_torch
 from utils.data.plan import PADDING, generator, letterbox_plan, quad_plan, train_plan
 from utils.data.render import render, render_quad
-from utils.data.render_torch import pack, pack_quads, paint, paint_quads, render_batch
+from utils.data.render_torch import pack, paint, render_batch
 from utils.data.store import ImageLabels, build_store
 from utils.hyp import Hyperparameters
 from utils.structures import Cutout, Mix, PixelChange, PixelTransform, QuadPlan, SamplePlan, Tile, UserError
@@ -348,8 +348,8 @@ def test_nothing_waits_for_the_device(bases):
     plans = [random_plan(rng) for _ in range(9)]
     packed = pack(plans, bases.__getitem__).to("meta")
     assert paint(packed, "meta", chunk_px=4 * SHAPE[0] * SHAPE[1]).shape == (9, 3, *SHAPE)
-    quads = pack_quads(random_quads(rng, 5), bases.__getitem__).to("meta")
-    assert paint_quads(quads, "meta").shape == (5, 3, 2 * SHAPE[0], 2 * SHAPE[1])
+    quads = pack(random_quads(rng, 5), bases.__getitem__).to("meta")
+    assert paint(quads, "meta").shape == (5, 3, 2 * SHAPE[0], 2 * SHAPE[1])
 
 
 def test_images_beyond_what_32_bits_count(bases, monkeypatch):

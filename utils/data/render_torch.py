@@ -1,4 +1,4 @@
-"""Paints a batch of SamplePlans with torch, on any device: `pack` on the CPU, then `paint`, the device's part.
+"""Paints a batch of plans with torch, on any device: `pack` on the CPU, then `paint`, the device's part.
 
 Which tile shows at which pixel is decided in `pack`, with whole numbers that the device only spreads out; there, every
 pixel is looked up once, however many tiles lie over each other, and nothing waits for the device.
@@ -22,7 +22,9 @@ _CHUNK_PX = 16 * 640 * 640  # painted at once, with up to 150 bytes of the devic
 _MOST_INT32 = 2**31 - 1
 _EDGE_SLACK = 1e-6  # px^2, far above what rounding does to an edge seen from both of its sides
 _SIXTH = 30  # steps of OpenCV's 8-bit hue in a sixth of the colour circle
+_Rectangle = tuple[int, int, int, int]
 _BaseImageOf = Callable[[int], np.ndarray]
+_Allocate = Callable[[tuple[int, ...]], Tensor]  # shape -> u8 of any content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,10 @@ class PackedPlans:
     def pin_memory(self) -> PackedPlans:
         return self._each(lambda tensor: tensor.pin_memory())
 
+    def share_memory(self) -> None:
+        """As Batch.share_memory."""
+        self._each(lambda tensor: tensor.share_memory_())
+
     def _each(self, move: Callable[[Tensor], Tensor]) -> PackedPlans:
         return replace(self, **{name: move(item) for name, item in vars(self).items() if isinstance(item, Tensor)})
 
@@ -73,16 +79,18 @@ class PackedQuads:
     def pin_memory(self) -> PackedQuads:
         return replace(self, samples=self.samples.pin_memory(), order=self.order.pin_memory())
 
+    def share_memory(self) -> None:
+        self.samples.share_memory()
+        self.order.share_memory_()
+
 
 def render_batch(
     plans: Sequence[SamplePlan] | Sequence[QuadPlan], base_image_of: _BaseImageOf, *, device: torch.device | str
 ) -> Tensor:
-    """(B, 3, H, W) u8 RGB, channels last in memory: what `render.render` and `render_quad` paint, to a rounding.
+    """(B, 3, H, W) u8 RGB, channels last in memory: what `render` and `render_quad` paint, to a rounding.
 
-    `base_image_of(image)` yields the base image, BGR, of an index into the LabelStore. The plans are of one shape.
+    See `pack` for the arguments and what is raised.
     """
-    if isinstance(plans[0], QuadPlan):
-        return paint_quads(pack_quads(plans, base_image_of), device)
     return paint(pack(plans, base_image_of), device)
 
 
@@ -91,7 +99,7 @@ def render_batch(
 
 @dataclass(frozen=True, kw_only=True)
 class _Surface:
-    part: tuple[int, int, int, int]  # xyxy px of the base image, perhaps a px beyond its edges, which go on there
+    part: _Rectangle  # xyxy px of the base image, perhaps a px beyond its edges, which go on there
     matrix: np.ndarray  # (3, 3) f64, column and row of a pixel -> of a texel of the part
     image: int = -1
     colour: tuple[int, int, int] | None = None  # BGR, in place of an image
@@ -106,14 +114,23 @@ class _Picture:
     owners: np.ndarray  # (r,) into surfaces
 
 
-def pack(plans: Sequence[SamplePlan], base_image_of: _BaseImageOf) -> PackedPlans:
-    """What painting the plans takes: of each base image the part that shows, and who owns which pixels.
+def pack(
+    plans: Sequence[SamplePlan] | Sequence[QuadPlan], base_image_of: _BaseImageOf, allocate: _Allocate | None = None
+) -> PackedPlans | PackedQuads:
+    """What painting the plans, all of one shape, takes: of each base image what shows, and who owns which pixels.
 
-    Raises UserError for a plan with transforms of albumentations, which know OpenCV's pictures alone.
+    `base_image_of(image)` yields the base image, BGR, of an index into the LabelStore; what shows of it is copied into
+    what `allocate` yields. Raises UserError for transforms of albumentations, which know OpenCV's pictures alone.
     """
+    if isinstance(plans[0], QuadPlan):
+        return _pack_quads(plans, base_image_of, allocate)
+    return _pack_samples(plans, base_image_of, allocate)
+
+
+def _pack_samples(plans: Sequence[SamplePlan], base_image_of: _BaseImageOf, allocate: _Allocate | None) -> PackedPlans:
     if any(plan.pixels is not None for plan in plans):
         raise UserError(
-            "'albumentations' in the hyperparameters is for images painted by loader processes, not on a device"
+            "'albumentations' of the hyperparameters: only what loader processes paint can have them, not a device"
         )
     looks = np.cumsum([plan.hsv is not None for plan in plans]) - 1
     pictures = [
@@ -125,14 +142,13 @@ def pack(plans: Sequence[SamplePlan], base_image_of: _BaseImageOf) -> PackedPlan
     counts = np.cumsum([0] + [len(picture.surfaces) for picture in pictures])
     owners = [picture.owners + first for picture, first in zip(pictures, counts)]
     runs = np.stack([np.concatenate([picture.lengths for picture in pictures]), np.concatenate(owners)])
-    texels, starts = _texels(surfaces, base_image_of)
-    parts = np.array([[start, x2 - x1, y2 - y1] for start, (x1, y1, x2, y2) in zip(starts, _parts(surfaces))])
+    texels, parts = _texels(surfaces, base_image_of, allocate)
     matrices = np.stack([surface.matrix.ravel() for surface in surfaces], axis=1)
     tables = [_colour_table(plan.hsv) for plan in plans if plan.hsv is not None]
     return PackedPlans(
         shape=plans[0].shape,
         texels=texels,
-        parts=torch.from_numpy(parts.T.astype(np.int32 if len(texels) <= _MOST_INT32 else np.int64)),
+        parts=torch.from_numpy(parts.astype(np.int32 if len(texels) <= _MOST_INT32 else np.int64)),
         matrices=torch.from_numpy(matrices.astype(np.float32)),
         shares=torch.tensor([surface.share for surface in surfaces], dtype=torch.float32),
         looks=torch.tensor([surface.look for surface in surfaces], dtype=torch.int32),
@@ -145,15 +161,15 @@ def pack(plans: Sequence[SamplePlan], base_image_of: _BaseImageOf) -> PackedPlan
     )
 
 
-def pack_quads(plans: Sequence[QuadPlan], base_image_of: _BaseImageOf) -> PackedQuads:
-    """As `pack`. Where a plan has fewer than four samples, there is padding."""
+def _pack_quads(plans: Sequence[QuadPlan], base_image_of: _BaseImageOf, allocate: _Allocate | None) -> PackedQuads:
+    """Where a plan has fewer than four samples, there is padding."""
     nothing = replace(plans[0].samples[0], tiles=(), hsv=None, mix=None, cutouts=())
     merged = [index for index, plan in enumerate(plans) if not plan.enlarge]
     enlarged = [index for index, plan in enumerate(plans) if plan.enlarge]
     samples = [sample for index in merged for sample in (*plans[index].samples, *[nothing] * 4)[:4]]
     samples += [plans[index].samples[0] for index in enlarged]
     order = torch.from_numpy(np.argsort(merged + enlarged))
-    return PackedQuads(samples=pack(samples, base_image_of), merged=len(merged), order=order)
+    return PackedQuads(samples=_pack_samples(samples, base_image_of, allocate), merged=len(merged), order=order)
 
 
 def _picture(plan: SamplePlan, tiles: Sequence[Tile], *, look: int = -1) -> _Picture:
@@ -163,10 +179,12 @@ def _picture(plan: SamplePlan, tiles: Sequence[Tile], *, look: int = -1) -> _Pic
     owners = np.zeros(plan.shape, np.min_scalar_type(len(tiles) + len(plan.cutouts)))
     to_plane = _to_plane(plan)
     for tile in tiles:
-        part = _take(tile, owners, len(surfaces))
+        back = np.linalg.inv(tile.matrix)
+        part = _take(tile, back, owners, len(surfaces))
         if part is not None:
-            matrix = _to_part(tile, part) @ to_plane
-            surfaces.append(_Surface(image=tile.image, part=part, matrix=matrix / matrix[2, 2], look=look, share=share))
+            matrix = _to_part(part) @ back @ to_plane
+            matrix /= np.abs(matrix[2]).max()
+            surfaces.append(_Surface(image=tile.image, part=part, matrix=matrix, look=look, share=share))
     for cutout in plan.cutouts:
         x1, y1, x2, y2 = np.maximum(cutout.box, 0)
         owners[y1:y2, x1:x2] = len(surfaces)
@@ -186,13 +204,16 @@ def _to_plane(plan: SamplePlan) -> np.ndarray:
     return np.array([[sign_x, 0, left + sign_x / 2], [0, sign_y, top + sign_y / 2], [0, 0, 1]])
 
 
-def _to_part(tile: Tile, part: tuple[int, int, int, int]) -> np.ndarray:
-    """(3, 3) network px -> column and row of a texel, whose centre is a whole number."""
-    return np.array([[1, 0, -part[0] - 0.5], [0, 1, -part[1] - 0.5], [0, 0, 1]]) @ np.linalg.inv(tile.matrix)
+def _to_part(part: _Rectangle) -> np.ndarray:
+    """(3, 3) base-image px -> column and row of a texel of the part, whole numbers at its centre."""
+    return np.array([[1, 0, -part[0] - 0.5], [0, 1, -part[1] - 0.5], [0, 0, 1]])
 
 
-def _take(tile: Tile, owners: np.ndarray, number: int) -> tuple[int, int, int, int] | None:
-    """Writes `number` where the tile shows. The part of the base image that this takes; None: nothing shows."""
+def _take(tile: Tile, back: np.ndarray, owners: np.ndarray, number: int) -> _Rectangle | None:
+    """Writes `number` where the tile shows. The part of the base image that this takes; None: nothing shows.
+
+    `back` is the inverse of the tile's matrix.
+    """
     limits = owners.shape[::-1]
     low, high = (np.clip(edge, 0, limits).astype(int) for edge in (tile.corners.min(0), np.ceil(tile.corners.max(0))))
     region = owners[low[1] : high[1], low[0] : high[0]]
@@ -208,7 +229,7 @@ def _take(tile: Tile, owners: np.ndarray, number: int) -> tuple[int, int, int, i
         shows &= _inside_rings([ring - low for ring in tile.rings], region.shape)
         spans = np.stack([shows.argmax(1), shows.shape[1] - shows[:, ::-1].argmax(1)]) * shows.any(1)
     np.copyto(region, number, where=shows)
-    return tile.crop or _part_below(spans, low, np.linalg.inv(tile.matrix))
+    return tile.crop or _part_below(spans, low, back)
 
 
 def _plain(colour: tuple[int, int, int], *, look: int = -1, share: float = 1.0) -> _Surface:
@@ -252,7 +273,7 @@ def _inside_rings(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.nda
     return np.cumsum(crossings, axis=1)[:, :-1] % 2 == 1
 
 
-def _part_below(spans: np.ndarray, low: np.ndarray, back: np.ndarray) -> tuple[int, int, int, int] | None:
+def _part_below(spans: np.ndarray, low: np.ndarray, back: np.ndarray) -> _Rectangle | None:
     """The base image's pixels (xyxy) that the pixels of the spans interpolate; None where there is no pixel.
 
     The ends of the rows enclose all others, and a projection keeps that so.
@@ -266,26 +287,26 @@ def _part_below(spans: np.ndarray, low: np.ndarray, back: np.ndarray) -> tuple[i
     return (*first.min(0).tolist(), *(first.max(0) + 2).tolist())
 
 
-def _parts(surfaces: Sequence[_Surface]) -> list[tuple[int, int, int, int]]:
-    return [surface.part for surface in surfaces]
-
-
-def _texels(surfaces: Sequence[_Surface], base_image_of: _BaseImageOf) -> tuple[Tensor, np.ndarray]:
-    """(P, 3) u8: the parts of all surfaces one behind the other, and (S,) i64 where each one starts."""
-    sizes = [(y2 - y1, x2 - x1) for x1, y1, x2, y2 in _parts(surfaces)]
-    ends = np.cumsum([height * width for height, width in sizes], dtype=np.int64)
-    texels = torch.empty((int(ends[-1]), 3), dtype=torch.uint8)
-    starts = np.concatenate([[0], ends[:-1]])
-    for surface, size, start, end in zip(surfaces, sizes, starts, ends):
-        out = texels.numpy()[start:end].reshape(*size, 3)
+def _texels(
+    surfaces: Sequence[_Surface], base_image_of: _BaseImageOf, allocate: _Allocate | None
+) -> tuple[Tensor, np.ndarray]:
+    """(P, 3) u8: the parts of all surfaces one behind the other; (3, S) i64, where each starts, its width and height."""
+    x1, y1, x2, y2 = np.array([surface.part for surface in surfaces], np.int64).T
+    widths, heights = x2 - x1, y2 - y1
+    ends = np.cumsum(widths * heights)
+    starts = ends - widths * heights
+    shape = (int(ends[-1]), 3)
+    texels = torch.empty(shape, dtype=torch.uint8) if allocate is None else allocate(shape)
+    for surface, start, end, width, height in zip(surfaces, starts, ends, widths, heights):
+        out = texels.numpy()[start:end].reshape(height, width, 3)
         if surface.colour is not None:
             out[:] = surface.colour
         else:
             _copy_part(base_image_of(surface.image), surface.part, out)
-    return texels, starts
+    return texels, np.stack([starts, widths, heights])
 
 
-def _copy_part(base: np.ndarray, part: tuple[int, int, int, int], out: np.ndarray) -> None:
+def _copy_part(base: np.ndarray, part: _Rectangle, out: np.ndarray) -> None:
     x1, y1, x2, y2 = part
     height, width = base.shape[:2]
     beyond = (max(-y1, 0), max(y2 - height, 0), max(-x1, 0), max(x2 - width, 0))
@@ -310,11 +331,13 @@ def _colour_table(hsv: tuple[float, float, float]) -> np.ndarray:
 # ---- painting, on the device
 
 
-def paint(packed: PackedPlans, device: torch.device | str, *, chunk_px: int = _CHUNK_PX) -> Tensor:
+def paint(packed: PackedPlans | PackedQuads, device: torch.device | str, *, chunk_px: int = _CHUNK_PX) -> Tensor:
     """(B, 3, H, W) u8 RGB, channels last in memory. Never waits for the device.
 
     As many pictures at once as have `chunk_px` pixels, at least one.
     """
+    if isinstance(packed, PackedQuads):
+        return _paint_quads(packed, device, chunk_px=chunk_px)
     packed = packed.to(device)
     height, width = packed.shape
     texels = F.pad(packed.texels, (0, 1)).view(torch.int32).view(-1)  # four bytes are read as fast as one
@@ -326,8 +349,7 @@ def paint(packed: PackedPlans, device: torch.device | str, *, chunk_px: int = _C
     return images.permute(0, 3, 1, 2)
 
 
-def paint_quads(packed: PackedQuads, device: torch.device | str, *, chunk_px: int = _CHUNK_PX) -> Tensor:
-    """As `paint`."""
+def _paint_quads(packed: PackedQuads, device: torch.device | str, *, chunk_px: int) -> Tensor:
     samples = paint(packed.samples, device, chunk_px=chunk_px).permute(0, 2, 3, 1)
     height, width = packed.samples.shape
     merged = samples[: 4 * packed.merged].view(-1, 2, 2, height, width, 3).transpose(2, 3)
