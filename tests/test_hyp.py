@@ -39,9 +39,12 @@ perspective     0.0     0    0.0   0.001
 flipud          0.0     1    0.0   1.0
 fliplr          0.5     0    0.0   1.0
 mosaic          1.0     1    0.0   1.0
+mosaic9         0.0     1    0.0   1.0
+close_mosaic    0.0     0    0.0   50.0
 mixup           0.0     1    0.0   1.0
 copy_paste      0.0     1    0.0   1.0
-"""  # SPEC 2: name, default, gain, low, high
+cutout          0.0     1    0.0   1.0
+"""  # SPEC 2 and issue 4: name, default, gain, low, high
 
 
 def test_every_hyperparameter_is_that_of_the_table():

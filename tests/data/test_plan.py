@@ -197,9 +197,10 @@ def test_decisions_follow_the_recipe(store):
         assert np.abs(column).max() <= gain
         assert column.min() < -0.95 * gain
         assert column.max() > 0.95 * gain
-    scales = np.array([plan.tiles[0].matrix[0, 0] for plan in plans if plan.tiles])
-    assert 0.5 <= scales.min() < 0.53
-    assert 1.47 < scales.max() <= 1.5
+    widest = [max(plan.tiles, key=lambda tile: tile.crop[2] - tile.crop[0]) for plan in plans if plan.tiles]
+    scales = np.array([tile.matrix[0, 0] for tile in widest])
+    assert 0.49 <= scales.min() < 0.53  # crop and rectangle are whole pixels, so they may differ a little
+    assert 1.47 < scales.max() <= 1.52
 
 
 def test_the_sample_itself_is_in_each_quadrant_as_often(store):
@@ -239,7 +240,7 @@ def test_translation_is_a_share_of_each_side(make_store):
     plans = [train_plan(store, 0, imgsz=160, shape=shape, hyp=recipe, rng=generator(seed, 0, 0)) for seed in range(300)]
     shifts = np.array([plan.tiles[0].matrix[:2, 2] - (32, 16) for plan in plans])
     for column, side in zip(shifts.T, (224, 96)):
-        assert np.abs(column).max() <= 0.2 * side + 1e-9
+        assert np.abs(column).max() <= 0.2 * side + 0.5  # on whole pixels
         assert np.abs(column).max() > 0.19 * side
 
 

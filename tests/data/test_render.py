@@ -36,24 +36,30 @@ def plain_plan(size, **changes) -> SamplePlan:
     """One image, as it is, as large as the output."""
     height, width = size
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], float)
-    tile = Tile(image=0, matrix=np.eye(3), corners=corners, upright=True)
+    tile = Tile(image=0, matrix=np.eye(3), corners=corners, crop=(0, 0, width, height))
     boxes, classes = np.empty((0, 4), np.float32), np.empty(0, np.int32)
     return SamplePlan(**{"shape": size, "tiles": (tile,), "boxes": boxes, "classes": classes, **changes})
 
 
 def slow_paint(tiles, shape, bases) -> np.ndarray:
-    """(H, W, 3) f64 BGR: each pixel looks up where its centre lies in the base image, and mixes the four around it."""
+    """(H, W, 3) f64 BGR: each pixel looks up where its centre lies in the base image, and mixes the four around it.
+
+    Upright tiles only, or single pixels of others.
+    """
     picture = np.full((*shape, 3), float(PADDING))
     for tile in tiles:
         base, back = bases[tile.image].astype(float), np.linalg.inv(tile.matrix)
-        height, width = base.shape[:2]
+        first_x, first_y, last_x, last_y = tile.crop or (0, 0, *base.shape[1::-1])
         (x1, y1), (x2, y2) = tile.corners[0].astype(int), tile.corners[2].astype(int)
         for y in range(y1, y2):
             for x in range(x1, x2):
                 u, v, w = back @ [x + 0.5, y + 0.5, 1]
-                u, v = min(max(u / w - 0.5, 0), width - 1), min(max(v / w - 0.5, 0), height - 1)
+                u, v = (
+                    min(max(u / w - 0.5, first_x), last_x - 1),
+                    min(max(v / w - 0.5, first_y), last_y - 1),
+                )
                 left, top = int(u), int(v)
-                right, bottom = min(left + 1, width - 1), min(top + 1, height - 1)
+                right, bottom = min(left + 1, last_x - 1), min(top + 1, last_y - 1)
                 upper = base[top, left] * (1 - u + left) + base[top, right] * (u - left)
                 lower = base[bottom, left] * (1 - u + left) + base[bottom, right] * (u - left)
                 picture[y, x] = upper * (1 - v + top) + lower * (v - top)
@@ -101,7 +107,7 @@ def test_tilted_tiles_show_the_right_pixels(store, bases, seed):
     for tile in plan.tiles:
         for point in rng.uniform(0, IMGSZ, (40, 2)).astype(int) + 0.5:
             if _distance_inside(point, tile.corners) > 1:
-                pixel = Tile(image=tile.image, matrix=tile.matrix, corners=_pixel_at(point), upright=True)
+                pixel = replace(tile, corners=_pixel_at(point))
                 x, y = (point - 0.5).astype(int)
                 expected = slow_paint([pixel], plan.shape, bases)[y, x, ::-1]
                 assert np.abs(picture[y, x] - expected).max() <= 4

@@ -6,6 +6,7 @@ Colours are changed in place, by functions of OpenCV that look at one pixel at a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import cv2
@@ -21,6 +22,7 @@ _HALF_PX = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # pixel-centre coord
 _TO_CENTRES = np.linalg.inv(_HALF_PX)
 _EDGE_SLACK = 1e-6  # px^2, far above what rounding does to an edge seen from both of its sides
 _HUES = 180  # OpenCV's 8-bit hue counts two degrees
+_NEARLY_DIAGONAL = np.float32([[0, 1e-4, 0], [0, 0, 0], [0, 0, 0]])  # OpenCV 4 is slow with matrices that are diagonal
 
 
 def render(plan: SamplePlan, base_image_of: BaseImageOf, out: np.ndarray | None = None) -> np.ndarray:
@@ -29,16 +31,11 @@ def render(plan: SamplePlan, base_image_of: BaseImageOf, out: np.ndarray | None 
     `base_image_of(image)` yields the base image, BGR, of an index into the LabelStore.
     """
     picture = np.empty((*plan.shape, 3), np.uint8) if out is None else out
-    if plan.mix is None and all(tile.crop is not None for tile in plan.tiles):
-        picture[:] = _to_rgb(np.full((1, 1, 3), PADDING, np.uint8), plan.hsv)
-        for tile in plan.tiles:  # colours too while they are in the processor's cache, and none where no image lies
-            _to_rgb(_paint_upright(picture, tile, base_image_of), plan.hsv)
-    else:
-        _paint(picture, plan.tiles, base_image_of)
-        if plan.mix is not None:
-            other = _paint(np.empty_like(picture), plan.mix.tiles, base_image_of)
-            cv2.addWeighted(picture, plan.mix.weight, other, 1 - plan.mix.weight, 0, dst=picture)
-        _to_rgb(picture, plan.hsv)
+    _paint(picture, plan.tiles, base_image_of)
+    if plan.mix is not None:
+        other = _paint(np.empty_like(picture), plan.mix.tiles, base_image_of)
+        cv2.addWeighted(picture, plan.mix.weight, other, 1 - plan.mix.weight, 0, dst=picture)
+    _to_rgb(picture, plan)
     if plan.pixels is not None:
         picture[:] = change_pixels(picture, plan.pixels)
     _cut_out(picture, plan.cutouts)
@@ -72,18 +69,13 @@ def _paint(picture: np.ndarray, tiles: Sequence[Tile], base_image_of: BaseImageO
     return picture
 
 
-def _paint_upright(picture: np.ndarray, tile: Tile, base_image_of: BaseImageOf) -> np.ndarray:
-    """A crop and a resize; the part of the picture that was painted."""
+def _paint_upright(picture: np.ndarray, tile: Tile, base_image_of: BaseImageOf) -> None:
+    """A crop and a resize."""
     (left, top), _, (right, bottom), _ = tile.corners.astype(int).tolist()
     x1, y1, x2, y2 = tile.crop
     region = picture[top:bottom, left:right]
-    cv2.resize(
-        base_image_of(tile.image)[y1:y2, x1:x2],
-        (right - left, bottom - top),
-        dst=region,
-        interpolation=cv2.INTER_LINEAR,
-    )
-    return region
+    base = base_image_of(tile.image)
+    cv2.resize(base[y1:y2, x1:x2], (right - left, bottom - top), dst=region, interpolation=cv2.INTER_LINEAR)
 
 
 def _paint_tilted(picture: np.ndarray, tile: Tile, base_image_of: BaseImageOf) -> None:
@@ -150,18 +142,37 @@ def _inside_rings(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.nda
 # ---- colours ------------------------------------------------------------------------------------------------------
 
 
-def _to_rgb(region: np.ndarray, hsv: tuple[float, float, float] | None) -> np.ndarray:
+def _to_rgb(picture: np.ndarray, plan: SamplePlan) -> None:
+    """BGR to RGB in place, and the plan's colours; where no tile lies above or below, of one pixel.
+
+    Rows are done whole: of short ones, OpenCV's slow way with the last few pixels would be a large part.
+    """
+    top, bottom = 0, plan.shape[0]
+    if plan.mix is None:
+        edges = [tile.corners[:, 1] for tile in plan.tiles]
+        top = min((max(math.floor(y.min()), 0) for y in edges), default=bottom)
+        bottom = max((min(math.ceil(y.max()), bottom) for y in edges), default=bottom)
+    if top or bottom < plan.shape[0]:
+        grey = np.full((1, 1, 3), PADDING, np.uint8)
+        _recolour(grey, plan.hsv)
+        picture[:top] = picture[bottom:] = grey.item(0)
+    if top < bottom:
+        _recolour(picture[top:bottom], plan.hsv)
+
+
+def _recolour(region: np.ndarray, hsv: tuple[float, float, float] | None) -> None:
     """BGR to RGB in place, with hue, saturation and value, as bytes, times the factors, rounded."""
     if hsv is None:
-        return cv2.cvtColor(region, cv2.COLOR_BGR2RGB, dst=region)
+        cv2.cvtColor(region, cv2.COLOR_BGR2RGB, dst=region)
+        return
     cv2.cvtColor(region, cv2.COLOR_BGR2HSV, dst=region)
     if (_HUES - 1) * hsv[0] < 255.5:  # the way back takes hues of more than a turn
-        cv2.transform(region, np.diag(hsv).astype(np.float32), dst=region)
+        cv2.transform(region, _NEARLY_DIAGONAL + np.diag(hsv).astype(np.float32), dst=region)
     else:
         levels = np.arange(256)[:, None] * np.array(hsv)  # (256, 3)
         table = np.concatenate([np.rint(levels[:, :1]) % _HUES, np.clip(np.rint(levels[:, 1:]), 0, 255)], axis=1)
         cv2.LUT(region, table.astype(np.uint8)[None], dst=region)
-    return cv2.cvtColor(region, cv2.COLOR_HSV2RGB, dst=region)
+    cv2.cvtColor(region, cv2.COLOR_HSV2RGB, dst=region)
 
 
 def _cut_out(picture: np.ndarray, cutouts: Sequence[Cutout]) -> None:
