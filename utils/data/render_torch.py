@@ -290,7 +290,7 @@ def _part_below(spans: np.ndarray, low: np.ndarray, back: np.ndarray) -> _Rectan
 def _texels(
     surfaces: Sequence[_Surface], base_image_of: _BaseImageOf, allocate: _Allocate | None
 ) -> tuple[Tensor, np.ndarray]:
-    """(P, 3) u8: the parts of all surfaces one behind the other; (3, S) i64, where each starts, its width and height."""
+    """(P, 3) u8: the parts of all surfaces one behind the other; (3, S) i64: their starts, widths and heights."""
     x1, y1, x2, y2 = np.array([surface.part for surface in surfaces], np.int64).T
     widths, heights = x2 - x1, y2 - y1
     ends = np.cumsum(widths * heights)
