@@ -352,6 +352,25 @@ def test_nothing_waits_for_the_device(bases):
     assert paint(quads, "meta").shape == (5, 3, 2 * SHAPE[0], 2 * SHAPE[1])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+def test_a_gpu_paints_the_same_and_is_not_waited_for(bases):
+    rng = np.random.default_rng(9)
+    for plans in ([random_plan(rng) for _ in range(9)], random_quads(rng, 5)):
+        packed = pack(plans, bases.__getitem__)
+        expected = paint(packed, "cpu")
+        paint(packed, "cuda")  # what is made on first use may wait
+        torch.cuda.synchronize()
+        pinned = packed.pin_memory()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            pictures = paint(pinned, "cuda", chunk_px=4 * SHAPE[0] * SHAPE[1])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        error = (pictures.cpu().int() - expected.int()).abs()
+        assert error.max() <= 20  # a level in the base image may be several after the colours
+        assert error.float().mean() < 0.01
+
+
 def test_images_beyond_what_32_bits_count(bases, monkeypatch):
     rng = np.random.default_rng(6)
     plans = [random_plan(rng) for _ in range(4)]

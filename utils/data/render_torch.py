@@ -18,7 +18,7 @@ from torch import Tensor
 from utils.data.plan import PADDING
 from utils.structures import QuadPlan, SamplePlan, Tile, UserError
 
-_CHUNK_PX = 16 * 640 * 640  # painted at once, with up to 150 bytes of the device for each
+_CHUNK_PX = 16 * 640 * 640  # painted at once, with up to 170 bytes of the device for each
 _MOST_INT32 = 2**31 - 1
 _EDGE_SLACK = 1e-6  # px^2, far above what rounding does to an edge seen from both of its sides
 _SIXTH = 30  # steps of OpenCV's 8-bit hue in a sixth of the colour circle
@@ -407,11 +407,12 @@ def _looked_up(packed: PackedPlans, texels: Tensor, owners: Tensor) -> list[Tens
     top, y, step_y = _between(y, part_height)
     upper = start + top * part_width + left
     lower = upper + step_y * part_width
-    four = [texels.index_select(0, place) for place in (upper, upper + step_x, lower, lower + step_x)]
+    four = texels.index_select(0, torch.cat([upper, lower, upper + step_x, lower + step_x])).view(2, 2, -1)
     levels = []
     for channel in range(3):
-        a, b, c, d = ((texel >> 8 * channel & 255).float() for texel in four)
-        levels.append(torch.lerp(torch.lerp(a, b, x), torch.lerp(c, d, x), y).add_(0.5).floor_())
+        before, behind = (four >> 8 * channel & 255).float()
+        above, below = torch.lerp(before, behind, x)
+        levels.append(torch.lerp(above, below, y).add_(0.5).floor_())
     return levels
 
 
