@@ -6,8 +6,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.hyp import GENES, Hyperparameters, hyperparameters, read_hyp
-from utils.structures import UserError
+from utils.hyp import GENES, Hyperparameters, hyperparameters, plain_values, read_hyp
+from utils.structures import PixelTransform, UserError
 
 SCRATCH = Path(__file__).parents[1] / "data" / "hyps" / "hyp.scratch.yaml"
 
@@ -137,3 +137,58 @@ def test_a_value_is_taken_as_it_is_or_refused(name, value):
     else:
         with pytest.raises(UserError, match=f"a.yaml: '{name}: "):
             hyperparameters({name: value}, source="a.yaml")
+
+
+# ---- the list of transforms
+
+LIST = """
+albumentations:
+  - Blur: {p: 0.01, blur_limit: [3, 7]}
+  - ToGray
+  - CLAHE:
+"""
+
+
+def test_a_list_of_transforms_is_read_and_written_as_people_write_it(tmp_path):
+    (tmp_path / "my.yaml").write_text("lr0: 0.02\n" + LIST)
+    hyp = read_hyp(tmp_path / "my.yaml")
+    assert hyp.albumentations == (
+        PixelTransform(name="Blur", arguments=(("p", 0.01), ("blur_limit", (3, 7)))),
+        PixelTransform(name="ToGray", arguments=()),
+        PixelTransform(name="CLAHE", arguments=()),
+    )
+    hash(hyp)  # loader processes keep what they made of it
+    written = plain_values(hyp)
+    assert written["albumentations"] == [{"Blur": {"p": 0.01, "blur_limit": [3, 7]}}, "ToGray", "CLAHE"]
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
+    assert read_hyp(tmp_path / "again.yaml") == hyp
+    assert "albumentations" not in GENES
+
+
+def test_checkpoints_from_before_the_list_and_empty_lists_are_fine():
+    for value in (None, [], ()):
+        assert hyperparameters({"albumentations": value}, source="a.yaml") == Hyperparameters()
+    assert plain_values(Hyperparameters())["albumentations"] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("Blur", "a.yaml: 'albumentations: Blur' should be a list such as [ToGray, Blur: {p: 0.01, blur_limit: 3}]"),
+        ({"Blur": {"p": 1}}, "a.yaml: 'albumentations: {'Blur': {'p': 1}}' should be a list such as"),
+        ([3], "a.yaml: 'albumentations': '3' should be the name of a transform, as in"),
+        ([{"Blur": 3}], "a.yaml: 'albumentations': '{'Blur': 3}' should be the name of a transform"),
+        ([{"Blur": {}, "ToGray": {}}], "a.yaml: 'albumentations': '{'Blur': {}, 'ToGray': {}}' should be the name"),
+        ([{"Blur": {"p": {"a": 1}}}], "a.yaml: 'albumentations': 'Blur': 'p: {'a': 1}' should be a plain value"),
+    ],
+)
+def test_a_list_that_is_none_is_one_line(value, message):
+    with pytest.raises(UserError) as error:
+        hyperparameters({"albumentations": value}, source="a.yaml")
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_that_is_nearly_right_is_named():
+    with pytest.raises(UserError, match="did you mean 'albumentations'"):
+        hyperparameters({"albumentation": []}, source="a.yaml")

@@ -122,14 +122,18 @@ def _transform(item: Any, source: str) -> PixelTransform:
     if isinstance(item, Mapping) and len(item) == 1:
         ((name, arguments),) = item.items()
         if isinstance(name, str) and isinstance(arguments or {}, Mapping):
-            pairs = tuple((str(key), _frozen(value)) for key, value in (arguments or {}).items())
+            pairs = tuple((str(key), _frozen(name, key, value, source)) for key, value in (arguments or {}).items())
             return PixelTransform(name=name, arguments=pairs)
     raise UserError(f"{source}: '{_TRANSFORMS}': '{item}' should be the name of a transform, as in {_EXAMPLE}")
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(name: str, key: Any, value: Any, source: str) -> Any:
     """A YAML value with tuples in place of lists, so that it can be a key."""
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(name, key, item, source) for item in value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise UserError(f"{source}: '{_TRANSFORMS}': '{name}': '{key}: {value}' should be a plain value or a list of these")
 
 
 def _thawed(value: Any) -> Any:

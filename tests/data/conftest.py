@@ -1,3 +1,4 @@
+import functools
 import os
 from pathlib import Path
 
@@ -31,6 +32,31 @@ def _make_store(sizes, boxes=None, classes=None, *, paths=None) -> LabelStore:
         for item, kinds, (height, width) in zip(boxes, classes, sizes)
     ]
     return build_store(paths or [Path(f"{index}.png") for index in range(len(sizes))], sizes, labels)
+
+
+@pytest.fixture(scope="session")
+def polygon_store():
+    """Makes a store of images of `sizes` with two boxes each, of classes of their own; one is drawn as a heptagon."""
+
+    @functools.cache
+    def make(sizes: tuple[tuple[int, int], ...]) -> LabelStore:
+        corners = np.array([[0.2, 0.3], [0.35, 0.15], [0.4, 0.3], [0.25, 0.45]])
+        heptagon = np.array([[0.5, 0.6], [0.6, 0.55], [0.75, 0.6], [0.8, 0.7], [0.75, 0.8], [0.6, 0.85], [0.55, 0.8]])
+        rings = [[], [heptagon]]
+        return build_store(
+            [Path(f"{index}.png") for index in range(len(sizes))],
+            sizes,
+            [
+                ImageLabels(
+                    boxes=np.array([[*ring.min(0), *ring.max(0)] for ring in (corners, heptagon)]),
+                    classes=np.array([2 * index, 2 * index + 1]),
+                    rings=rings,
+                )
+                for index in range(len(sizes))
+            ],
+        )
+
+    return lambda sizes: make(tuple(sizes))
 
 
 @pytest.fixture(scope="session")

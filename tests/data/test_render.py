@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.data.plan import PADDING, generator, letterbox_plan, train_plan
-from utils.data.render import render
+from utils.boxes import transform_points
+from utils.data.images import base_scale, base_shape
+from utils.data.plan import PADDING, generator, letterbox_plan, quad_plan, train_plan
+from utils.data.render import render, render_quad
 from utils.hyp import Hyperparameters
 from utils.structures import Mix, SamplePlan, Tile
 
@@ -161,6 +163,202 @@ def test_a_shear_that_mirrors_is_painted_too(make_store):
     assert mirrored
 
 
+# ---- whole plans
+
+
+def slow_inside(point, polygon) -> bool:
+    """Even-odd, by the edges that a ray to the right crosses."""
+    inside = False
+    for (x1, y1), (x2, y2) in zip(polygon, np.roll(polygon, -1, axis=0)):
+        if (y1 <= point[1]) != (y2 <= point[1]):
+            inside ^= bool(point[0] < x1 + (point[1] - y1) * (x2 - x1) / (y2 - y1))
+    return inside
+
+
+def slow_shows(tile, point) -> bool:
+    return slow_inside(point, tile.corners) and (
+        not tile.rings or sum(slow_inside(point, ring) for ring in tile.rings) % 2 == 1
+    )
+
+
+def edge_distance(tile, point) -> float:
+    """Px from a pixel centre to the nearest edge of a tilted tile, where rounding decides what shows."""
+    if tile.crop is not None:
+        return np.inf
+    distances = []
+    for polygon in (tile.corners, *tile.rings):
+        start, along = polygon, np.roll(polygon, -1, axis=0) - polygon
+        share = np.clip(((point - start) * along).sum(1) / np.maximum((along**2).sum(1), 1e-12), 0, 1)
+        distances.append(np.linalg.norm(start + share[:, None] * along - point, axis=1).min())
+    return min(distances)
+
+
+def slow_layer(tiles, shape, bases) -> tuple[np.ndarray, np.ndarray]:
+    """(H, W, 3) f64 BGR, and (H, W) where an edge is too near to tell."""
+    picture, unsure = np.full((*shape, 3), float(PADDING)), np.zeros(shape, bool)
+    for tile in tiles:
+        for y in range(shape[0]):
+            for x in range(shape[1]):
+                point = np.array([x + 0.5, y + 0.5])
+                unsure[y, x] |= edge_distance(tile, point) < 1e-3
+                if slow_shows(tile, point):
+                    pixel = replace(tile, corners=_pixel_at(point))
+                    picture[y, x] = slow_paint([pixel], shape, bases)[y, x]
+    return picture, unsure
+
+
+SMALL = 32
+SMALL_SIZES = [(32, 32), (20, 32), (32, 24)]
+EVERYTHING = {
+    "nine": {"mosaic": 1, "mosaic9": 1, "scale": 0.5, "translate": 0.2},
+    "pasted": {"mosaic": 1, "copy_paste": 1, "scale": 0.5, "flipud": 0.5},
+    "tilted": {"mosaic": 1, "copy_paste": 0.5, "degrees": 45, "shear": 10, "perspective": 0.002, "fliplr": 0.5},
+    "all": {"mosaic": 1, "mosaic9": 0.5, "mixup": 1, "copy_paste": 0.5, "degrees": 20, "cutout": 1, "fliplr": 0.5},
+}
+
+
+@pytest.mark.parametrize("recipe", EVERYTHING)
+@settings(max_examples=3, deadline=None)
+@given(seed=seeds)
+def test_a_plan_is_painted_as_the_slow_twin_says(recipe, polygon_store, smooth_image, seed):
+    store = polygon_store(SMALL_SIZES)
+    small = [smooth_image(np.random.default_rng(index), *size) for index, size in enumerate(SMALL_SIZES)]
+    hyp = replace(STILL, **EVERYTHING[recipe])
+    plan = train_plan(store, seed % 3, imgsz=SMALL, hyp=hyp, rng=generator(seed, 0, 0))
+    picture, unsure = slow_layer(plan.tiles, plan.shape, small)
+    if plan.mix:
+        other, unsure_too = slow_layer(plan.mix.tiles, plan.shape, small)
+        picture, unsure = plan.mix.weight * picture + (1 - plan.mix.weight) * other, unsure | unsure_too
+    picture = picture[..., ::-1].copy()
+    for cutout in plan.cutouts:
+        x1, y1, x2, y2 = cutout.box
+        picture[y1:y2, x1:x2] = cutout.colour[::-1]
+    turn = np.s_[:: -1 if plan.flip_ud else 1, :: -1 if plan.flip_lr else 1]
+    error = np.abs(render(plan, small.__getitem__).astype(float) - picture[turn]).max(-1)
+    assert error[~unsure[turn]].max() <= 5  # OpenCV knows 32 places between two pixels
+
+
+# ---- boxes follow pixels
+
+MARKED = 128
+MARKED_SIZES = [(128, 128), (96, 128), (128, 80), (200, 256), (150, 100)]
+
+
+@st.composite
+def recipes(draw):
+    """Hyperparameters of geometry, many of them off."""
+    ranges = {
+        "degrees": 45.0,
+        "translate": 0.3,
+        "scale": 0.5,
+        "shear": 10.0,
+        "perspective": 0.001,
+    }
+    chances = ("mosaic", "mosaic9", "copy_paste", "mixup", "flipud", "fliplr", "cutout")
+    values = {name: draw(st.sampled_from([0.0, high / 3, high])) for name, high in ranges.items()}
+    if draw(st.booleans()):
+        values.update(degrees=0.0, shear=0.0, perspective=0.0)
+    return replace(STILL, **values, **{name: draw(st.sampled_from([0.0, 0.5, 1.0])) for name in chances})
+
+
+def marker(shape, point) -> np.ndarray:
+    """(H, W, 3) u8: a soft dot whose centroid is `point`, where pixel i covers [i, i + 1)."""
+    y, x = np.mgrid[: shape[0], : shape[1]] + 0.5
+    dot = 255 * np.exp(-((x - point[0]) ** 2 + (y - point[1]) ** 2) / (2 * 1.5**2))
+    return np.repeat(np.rint(dot).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def landed(plan, tiles, number, base_shapes, point) -> np.ndarray:
+    """(2,) the centroid, in network px, of a marker at a `point` of the `number`-th of `tiles`."""
+    alone = replace(plan, tiles=(replace(tiles[number], image=0),), mix=None, cutouts=())
+
+    def painted(base):
+        return render(alone, lambda _: base)[..., 0].astype(float)
+
+    shape = base_shapes[tiles[number].image]
+    weight = painted(marker(shape, point)) - painted(np.zeros((*shape, 3), np.uint8))
+    y, x = np.mgrid[: plan.shape[0], : plan.shape[1]] + 0.5
+    return np.array([(x * weight).sum(), (y * weight).sum()]) / weight.sum()
+
+
+@settings(max_examples=40, deadline=None)
+@given(hyp=recipes(), seed=seeds)
+def test_markers_at_box_corners_land_on_the_corners_of_the_planned_boxes(polygon_store, hyp, seed):
+    """Of boxes that show as a whole: their markers span a planned box, to 0.75 px; of polygons, those at its points."""
+    store = polygon_store(MARKED_SIZES)
+    plan = train_plan(store, seed % 5, imgsz=MARKED, hyp=hyp, rng=generator(seed, 0, 0))
+    base_shapes = [base_shape(size, MARKED) for size in MARKED_SIZES]
+    tiles = [*plan.tiles, *(plan.mix.tiles if plan.mix else ())]
+    for number, tile in enumerate(tiles):
+        scale = np.tile(base_scale(MARKED_SIZES[tile.image], MARKED), 2)
+        rows = store.rows(tile.image)
+        for row in range(rows.start, rows.stop):
+            kind = store.classes[row]
+            ring = store.rings(row)  # of a polygon, its points
+            corners = (ring[0] if ring else store.boxes[row][[[0, 1], [2, 1], [2, 3], [0, 3]]]) * scale[:2]
+            if not _shows_whole(tile, corners, plan.shape):
+                continue
+            if tile.crop is None:  # only where things land: what of it shows is another test's
+                tiles[number] = replace(tile, rings=(), corners=np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * MARKED)
+            found = np.array([landed(plan, tiles, number, base_shapes, corner) for corner in corners])
+            span = np.concatenate([found.min(0), found.max(0)])
+            mine = plan.boxes[plan.classes == kind]
+            if (span[2:] - span[:2]).min() > 4 and not plan.cutouts:
+                assert len(mine), (kind, span)
+            if len(mine) and not (plan.cutouts and np.abs(mine - span).max(1).min() > 5):
+                assert np.abs(mine - span).max(1).min() <= 0.75, (kind, span, mine)
+
+
+def _shows_whole(tile, corners, shape) -> bool:
+    """Whether four points of a base image, and the markers around them, lie in what shows of a tile."""
+    there = transform_points(corners, tile.matrix)
+    room = 4.5 * max(1.0, np.sqrt(abs(np.linalg.det(tile.matrix[:2, :2]))))
+    inside = np.all((there >= room) & (there <= np.array(shape[::-1]) - room))
+    if tile.rings:  # of a pasted object all shows, or it is cut off like its box
+        back = transform_points(tile.corners, np.linalg.inv(tile.matrix))
+        return bool(inside) and np.all(corners > back.min(0) - 1e-3) and np.all(corners < back.max(0) + 1e-3)
+    limits = tile.corners if np.linalg.det(tile.matrix[:2, :2]) > 0 else tile.corners[::-1]
+    return bool(inside) and all(_distance_inside(point, limits) > room for point in there)
+
+
+# ---- where it is written
+
+
+@pytest.mark.parametrize("recipe", EVERYTHING)
+def test_a_sample_can_be_painted_into_its_place_in_a_batch(recipe, polygon_store, smooth_image):
+    """Into a part of a larger array too, of which the rest stays."""
+    store = polygon_store(SMALL_SIZES)
+    small = [smooth_image(np.random.default_rng(index), *size) for index, size in enumerate(SMALL_SIZES)]
+    for seed in range(20):
+        hyp = replace(STILL, **EVERYTHING[recipe], hsv_h=0.015, hsv_s=0.7, hsv_v=0.4)
+        plan = train_plan(store, seed % 3, imgsz=SMALL, hyp=hyp, rng=generator(seed, 0, 0))
+        expected = render(plan, small.__getitem__)
+        batch = np.full((3, SMALL, SMALL, 3), 7, np.uint8)
+        assert np.shares_memory(render(plan, small.__getitem__, batch[1]), batch)
+        np.testing.assert_array_equal(batch[1], expected)
+        assert np.all(batch[[0, 2]] == 7)
+        wide = np.full((2 * SMALL, 2 * SMALL, 3), 7, np.uint8)
+        render(plan, small.__getitem__, wide[:SMALL, SMALL:])
+        np.testing.assert_array_equal(wide[:SMALL, SMALL:], expected)
+        assert np.all(wide[:, :SMALL] == 7) and np.all(wide[SMALL:] == 7)
+
+
+def test_a_quad_is_its_samples_side_by_side(polygon_store, smooth_image):
+    store = polygon_store(SMALL_SIZES)
+    small = [smooth_image(np.random.default_rng(index), *size) for index, size in enumerate(SMALL_SIZES)]
+    plans = [
+        train_plan(store, seed % 3, imgsz=SMALL, hyp=replace(STILL, mosaic=1), rng=generator(seed, 0, 0))
+        for seed in range(3)
+    ]
+    pictures = [render(plan, small.__getitem__) for plan in plans]
+    pictures.append(np.full((SMALL, SMALL, 3), PADDING, np.uint8))
+    out = np.full((2 * SMALL, 2 * SMALL, 3), 7, np.uint8)
+    render_quad(quad_plan(plans, enlarge=False), small.__getitem__, out)
+    np.testing.assert_array_equal(out, np.vstack([np.hstack(pictures[:2]), np.hstack(pictures[2:])]))
+    large = render_quad(quad_plan(plans[:1], enlarge=True), small.__getitem__)
+    np.testing.assert_array_equal(large, cv2.resize(pictures[0], (2 * SMALL, 2 * SMALL)))
+
+
 # ---- colours, flips, mixing
 
 
@@ -171,6 +369,25 @@ def slow_hsv(pixel: np.ndarray, factors: tuple[float, float, float]) -> np.ndarr
     hue = int(hue * factors[0] % 180)
     saturation, value = (min(int(level * factor), 255) for level, factor in zip((saturation, value), factors[1:]))
     return 255 * np.array(colorsys.hsv_to_rgb(hue / 180, saturation / 255, value / 255))
+
+
+def opencv_hsv(picture: np.ndarray, factors: tuple[float, float, float]) -> np.ndarray:
+    """BGR -> RGB by the letter: whole hues, saturations and values times factors, rounded."""
+    levels = cv2.cvtColor(picture, cv2.COLOR_BGR2HSV) * np.array(factors)
+    levels[..., 0] %= 180
+    return cv2.cvtColor(np.clip(np.rint(levels), 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB).astype(int)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, *[st.floats(0, 2)] * 3, st.integers(16, 70), st.integers(16, 70))
+def test_colours_are_those_of_factors_on_bytes_of_hsv(seed, hue, saturation, value, height, width):
+    base = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    factors = (hue, saturation, value)
+    picture = render(plain_plan((height, width), hsv=factors), lambda _: base)
+    error = np.abs(picture - opencv_hsv(base, factors))
+    assert error.max() <= 10  # a hue that is rounded the other way
+    assert error.mean() < 0.7
+    assert (error > 2).mean() < 0.05
 
 
 @pytest.mark.parametrize("factors", [(1, 1, 1), (1.015, 0.3, 1.4), (0.985, 1.7, 0.6), (1.5, 1.2, 0.9), (1, 0, 1)])

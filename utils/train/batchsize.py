@@ -168,7 +168,9 @@ class Rehearsal:
         quad, stride = self.options.quad, max(self.model.head.strides)
         side = (self.options.imgsz + (stride if self.options.rect else 0)) * (2 if quad else 1)
         mosaics = self.hyp.mosaic > 0 and not self.options.rect
-        tiles = (4 if mosaics else 1) * (2 if mosaics and self.hyp.mixup > 0 else 1)
+        tiles = (9 if mosaics and self.hyp.mosaic9 > 0 else 4 if mosaics else 1) * (
+            2 if mosaics and self.hyp.mixup > 0 else 1
+        )
         repeated = self.options.image_weights or self.options.repeat_factor > 0
         labels = tiles * _densest(self.train, batch_size, repeated=repeated)
         batch = self._noise(-(-batch_size // 4) if quad else batch_size, side, sizes_of=self.train, labels=labels)

@@ -90,6 +90,8 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
     model, lines = _model(given, hyp, names)
     _accelerated(model, runtime)
     train, val = _scan(given, spec, "train", console), _scan(given, spec, "val", console)
+    if hyp.copy_paste and not len(train.store.points):
+        console.note(f"{given.hyp}: 'copy_paste: {hyp.copy_paste:g}' does nothing: no label of 'train' is a polygon")
     options = _resolved(given, spec, model, console)
     options = _with_batch_size(options, hyp, model, runtime, train=train.store, val=val.store, console=console)
     images = _images(options, spec, train=train.store, val=val.store, console=console)
