@@ -44,6 +44,7 @@ TRAIN_DEFAULTS = {  # SPEC 1; what None stands for depends on the data set and i
     "evolve": None,
     "cache": None,
     "image_weights": False,
+    "paint": "loader",
     "single_cls": False,
     "optimizer": "SGD",
     "sync_bn": False,
