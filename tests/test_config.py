@@ -51,6 +51,7 @@ TRAIN_DEFAULTS = {  # SPEC 1; what None stands for depends on the data set and i
     "strict": False,
     "image_weights": False,
     "repeat_factor": 0.0,
+    "paint": "loader",
     "single_cls": False,
     "optimizer": "SGD",
     "sync_bn": False,

@@ -43,6 +43,7 @@ SWITCHES = {
     "--nosave": {"nosave": True},
     "--noval": {"noval": True},
     "--quad": {"quad": True},
+    "--paint": {"paint": "device"},
     "--quiet": {"quiet": True},
     "--freeze": {"freeze": 3},
     "--patience": {"patience": 1},

@@ -27,6 +27,7 @@ LATEST = "latest"  # what `--resume` without a path means
 Amp = Literal["auto", "bf16", "fp16", "off"]
 OptimizerName = Literal["SGD", "Adam", "AdamW"]
 CacheKind = Literal["ram", "disk"]
+Painter = Literal["loader", "device"]
 Task = Literal["train", "val", "test", "speed"]
 
 
@@ -73,6 +74,9 @@ class TrainOptions:
     )
     cache_dir: str = _flag("", "folder for caches of labels and images; default: beside the data, else ~/.cache")
     strict: bool = _flag(False, "stop at any finding in the data")
+    paint: Painter = _flag(
+        "loader", "where training images are painted: by loader processes, or on the GPU, which leaves these less to do"
+    )
     image_weights: bool = _flag(False, "show images more often whose classes are rare or found badly")
     repeat_factor: float = _flag(
         0.0, "show images more often whose classes are in less than this share of the images, e.g. 0.01; 0: off", low=0

@@ -22,7 +22,7 @@ from utils.boxes import transform_boxes
 from utils.data import loader
 from utils.data.cache import cached_images
 from utils.data.images import BaseImages
-from utils.data.loader import EvalBatches, Lot, Stream, TrainBatches, TrainStream, faults_named, resized
+from utils.data.loader import EvalBatches, Lot, Stream, TrainBatches, TrainStream, UnpaintedBatch, faults_named, resized
 from utils.data.plan import (
     QUAD,
     class_weights,
@@ -750,3 +750,26 @@ def test_the_last_epochs_have_no_mosaics(closed, with_mosaics, batches):
         *streamed(replace(batches, hyp=replace(HYP, mosaic=0)), with_mosaics, 3),
     ]
     assert [content(batch) for batch in found] == [content(batch) for batch in expected]
+
+
+# ---- painted on the device
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("changes", [{}, {"rect": True}, {"quad": True}], ids=["plain", "rect", "quad"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unpainted_batches_become_those_of_the_loader(store, changes, workers):
+    """To a rounding in the pixels, and to the last bit in all else."""
+    painted = streamed(train_batches(store, **changes))
+    unpainted = streamed(train_batches(store, unpainted=True, **changes), workers=workers)
+    assert len(unpainted) == len(painted) == 3
+    for batch, expected in zip(unpainted, painted):
+        assert isinstance(batch, UnpaintedBatch)
+        batch = batch.to(CPU)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        error = (batch.images.int() - expected.images.int()).abs().float()
+        assert error.mean() <= 1
+        assert (error.amax(1) > 8).float().mean() <= 0.02
+        assert content(replace(batch, images=expected.images)) == content(expected)

@@ -85,6 +85,7 @@ def test_label_smoothing_reaches_the_loss(tiny):
         ({"rect": True}, {"mosaic": 0.5}, "--rect: no mosaics, though the hyp file has 'mosaic: 0.5'"),
         ({"freeze": 2}, {}, "--freeze without --weights"),
         ({"single_cls": True, "label_smoothing": 0.1}, {}, "--label-smoothing: with one class"),
+        ({"paint": "device"}, {}, "--paint device: on the CPU, --paint loader is many times faster"),
         ({"batch_size": -1}, {}, "--batch-size -1: without a CUDA GPU that is 16"),
     ],
 )
@@ -138,6 +139,12 @@ def test_adam_needs_a_momentum_below_one(tiny):
     build_trainer(tiny.options())
     with pytest.raises(UserError, match="should be below 1 for AdamW"):
         build_trainer(tiny.options(optimizer="AdamW"))
+
+
+def test_albumentations_need_images_painted_by_the_loader(tiny):
+    tiny.hyp.write_text(tiny.hyp.read_text() + "albumentations: [ToGray]\n")
+    with pytest.raises(UserError, match="--paint device: knows no 'albumentations', which"):
+        build_trainer(tiny.options(paint="device"))
 
 
 def test_a_single_class_replaces_all(tiny):

@@ -44,9 +44,11 @@ from utils.data.plan import (
     train_plan,
 )
 from utils.data.render import render, render_quad
+from utils.data.render_torch import PackedPlans, PackedQuads, pack, paint
 from utils.hyp import Hyperparameters
 from utils.structures import Batch, LabelStore, QuadPlan, RunError, SamplePlan, UserError
 
+_UNPAINTED_SIZE = 2  # in painted ones: 1.2 on average with scale 0.5, as much again for mixup
 _PREFETCH = 4  # batches that each loader process works ahead
 _SHARED_MEMORY = Path("/dev/shm")  # Linux; torch hands batches from process to process through it
 _PATIENCE_S = 300  # without any batch from any process; then whoever has been at one that long hangs
@@ -90,13 +92,14 @@ class TrainBatches:
     quad: bool = False
     stride: int = 32  # of the network; sides of rectangular batches are multiples of it
     epochs: int | None = None  # of the run, the last of which may have no mosaics
+    unpainted: bool = False  # its batches are painted on the device that they go to
 
     @property
     def batch_bytes(self) -> int:
-        """What the images of a batch take at most."""
+        """What the images of a batch take at most; where they are unpainted, it may be more, but seldom is."""
         height, width = self._shape(np.ones(1))
         samples = 4 * -(-self.batch_size // 4) if self.quad else self.batch_size
-        return samples * 3 * height * width
+        return (_UNPAINTED_SIZE if self.unpainted else 1) * samples * 3 * height * width
 
     @property
     def per_epoch(self) -> int:
@@ -116,13 +119,17 @@ class TrainBatches:
         images = order.images[position : position + self.batch_size]
         return Lot(epoch=epoch, index=index, position=position, images=images)
 
-    def batch_of(self, lot: Lot, allocate: Allocate | None = None) -> Batch:
-        """Its images are painted into what `allocate` yields."""
+    def batch_of(self, lot: Lot, allocate: Allocate | None = None) -> Batch | UnpaintedBatch:
+        """Its images, or what they will be painted from, are written into what `allocate` yields."""
         shape = self._shape(_aspects(self.store, lot.images))
         if self.quad:
-            return _assemble(self._quads(lot, shape), lot.images, self.images, allocate, paint=render_quad)
-        plans = [self._sample(lot, place, shape) for place in range(len(lot.images))]
-        return _assemble(plans, lot.images, self.images, allocate)
+            plans = self._quads(lot, shape)
+        else:
+            plans = [self._sample(lot, place, shape) for place in range(len(lot.images))]
+        if self.unpainted:
+            packed = pack(plans, self.images, allocate)
+            return UnpaintedBatch(packed=packed, **_labels(plans, lot.images))
+        return _assemble(plans, lot.images, self.images, allocate, paint=render_quad if self.quad else render)
 
     def _shape(self, aspects: np.ndarray) -> tuple[int, int]:
         return _rect_shape(aspects, self.imgsz, self.stride) if self.rect else (self.imgsz, self.imgsz)
@@ -207,14 +214,18 @@ def _assemble(
     pixels = (allocate or _private)((len(plans), *plans[0].shape, 3))
     for slot, plan in zip(pixels.numpy(), plans):
         paint(plan, images, out=slot)
+    return Batch(images=pixels.permute(0, 3, 1, 2), **_labels(plans, indices))  # a view: channels last in memory
+
+
+def _labels(plans: Sequence[_Plan], indices: np.ndarray) -> dict[str, torch.Tensor]:
+    """What a batch holds beside its images."""
     counts = [len(plan.classes) for plan in plans]
-    return Batch(
-        images=pixels.permute(0, 3, 1, 2),  # a view: channels last in memory
-        boxes=torch.from_numpy(np.concatenate([plan.boxes for plan in plans])),
-        classes=torch.from_numpy(np.concatenate([plan.classes for plan in plans]).astype(np.int64)),
-        image_of=torch.from_numpy(np.repeat(np.arange(len(plans)), counts)),
-        indices=torch.from_numpy(indices.astype(np.int64)),
-    )
+    return {
+        "boxes": torch.from_numpy(np.concatenate([plan.boxes for plan in plans])),
+        "classes": torch.from_numpy(np.concatenate([plan.classes for plan in plans]).astype(np.int64)),
+        "image_of": torch.from_numpy(np.repeat(np.arange(len(plans)), counts)),
+        "indices": torch.from_numpy(indices.astype(np.int64)),
+    }
 
 
 def _private(shape: tuple[int, ...], *, pinned: bool = False) -> torch.Tensor:
@@ -228,6 +239,35 @@ def _shared(shape: tuple[int, ...]) -> torch.Tensor:
     except (AttributeError, RuntimeError):
         return _private(shape)
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpaintedBatch:
+    """A Batch with all that its images depend on in their place; `to` paints them."""
+
+    packed: PackedPlans | PackedQuads
+    boxes: torch.Tensor
+    classes: torch.Tensor
+    image_of: torch.Tensor
+    indices: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on the device, which nobody waits for."""
+        labels = Batch(images=paint(self.packed, device), **self._labels())
+        return labels.to(device)
+
+    def pin_memory(self) -> UnpaintedBatch:
+        pinned = {name: tensor.pin_memory() for name, tensor in self._labels().items() if name != "indices"}
+        return replace(self, packed=self.packed.pin_memory(), **pinned)
+
+    def share_memory(self) -> None:
+        """As Batch.share_memory."""
+        self.packed.share_memory()
+        for tensor in self._labels().values():
+            tensor.share_memory_()
+
+    def _labels(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if name != "packed"}
 
 
 def resized(batch: Batch, factor: float, stride: int) -> Batch:
@@ -320,7 +360,7 @@ class TrainStream:
     def workers(self) -> int:
         return self._supply.workers
 
-    def epoch(self, epoch: int, class_maps: Sequence[float] = ()) -> Iterator[Batch]:
+    def epoch(self, epoch: int, class_maps: Sequence[float] = ()) -> Iterator[Batch | UnpaintedBatch]:
         """The batches of an epoch. Each epoch is asked for once, in order, and taken to its end.
 
         `class_maps` are the mAPs of all classes, 0..1, empty before any evaluation; they matter to image weights only.
@@ -378,7 +418,7 @@ class _Supply(Generic[_Batches, _Key]):
     def __init__(
         self,
         batches: _Batches,
-        make: Callable[[_Batches, _Key, Allocate], Batch],
+        make: Callable[[_Batches, _Key, Allocate], Batch | UnpaintedBatch],
         place: Callable[[_Key], tuple[int, int]],
         keys: Iterable[_Key],
         *,
@@ -408,7 +448,7 @@ class _Supply(Generic[_Batches, _Key]):
             collate_fn=_unchanged,
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | UnpaintedBatch]:
         try:
             batches = iter(self._loader)
             if self.workers:
@@ -550,10 +590,12 @@ class _Failure:
 class _Made(Dataset, Generic[_Batches, _Key]):
     """The batches that `make` makes of keys, in the main process."""
 
-    def __init__(self, batches: _Batches, make: Callable[[_Batches, _Key, Allocate], Batch], allocate: Allocate):
+    def __init__(
+        self, batches: _Batches, make: Callable[[_Batches, _Key, Allocate], Batch | UnpaintedBatch], allocate: Allocate
+    ):
         self.batches, self.make, self.allocate = batches, make, allocate
 
-    def __getitem__(self, key: _Key) -> Batch | _Failure:
+    def __getitem__(self, key: _Key) -> Batch | UnpaintedBatch | _Failure:
         try:
             return self.make(self.batches, key, self.allocate)
         except UserError as error:
@@ -568,22 +610,22 @@ class _MadeApart(_Made[_Batches, _Key]):
     def __init__(
         self,
         batches: _Batches,
-        make: Callable[[_Batches, _Key, Allocate], Batch],
+        make: Callable[[_Batches, _Key, Allocate], Batch | UnpaintedBatch],
         place: Callable[[_Key], tuple[int, int]],
         board: _Board,
     ):
         super().__init__(batches, make, _shared)
         self.place, self.board = place, board
 
-    def __getitem__(self, key: _Key) -> Batch | _Failure:
+    def __getitem__(self, key: _Key) -> Batch | UnpaintedBatch | _Failure:
         worker = get_worker_info().id
         self.board.begin(worker, *self.place(key))
         result = super().__getitem__(key)
         self.board.rest(worker)
-        return _moved(result) if isinstance(result, Batch) else result
+        return result if isinstance(result, _Failure) else _moved(result)
 
 
-def _moved(batch: Batch) -> Batch | _Failure:
+def _moved(batch: Batch | UnpaintedBatch) -> Batch | UnpaintedBatch | _Failure:
     """The batch where the main process can see all of it; left to torch, a failure would be a wait without end."""
     try:
         batch.share_memory()

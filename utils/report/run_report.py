@@ -17,7 +17,7 @@ import torch
 
 from utils.checkpoint import METRICS_FILE
 from utils.clock import TimeSplit
-from utils.data.loader import Stream
+from utils.data.loader import Stream, UnpaintedBatch
 from utils.files import this_python, write_text
 from utils.report import plots
 from utils.report.loggers import LOGGERS, Console, EpochSummary, Logger, format_duration, result_row, table
@@ -33,7 +33,7 @@ class Pictures:
     def labels(self) -> None:
         """The label statistics of the training split."""
 
-    def train_batch(self, index: int, batch: Batch) -> None:
+    def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> None:
         """A training batch as the network sees it."""
 
     def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
@@ -55,9 +55,9 @@ class PictureFiles(Pictures):
     def labels(self) -> None:
         plots.plot_labels(self.train, self.names, self.folder)
 
-    def train_batch(self, index: int, batch: Batch) -> None:
+    def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> None:
         if index < _PICTURED_BATCHES:
-            self._batch(f"train_batch{index}.jpg", batch, self.train)
+            self._batch(f"train_batch{index}.jpg", batch.to(torch.device("cpu")), self.train)
 
     def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
         if index >= _PICTURED_BATCHES:
@@ -125,7 +125,7 @@ class RunReport:
     def evaluation_bar(self, batches: Stream) -> Iterable[Batch]:
         return self.console.bar(batches, "Evaluating", images_each=batches.batch_size)
 
-    def train_batch(self, epoch: int, index: int, batch: Batch) -> None:
+    def train_batch(self, epoch: int, index: int, batch: Batch | UnpaintedBatch) -> None:
         """A batch has been trained on. Pictures are drawn after it, so that no run waits for them to start."""
         if epoch > 0:
             return

@@ -197,6 +197,8 @@ def _unfinished_state(path: Path, checkpoint: Checkpoint, run: RunFolder, option
 
 def _hyperparameters(options: TrainOptions) -> Hyperparameters:
     hyp = read_hyp(find_file(options.hyp, "data/hyps"))
+    if hyp.albumentations and options.paint == "device":
+        raise UserError(f"--paint device: knows no 'albumentations', which {options.hyp} asks for; use --paint loader")
     check_transforms(hyp.albumentations, source=options.hyp)
     if options.optimizer != "SGD" and max(hyp.momentum, hyp.warmup_momentum) >= 1:
         raise UserError(f"{options.hyp}: 'momentum' and 'warmup_momentum' should be below 1 for {options.optimizer}")
@@ -245,6 +247,8 @@ def _advice(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...],
     if runtime.compiles_network and (options.multi_scale or options.rect):
         flag = "--multi-scale" if options.multi_scale else "--rect"
         lines.append(f"--compile with {flag}: each new shape may be compiled anew, which takes minutes")
+    if options.paint == "device" and runtime.device.type == "cpu":
+        lines.append("--paint device: on the CPU, --paint loader is many times faster")
     return [line for line in lines if line]
 
 
@@ -427,6 +431,7 @@ def _batches(parts: _Parts) -> TrainBatches:
         quad=options.quad,
         stride=max(parts.model.head.strides),
         epochs=options.epochs,
+        unpainted=options.paint == "device",
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from models.yolo import DetectionModel
 from utils.clock import StepClock
-from utils.data.loader import resized
+from utils.data.loader import UnpaintedBatch, resized
 from utils.loss import LossGains, detection_losses, pad_labels
 from utils.runtime import Runtime
 from utils.structures import Batch, Losses
@@ -42,9 +42,9 @@ class TrainStep:
         self._network = self.runtime.compiled(self.model)
         self._losses = self.runtime.compiled(detection_losses)
 
-    def __call__(self, batch: Batch, settings: StepSettings) -> Losses:
+    def __call__(self, batch: Batch | UnpaintedBatch, settings: StepSettings) -> Losses:
         apply_settings(self.optimizer, settings)
-        batch = batch.to(self.runtime.device)
+        batch = batch.to(self.runtime.device)  # paints it, where that is still to be done
         self.clock.lap("transfer")
         batch = resized(batch, settings.scale, max(self._head.strides))
         with self.runtime.autocast():
