@@ -1,8 +1,8 @@
-"""One process: CPU time that a training sample takes, from its plan to its place in a batch.
+"""One process: CPU time that a training sample takes, from its plan to a batch with its labels.
 
     python -m benchmarks.sample --data ../shared/datasets/bccd/bccd.yaml --imgsz 640 --cache ram
 
-`ram`: base images lie decoded in memory, as with `--cache ram`; `files`: each is read and decoded when a tile shows it.
+`ram`: base images come from the memory of `--cache ram`; `files`: each is read and decoded when a tile shows it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import json
 from collections.abc import Callable
 
 import cv2
-import numpy as np
 import torch
 
 from benchmarks.measuring import AUGMENTATION, cpu_milliseconds, loading_flags
-from utils.data.images import base_image
-from utils.data.plan import generator, train_plan
-from utils.data.render import render
+from utils.data.cache import cached_images
+from utils.data.images import BaseImages
+from utils.data.loader import TrainBatches
 from utils.data.scan import open_dataset, scan_split
 from utils.hyp import hyperparameters
-from utils.structures import LabelStore
 
 _BATCH_SIZE = 16
 
@@ -29,25 +27,29 @@ def main() -> None:
     flags = loading_flags(__doc__).parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)  # as in a loader process
-    store, _ = scan_split(open_dataset(flags.data, note=lambda line: None), "train")
-    figures = cpu_milliseconds(_sampler(store, flags.imgsz, flags.cache), flags.samples)
+    batches = _batches(flags.data, flags.imgsz, flags.cache)
+    samples = -(-flags.samples // _BATCH_SIZE) * _BATCH_SIZE
+    figures = cpu_milliseconds(_sampler(batches), samples)
     print(json.dumps({**figures, "opencv": cv2.__version__}), flush=True)
 
 
-def _sampler(store: LabelStore, imgsz: int, cache: str) -> Callable[[int], None]:
-    """Makes sample after sample of epoch after epoch; every sixteenth opens a new batch."""
+def _batches(data: str, imgsz: int, cache: str) -> TrainBatches:
+    spec = open_dataset(data, note=lambda line: None)
+    store, _ = scan_split(spec, "train")
+    images = BaseImages(store=store, imgsz=imgsz)
+    if cache == "ram":
+        images = cached_images({"train": images}, "ram", spec=spec)["train"]
     hyp = hyperparameters(AUGMENTATION, source="benchmark")
-    kept = [base_image(store.path(image), imgsz) for image in range(len(store))] if cache == "ram" else None
-    base_image_of = kept.__getitem__ if kept else lambda image: base_image(store.path(image), imgsz)
-    batches = [np.empty((_BATCH_SIZE, imgsz, imgsz, 3), np.uint8)]
+    return TrainBatches(store=store, images=images, imgsz=imgsz, batch_size=_BATCH_SIZE, hyp=hyp, seed=0)
+
+
+def _sampler(batches: TrainBatches) -> Callable[[int], None]:
+    """Every sixteenth sample makes a whole batch, epoch after epoch."""
 
     def make(number: int) -> None:
-        epoch, position = divmod(number, len(store))
         if number % _BATCH_SIZE == 0:
-            batches[0] = np.empty((_BATCH_SIZE, imgsz, imgsz, 3), np.uint8)
-        rng = generator(0, epoch, position)
-        plan = train_plan(store, position, imgsz=imgsz, hyp=hyp, rng=rng)
-        render(plan, base_image_of, batches[0][number % _BATCH_SIZE])
+            epoch, index = divmod(number // _BATCH_SIZE, len(batches.store) // _BATCH_SIZE)
+            batches.batch_of(batches.lot(epoch, index, batches.order(epoch)))
 
     return make
 

@@ -38,6 +38,11 @@ def recolour(region: np.ndarray, hsv: Hsv | None) -> None:
     native(region.ctypes.data, region.shape[0], region.shape[1], region.strides[0], *hsv)
 
 
+def prepare() -> None:
+    """Make and load the library, so that loader processes find it, and all of them the same."""
+    _native()
+
+
 def recolour_with_opencv(region: np.ndarray, hsv: Hsv) -> None:
     """The same, without the library."""
     cv2.cvtColor(region, cv2.COLOR_BGR2HSV, dst=region)

@@ -313,6 +313,21 @@ def turned_lines(reports: Iterable[ScanReport]) -> list[str]:
     return [f"  images turned by EXIF, boxes are as they are shown: {', '.join(counts)}"] if counts else []
 
 
+def untaught_lines(reports: Sequence[ScanReport], names: Sequence[str], *, most: int = 5) -> list[str]:
+    """Classes that evaluation asks for though training never shows them; up to so many by name."""
+    train = next((report for report in reports if report.split == "train"), None)
+    if train is None:
+        return []
+    found = [
+        f"{shortened(name)} ({', '.join(asked)})"
+        for index, name in enumerate(names)
+        if not train.class_counts[index]
+        and (asked := [f"{one.class_counts[index]:,} in {one.split}" for one in reports if one.class_counts[index]])
+    ]
+    more = f", and {len(found) - most} more" if len(found) > most else ""
+    return [f"  no box to learn from in train: {', '.join(found[:most])}{more}"] if found else []
+
+
 def table_lines(reports: Sequence[ScanReport]) -> list[str]:
     """A row of counts for each split."""
     rows = [("split", "images", "without boxes", "boxes", "skipped", "findings")]

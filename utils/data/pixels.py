@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import cv2
 import numpy as np
 
 from utils.files import nearest_name
@@ -96,7 +95,4 @@ def _in_one_line(error: Exception) -> str:
 def _pipeline(transforms: tuple[PixelTransform, ...]) -> Any:
     """Made once per process."""
     package = _imported()
-    threads = cv2.getNumThreads()
-    pipeline = package.Compose([getattr(package, each.name)(**dict(each.arguments)) for each in transforms])
-    cv2.setNumThreads(threads)
-    return pipeline
+    return package.Compose([getattr(package, each.name)(**dict(each.arguments)) for each in transforms])

@@ -28,6 +28,7 @@ from utils.data.findings import (
     packed_findings,
     table_lines,
     turned_lines,
+    untaught_lines,
     where,
 )
 from utils.data.images import quiet_opencv
@@ -98,6 +99,7 @@ class DatasetScan:
         """A table of the splits, one of up to so many classes, and what was found."""
         reports = list(self.reports.values())
         counts = [*table_lines(reports), *class_lines(reports, self.spec.names, most=most_classes)]
+        counts += untaught_lines(reports, self.spec.names)
         return [*counts, *finding_lines(reports), *turned_lines(reports)]
 
 
@@ -229,7 +231,7 @@ def _task_name(task: _Task) -> str:
 
 
 def _look_in_process(task: _Task) -> _Seen:
-    cv2.setNumThreads(1)  # the cores have processes of their own
+    cv2.setNumThreads(0)  # the cores have processes of their own; 1 would wait for threads that a fork has lost
     with quiet_opencv():
         return _look(task)
 

@@ -17,6 +17,7 @@ from models.norm_silu import accelerate
 from models.yolo import DetectionModel, count_parameters, gflops, read_network
 from utils.checkpoint import Checkpoint, LateRunFolder, RunFolder, load_checkpoint, newest_checkpoint, transfer
 from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling, validated, whole_strides
+from utils.data import colours
 from utils.data.cache import NoRoom, cached_images, remove_abandoned, summary
 from utils.data.findings import write_findings
 from utils.data.images import BaseImages, ImageSource
@@ -420,6 +421,7 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
 
 def _batches(parts: _Parts) -> TrainBatches:
     options = parts.options
+    colours.prepare()
     return TrainBatches(
         store=parts.train,
         images=parts.images["train"],
