@@ -17,6 +17,7 @@ from utils.data.findings import (
     map_findings,
     packed_findings,
     table_lines,
+    untaught_lines,
     write_findings,
 )
 from utils.data.labels import Finding
@@ -150,3 +151,12 @@ def test_the_file_holds_all_findings_the_worst_first(tmp_path):
             ["train", "a,\"'", "", "empty: image skipped", "high"],
             ["train", "b", "3", "clipped", "low"],
         ]
+
+
+def test_classes_that_training_never_shows_are_named():
+    train, val = report_of(counts=(5, 0, 0, 0)), report_of(split="val", counts=(1, 12, 0, 2))
+    assert untaught_lines([train, val], "abcd") == ["  no box to learn from in train: b (12 in val), d (2 in val)"]
+    assert untaught_lines([train, val], "abcd", most=1) == [
+        "  no box to learn from in train: b (12 in val), and 1 more"
+    ]
+    assert untaught_lines([val], "abcd") == untaught_lines([train], "abcd") == []
