@@ -596,6 +596,41 @@ def test_a_changed_coco_file_image_or_entry_is_seen(coco):
         scan_split(replace(spec, names=("x",)), "train")
 
 
+def test_an_image_of_a_coco_file_that_was_missing_is_seen_when_it_is_there(coco):
+    spec, _ = coco
+    image = spec.root / "images/train/b.jpg"
+    image.rename(spec.root / "away")
+    for _ in range(2):
+        _, report = scan_split(spec, "train")
+        assert found(report) == [(str(image), "No such file or directory: image skipped")]
+    (spec.root / "away").rename(spec.root / "b.jpg")  # not where it was looked for, but as good
+    assert not scan_split(spec, "train")[1].findings
+
+
+def test_crowds_are_counted_by_themselves_and_notes_survive_the_cache(coco, no_decoding):
+    spec, _ = coco
+    for name, split in (("train.json", "train"), ("val.json", "val")):
+        content = json.loads((spec.root / name).read_text())
+        content["annotations"][0]["iscrowd"] = int(split == "train")
+        content["categories"].append({"id": 9, "name": "unused"})
+        (spec.root / name).write_text(json.dumps(content))
+    first = scan_dataset(spec, ["train", "val"])
+    counts = [(one.boxes, one.crowds, one.class_counts) for one in first.reports.values()]
+    assert counts == [(0, 1, (0, 0, 0)), (1, 0, (1, 0, 0))]
+    lines = first.lines(most_classes=3)
+    assert "  no box to learn from in train: a (1 in val)" in lines
+    assert lines[-3:] == [
+        "  crowd regions, neither trained on nor counted: 1 of train",
+        *(
+            f"  {spec.root / name}: categories without boxes, which names lacks: unused"
+            for name in ("train.json", "val.json")
+        ),
+    ]
+    assert not scan_split(spec, "train")[1].findings  # a note is none
+    no_decoding()
+    assert scan_dataset(spec, ["train", "val"]).lines(most_classes=3) == lines
+
+
 def test_a_root_that_is_not_there_is_not_made(small, home):
     spec = replace(small, root=small.root / "typo/deeper")
     scan_split(spec, "train")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -26,8 +27,8 @@ from utils.data.findings import (
     finding_lines,
     joined_findings,
     packed_findings,
+    remark_lines,
     table_lines,
-    turned_lines,
     untaught_lines,
     where,
 )
@@ -41,7 +42,7 @@ from utils.data.sources import open_split, split_findings
 from utils.data.store import joined, packed
 from utils.files import from_here, this_python
 from utils.machine import usable_cores
-from utils.structures import DatasetSpec, LabelStore, UserError
+from utils.structures import CROWD, DatasetSpec, LabelStore, UserError
 
 _IN_PROCESSES = 4096  # images from which on it pays to start processes
 _PART, _SMALL_PART = 256, 32  # images looked at in one go
@@ -100,7 +101,7 @@ class DatasetScan:
         reports = list(self.reports.values())
         counts = [*table_lines(reports), *class_lines(reports, self.spec.names, most=most_classes)]
         counts += untaught_lines(reports, self.spec.names)
-        return [*counts, *finding_lines(reports), *turned_lines(reports)]
+        return [*counts, *finding_lines(reports), *remark_lines(reports)]
 
 
 def scan_dataset(
@@ -198,14 +199,17 @@ def _scan(
         raise UserError(f"{spec.source}: none of the {total} images of '{split}' can be read; first: {first}")
     defects = joined_findings([part.findings for part in parts])
     _refuse_foreign_units(spec, split, defects, len(store.boxes), relative=any(part.relative for part in parts))
+    objects = store.ignore != CROWD
     report = ScanReport(
         split=split,
         images=len(store),
         skipped=total - len(store),
         background=int((np.diff(store.offsets) == 0).sum()),
-        boxes=len(store.boxes),
+        boxes=int(objects.sum()),
+        crowds=int((~objects).sum()),
         turned=sum(part.turned for part in parts),
-        class_counts=tuple(np.bincount(store.classes, minlength=len(spec.names)).tolist()),
+        class_counts=tuple(np.bincount(store.classes[objects], minlength=len(spec.names)).tolist()),
+        notes=tuple(chain.from_iterable(source.notes for source in sources)),
         defects=defects,
         copies=copies({split: store})[split],
     )

@@ -101,6 +101,7 @@ class TextSource:
     beside: frozenset[str] = frozenset()  # folders `images` that hold their labels themselves, against the rule
     findings: tuple[Finding, ...] = ()
     category_ids: Sequence[int] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def label_files(self) -> Sequence[str]:
