@@ -266,6 +266,47 @@ def test_strict_names_the_counts_and_where_all_findings_are(make_dataset):
         refuse_findings(dirty, listed=Path("here/scan.csv"))
 
 
+# ---- damaged images
+
+
+@pytest.fixture
+def damage(make_dataset):
+    """A data set of twelve JPEGs, of which 03 holds a stray marker and both have lost data."""
+    spec = make_dataset({"train": {f"{number:02d}.jpg": ROW for number in range(12)}})
+    rng = np.random.default_rng(0)
+    for number in (3, 7):
+        path = spec.root / f"images/train/{number:02d}.jpg"
+        image = cv2.resize(rng.integers(0, 256, (20, 30, 3), np.uint8), (300, 200))
+        data = bytearray(cv2.imencode(".jpg", image)[1].tobytes())
+        start = len(data) // 2
+        data[start : start + 8000] = b"\xff\xd3" if number == 3 else b""
+        path.write_bytes(data)
+    return spec
+
+
+@pytest.mark.parametrize("how", ["threads", "processes"])
+def test_damage_that_libjpeg_alone_tells_is_a_finding_and_nothing_on_the_screen(how, damage, request, capfd):
+    if how == "processes":
+        request.getfixturevalue("in_processes")
+    store, report = scan_split(damage, "train")
+    assert len(store) == 12
+    names = [(Path(finding.file).name, finding.problem) for finding in sorted(report.findings, key=str)]
+    assert [name for name, _ in names] == ["03.jpg", "07.jpg"]
+    for _, problem in names:
+        assert problem.startswith("damaged (Corrupt JPEG data: ")
+        assert problem.endswith("): kept as far as it can be read")
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"as before")
+    assert capfd.readouterr().err == "as before"
+
+
+def test_what_others_write_to_standard_error_during_a_scan_appears_when_it_is_done(damage, monkeypatch, capfd):
+    probe = scan.probe
+    monkeypatch.setattr(scan, "probe", lambda path: os.write(2, b"a warning\n") and probe(path))
+    scan_split(damage, "train")
+    assert capfd.readouterr().err == "a warning\n" * 12
+
+
 # ---- processes
 
 
