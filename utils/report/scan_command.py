@@ -22,7 +22,7 @@ def report(values: Mapping[str, Any]) -> DatasetScan:
     """Scan for options by name, show and save the report. Raises UserError for what a user can mend."""
     options = validated(ScanOptions, dict(values))
     console = Console(quiet=options.quiet)
-    spec = open_dataset(options.data, note=console.note, bar=console.bar)
+    spec = open_dataset(options.data, note=console.note, bar=console.download_bar)
     splits = [split for split in ("train", "val", "test") if split != "test" or spec.test]
     scan = scan_dataset(spec, splits, progress=console.bar, cache_dir=options.cache_dir)
     for line in scan.lines(most_classes=_CLASSES_SHOWN):

@@ -80,7 +80,7 @@ def build_trainer(values: Mapping[str, Any]) -> Trainer:
 
 def _new(given: TrainOptions, console: Console) -> Trainer:
     hyp = _hyperparameters(given)
-    spec = open_dataset(given.data, note=console.note, bar=console.bar)
+    spec = open_dataset(given.data, note=console.note, bar=console.download_bar)
     names = _names(given, spec)
     runtime = _runtime(given)
     for line in _advice(given, hyp, names, runtime):
@@ -132,7 +132,7 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     check_transforms(hyp.albumentations, source=str(path))
     run = _run_of(path, checkpoint, options)
     state = _unfinished_state(path, checkpoint, run, options)
-    spec = open_dataset(options.data, note=console.note, bar=console.bar)
+    spec = open_dataset(options.data, note=console.note, bar=console.download_bar)
     names = _names(options, spec)
     if list(names) != checkpoint["names"]:
         raise UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run")
