@@ -266,6 +266,16 @@ def test_strict_names_the_counts_and_where_all_findings_are(make_dataset):
         refuse_findings(dirty, listed=Path("here/scan.csv"))
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_named_pipes_among_the_files_keep_nobody_waiting(make_dataset):
+    spec = make_dataset({"train": {"a.png": ROW, "b.png": None}})
+    os.mkfifo(spec.root / "images/train/c.png")
+    os.mkfifo(spec.root / "labels/train/b.txt")
+    _, report = scan_split(spec, "train")
+    assert (report.images, report.background) == (2, 1)
+    assert found(report) == [(str(spec.root / "images/train/c.png"), "empty file: image skipped")]
+
+
 # ---- damaged images
 
 
