@@ -6,7 +6,7 @@ import stat
 import tarfile
 import threading
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -105,6 +105,27 @@ def test_a_file_is_fetched_once_with_a_note(get, server, tmp_path):
     assert left(tmp_path) == ["data.bin"]
     assert get() == []
     assert len(server.log) == 1
+
+
+@pytest.mark.skipif(module.fcntl is None, reason="no locks on folders")
+def test_of_two_that_want_the_same_one_waits_and_finds_it_done(server, tmp_path):
+    server.files["/set.zip"] = zipped({"images/a.txt": b"a"})
+    wanted = Download(url=f"{server.url}/set.zip", to=tmp_path / "set")
+    (tmp_path / "set").mkdir()
+    notes, waits = [], threading.Event()
+
+    def second():
+        fetch(wanted, note=lambda line: notes.append(line) or waits.set())
+
+    thread = threading.Thread(target=second)
+    with module._alone_in(wanted.to, print):  # as another process has it
+        thread.start()
+        assert waits.wait(10)
+        module._fetch(wanted, print, lambda total, description: nullcontext(), 0)
+    thread.join(10)
+    assert notes == [f"waiting for another process that downloads into {tmp_path / 'set'}"]
+    assert len(server.log) == 1
+    assert (tmp_path / "set/images/a.txt").read_bytes() == b"a"
 
 
 def test_a_bar_counts_megabytes(server, tmp_path):

@@ -34,8 +34,10 @@ def report_of(found=(), *, split="train", counts=(3, 0), **changes) -> ScanRepor
         skipped=0,
         background=1,
         boxes=sum(counts),
+        crowds=0,
         turned=0,
         class_counts=tuple(counts),
+        notes=(),
         defects=packed_findings(found),
         copies=copies({split: plain_store(np.ones((2, 2)))})[split],
     )

@@ -1,5 +1,9 @@
 import io
+import os
+import shlex
 import struct
+import subprocess
+import sys
 from hashlib import blake2b
 
 import cv2
@@ -9,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from utils.config import PROJECT_ROOT
 from utils.data.images import ImageError, decode_image, quiet_opencv
 from utils.data.probe import Probe, probe
 
@@ -199,3 +204,31 @@ def test_copies_have_one_digest_and_others_have_others(file):
         for name, content in (("a.png", data), ("b.jpg", data), ("c.png", encoded(".png", picture(9, 13))))
     )
     assert first.digest == copy.digest != other.digest
+
+
+def test_libraries_are_silenced_and_python_is_not():
+    code = (
+        "import os, sys; from utils.data.probe import silence_libraries; silence_libraries(); "
+        "os.write(2, b'Corrupt JPEG data'); print('still here', file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "still here\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
+def test_without_a_standard_error_the_file_that_has_its_number_is_left_alone(tmp_path):
+    code = (
+        "from utils.data.probe import overheard, silence_libraries\n"
+        "file = open('x', 'wb', 0)\n"
+        "assert file.fileno() == 2\n"
+        "silence_libraries()\n"
+        "with overheard() as heard:\n"
+        "    file.write(b'mine')\n"
+        "    print(heard.length(), heard.lines())\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    command = f"exec {shlex.quote(sys.executable)} run.py 2>&-"
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "0 []\n"
+    assert (tmp_path / "x").read_bytes() == b"mine"

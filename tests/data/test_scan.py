@@ -266,6 +266,57 @@ def test_strict_names_the_counts_and_where_all_findings_are(make_dataset):
         refuse_findings(dirty, listed=Path("here/scan.csv"))
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_named_pipes_among_the_files_keep_nobody_waiting(make_dataset):
+    spec = make_dataset({"train": {"a.png": ROW, "b.png": None}})
+    os.mkfifo(spec.root / "images/train/c.png")
+    os.mkfifo(spec.root / "labels/train/b.txt")
+    _, report = scan_split(spec, "train")
+    assert (report.images, report.background) == (2, 1)
+    assert found(report) == [(str(spec.root / "images/train/c.png"), "empty file: image skipped")]
+
+
+# ---- damaged images
+
+
+@pytest.fixture
+def damage(make_dataset):
+    """A data set of twelve JPEGs, of which 03 holds a stray marker and both have lost data."""
+    spec = make_dataset({"train": {f"{number:02d}.jpg": ROW for number in range(12)}})
+    rng = np.random.default_rng(0)
+    for number in (3, 7):
+        path = spec.root / f"images/train/{number:02d}.jpg"
+        image = cv2.resize(rng.integers(0, 256, (20, 30, 3), np.uint8), (300, 200))
+        data = bytearray(cv2.imencode(".jpg", image)[1].tobytes())
+        start = len(data) // 2
+        data[start : start + 8000] = b"\xff\xd3" if number == 3 else b""
+        path.write_bytes(data)
+    return spec
+
+
+@pytest.mark.parametrize("how", ["threads", "processes"])
+def test_damage_that_libjpeg_alone_tells_is_a_finding_and_nothing_on_the_screen(how, damage, request, capfd):
+    if how == "processes":
+        request.getfixturevalue("in_processes")
+    store, report = scan_split(damage, "train")
+    assert len(store) == 12
+    names = [(Path(finding.file).name, finding.problem) for finding in sorted(report.findings, key=str)]
+    assert [name for name, _ in names] == ["03.jpg", "07.jpg"]
+    for _, problem in names:
+        assert problem.startswith("damaged (Corrupt JPEG data: ")
+        assert problem.endswith("): kept as far as it can be read")
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"as before")
+    assert capfd.readouterr().err == "as before"
+
+
+def test_what_others_write_to_standard_error_during_a_scan_appears_when_it_is_done(damage, monkeypatch, capfd):
+    probe = scan.probe
+    monkeypatch.setattr(scan, "probe", lambda path: os.write(2, b"a warning\n") and probe(path))
+    scan_split(damage, "train")
+    assert capfd.readouterr().err == "a warning\n" * 12
+
+
 # ---- processes
 
 
@@ -594,6 +645,41 @@ def test_a_changed_coco_file_image_or_entry_is_seen(coco):
     assert scan_split(replace(spec, train=(*spec.train, *spec.val)), "train")[1].images == 2
     with pytest.raises(UserError, match="category 'a' has boxes"):
         scan_split(replace(spec, names=("x",)), "train")
+
+
+def test_an_image_of_a_coco_file_that_was_missing_is_seen_when_it_is_there(coco):
+    spec, _ = coco
+    image = spec.root / "images/train/b.jpg"
+    image.rename(spec.root / "away")
+    for _ in range(2):
+        _, report = scan_split(spec, "train")
+        assert found(report) == [(str(image), "No such file or directory: image skipped")]
+    (spec.root / "away").rename(spec.root / "b.jpg")  # not where it was looked for, but as good
+    assert not scan_split(spec, "train")[1].findings
+
+
+def test_crowds_are_counted_by_themselves_and_notes_survive_the_cache(coco, no_decoding):
+    spec, _ = coco
+    for name, split in (("train.json", "train"), ("val.json", "val")):
+        content = json.loads((spec.root / name).read_text())
+        content["annotations"][0]["iscrowd"] = int(split == "train")
+        content["categories"].append({"id": 9, "name": "unused"})
+        (spec.root / name).write_text(json.dumps(content))
+    first = scan_dataset(spec, ["train", "val"])
+    counts = [(one.boxes, one.crowds, one.class_counts) for one in first.reports.values()]
+    assert counts == [(0, 1, (0, 0, 0)), (1, 0, (1, 0, 0))]
+    lines = first.lines(most_classes=3)
+    assert "  no box to learn from in train: a (1 in val)" in lines
+    assert lines[-3:] == [
+        "  crowd regions, neither trained on nor counted: 1 of train",
+        *(
+            f"  {spec.root / name}: categories without boxes, which names lacks: unused"
+            for name in ("train.json", "val.json")
+        ),
+    ]
+    assert not scan_split(spec, "train")[1].findings  # a note is none
+    no_decoding()
+    assert scan_dataset(spec, ["train", "val"]).lines(most_classes=3) == lines
 
 
 def test_a_root_that_is_not_there_is_not_made(small, home):

@@ -430,6 +430,12 @@ def test_label_files_without_an_image_are_named(spec, touch):
     assert problems(spec) == [("labels/gone.txt", NO_IMAGE)]
 
 
+def test_the_lists_of_a_data_set_are_no_labels_without_an_image(spec, touch):
+    touch("a.jpg", "a.txt", "b.txt")
+    (spec.root / "mine.txt").write_text("a.jpg\n")
+    assert problems(entries(spec, "mine.txt")) == [("b.txt", NO_IMAGE)]
+
+
 def test_a_list_of_some_images_leaves_the_labels_of_the_others_alone(spec, touch):
     touch("images/a.jpg", "images/b.jpg", "labels/a.txt", "labels/b.txt")
     (spec.root / "train.txt").write_text("images/a.jpg\n")

@@ -1,6 +1,7 @@
 import csv
 import io
 import math
+import re
 import sys
 
 import numpy as np
@@ -293,6 +294,16 @@ def test_a_bar_of_a_total_is_counted_by_hand():
     with Console(stream=stream).bar(40, "drawing") as bar:
         bar.update(40)
     assert "drawing" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("total", "says"), [(40, r"x\.zip +\d+% .* MB/s  \S+ left"), (0, r"x\.zip  30\.0 MB .* MB/s")])
+def test_a_download_is_counted_in_megabytes_whether_its_size_is_known_or_not(total, says):
+    stream = Terminal()
+    with Console(stream=stream).download_bar(total, "x.zip") as bar:
+        bar.update(30)
+        bar.refresh()
+    assert re.search(says, stream.getvalue())
+    assert "images" not in stream.getvalue()
 
 
 def test_quiet_on_a_terminal_means_lines_without_bars():

@@ -125,3 +125,10 @@ def test_torch_is_not_waited_for(tiny):
 
 def test_a_test_split_is_optional(tiny):
     assert list(scan_command.report({"data": str(tiny.data), "noplots": True}).reports) == ["train", "val"]
+
+
+def test_a_test_split_that_an_export_only_names_is_a_note(tiny, capsys):
+    tiny.data.write_text(tiny.data.read_text() + "\ntest: ../test/images\n")
+    assert list(scan_command.report({"data": str(tiny.data), "noplots": True}).reports) == ["train", "val"]
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and notes[0].endswith("test/images not found, so there is no report on it")

@@ -27,6 +27,7 @@ import numpy as np
 
 from utils.config import CacheKind
 from utils.data.images import BaseImages, base_shapes
+from utils.data.probe import overheard
 from utils.files import array_layout, cache_folder, read_arrays
 from utils.runtime import usable_cores
 from utils.structures import DatasetSpec, UserError
@@ -437,7 +438,7 @@ def _fill(handle: int, content: _Content, progress: Progress | None) -> None:
 
     numbers = range(len(content.starts))
     watched = progress(numbers, f"Caching {content.label}") if progress else numbers
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool, overheard():
         for _ in zip(watched, _in_parallel(pool, put, numbers)):
             pass
 

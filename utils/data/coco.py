@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ SAME_IMAGE = "listed twice in its COCO file: taken once"
 
 _LARGEST_ID = 2**63 - 1024  # the largest float of 64 bits
 _LARGEST_SIDE = 2**31 - 1
+_LONGEST_NAME = 32  # characters of a category in a line for people
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,10 @@ class CocoSource:
     offsets: np.ndarray  # (n + 1,) i64
     image_ids: np.ndarray  # (n,) i64
     declared: np.ndarray  # (n, 2) i32 height and width
-    bad_rows: tuple[tuple[int, str], ...]  # image and problem of annotations that could not be read
+    bad_rows: tuple[tuple[int, str], ...]  # image and problem of annotations that could not be read, by image
     category_ids: Sequence[int] = ()
     findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def label_files(self) -> Sequence[str]:
@@ -59,6 +62,7 @@ class CocoSource:
 
     def part(self, start: int, stop: int) -> CocoSource:
         first, last = self.offsets[start], self.offsets[min(stop, len(self.images))]
+        bad = slice(*(bisect_left(self.bad_rows, (image,)) for image in (start, stop)))
         return replace(
             self,
             images=self.images[start:stop],
@@ -66,7 +70,7 @@ class CocoSource:
             offsets=self.offsets[start : stop + 1] - first,
             image_ids=self.image_ids[start:stop],
             declared=self.declared[start:stop],
-            bad_rows=tuple((image - start, problem) for image, problem in self.bad_rows if start <= image < stop),
+            bad_rows=tuple((image - start, problem) for image, problem in self.bad_rows[bad]),
             findings=(),
         )
 
@@ -112,9 +116,9 @@ def open_coco(path: Path, names: Sequence[str], find: Callable[[str], str]) -> C
         offsets=packed.offsets,
         image_ids=np.array([_whole(item["id"]) for item in images], np.int64),
         declared=np.array([[_side(item, side) for side in ("height", "width")] for item in images], np.int32),
-        bad_rows=tuple(packed.bad_rows),
+        bad_rows=tuple(sorted(packed.bad_rows, key=lambda pair: pair[0])),
         category_ids=category_ids,
-        findings=(),
+        notes=_unused(file, names),
     )
     findings = [Finding(file=shown_path(find(name)), line=0, problem=SAME_IMAGE) for name in twice]
     stray = [Finding(file=shown_path(path), line=0, problem=NO_IMAGE)] * packed.stray
@@ -227,6 +231,16 @@ def _classes(file: _File, names: Sequence[str]) -> tuple[dict[float | str, int],
         if number not in known:
             file.refuse(f"annotations[{place}]: category_id {number!r} is not in 'categories'")
     return classes, category_ids
+
+
+def _unused(file: _File, names: Sequence[str], *, most: int = 5) -> tuple[str, ...]:
+    """A line for people on the categories that `names` lacks, which have no boxes."""
+    numbers = class_numbers(names)
+    found = [name for item in file.categories if (name := str(item["name"]).strip()) not in numbers]
+    shown = [" ".join(name.split())[:_LONGEST_NAME] for name in found[:most]]
+    more = f", and {len(found) - most} more" if len(found) > most else ""
+    line = f"{file.shown}: categories without boxes, which names lacks: {', '.join(shown)}{more}"
+    return (line,) if found else ()
 
 
 def _whole(number: float | str) -> int:

@@ -32,6 +32,11 @@ from utils.config import read_dataset
 from utils.files import write_text
 from utils.structures import DatasetSpec, Download, UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 Note = Callable[[str], object]  # takes a line for the user
 Bar = Callable[[int, str], AbstractContextManager[Any]]  # (MB in all, description) -> a bar with `update(MB)`
 
@@ -71,28 +76,53 @@ def _missing(spec: DatasetSpec) -> Path | None:
 
 def fetch(download: Download, *, note: Note, bar: Bar | None = None, pause_s: float = _PAUSE_S) -> None:
     """Download one file into its folder, unless it is there; an archive is unpacked, once, and not kept."""
-    target, mark = _target(download), _mark(download)
     with _mendable_errors(download):
         if _marked(download) == download.url:
             return
         download.to.mkdir(parents=True, exist_ok=True)
-        there = target.exists()  # put there by hand, or by an earlier start
-        if there and not _is_right(target, download):
-            raise _refusal(download, f"{target} is there and is another file; remove it or name another folder in 'to'")
-        transfer = _Transfer(download, target, note, bar or (lambda total, description: nullcontext()), pause_s)
-        file = target if there else transfer.run()
-        if _is_archive(file):
-            note(f"unpacking {target.name} into {download.to}")
-            _unpack(file, download, note, discard=None if there else transfer.discard)
-            write_text(mark, download.url)
-        elif _ARCHIVE_NAME.search(target.name):
-            if not there:
-                transfer.discard()
-            raise _refusal(download, "is damaged, or no archive")
-        elif not there:
-            file.replace(target)
+        with _alone_in(download.to, note):
+            if _marked(download) != download.url:  # by the process that was waited for
+                _fetch(download, note, bar or (lambda total, description: nullcontext()), pause_s)
+
+
+@contextmanager
+def _alone_in(folder: Path, note: Note) -> Iterator[None]:
+    """One process at a time, where there are locks: two would write to the same file."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                note(f"waiting for another process that downloads into {folder}")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _fetch(download: Download, note: Note, bar: Bar, pause_s: float) -> None:
+    target = _target(download)
+    there = target.exists()  # put there by hand, or by an earlier start
+    if there and not _is_right(target, download):
+        raise _refusal(download, f"{target} is there and is another file; remove it or name another folder in 'to'")
+    transfer = _Transfer(download, target, note, bar, pause_s)
+    file = target if there else transfer.run()
+    if _is_archive(file):
+        note(f"unpacking {target.name} into {download.to}")
+        _unpack(file, download, note, discard=None if there else transfer.discard)
+        write_text(_mark(download), download.url)
+    elif _ARCHIVE_NAME.search(target.name):
         if not there:
             transfer.discard()
+        raise _refusal(download, "is damaged, or no archive")
+    elif not there:
+        file.replace(target)
+    if not there:
+        transfer.discard()
 
 
 def _refusal(download: Download, problem: str) -> UserError:

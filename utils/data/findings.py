@@ -218,9 +218,11 @@ class ScanReport:
     images: int  # usable
     skipped: int  # unusable
     background: int  # usable, without boxes
-    boxes: int
+    boxes: int  # of objects: crowd regions are none
+    crowds: int
     turned: int  # usable, turned or mirrored by EXIF
     class_counts: tuple[int, ...]  # boxes of each class
+    notes: tuple[str, ...]  # lines on what is odd and no defect
     defects: Findings  # of single files
     copies: Copies  # of images
 
@@ -234,7 +236,7 @@ class ScanReport:
         counts = f"{self.split}: {self.images} images, {self.boxes} boxes, {self.background} without boxes"
         if self.skipped:
             counts += f", {self.skipped} skipped"
-        return [counts, *finding_lines([self]), *turned_lines([self])]
+        return [counts, *finding_lines([self]), *remark_lines([self])]
 
 
 class _Chain(Sequence[Finding]):
@@ -307,10 +309,18 @@ def _first_copies(found: Copies) -> Iterator[tuple[Finding, int]]:
         yield found[first], count
 
 
-def turned_lines(reports: Iterable[ScanReport]) -> list[str]:
+def remark_lines(reports: Sequence[ScanReport]) -> list[str]:
     """What is worth knowing and no defect."""
-    counts = [f"{report.turned:,} of {report.split}" for report in reports if report.turned]
-    return [f"  images turned by EXIF, boxes are as they are shown: {', '.join(counts)}"] if counts else []
+    counts = {
+        "images turned by EXIF, boxes are as they are shown": [(report.turned, report.split) for report in reports],
+        "crowd regions, neither trained on nor counted": [(report.crowds, report.split) for report in reports],
+    }
+    lines = []
+    for what, of_splits in counts.items():
+        named = ", ".join(f"{count:,} of {split}" for count, split in of_splits if count)
+        lines += [f"  {what}: {named}"] if named else []
+    notes = dict.fromkeys(chain.from_iterable(report.notes for report in reports))  # splits may share a file
+    return [*lines, *(f"  {note}" for note in notes)]
 
 
 def untaught_lines(reports: Sequence[ScanReport], names: Sequence[str], *, most: int = 5) -> list[str]:

@@ -76,6 +76,7 @@ class Source(Protocol):
     label_files: Sequence[str]  # what labels depend on: one for each image, or one for all
     category_ids: Sequence[int]  # by class, -1 where the format has none
     findings: Sequence[Finding]  # of its listing, before anything is read; a part has none
+    notes: Sequence[str]  # lines on what is odd and no defect
 
     def part(self, start: int, stop: int) -> Source:
         """The images start:stop."""

@@ -72,6 +72,7 @@ class Finder:
         self._bases = list(dict.fromkeys(base.rstrip(os.sep) or os.sep for base in bases))
         self._folders = folders or Folders()
         self._places: dict[str, list[str]] = {}
+        self._likeliest: dict[str, str] = {}
 
     def find(self, entry: str) -> str:
         """The path of a file; where there is none, the one that a user would expect."""
@@ -93,8 +94,12 @@ class Finder:
 
     def _expected(self, entry: str) -> str:
         cut = entry.rfind(os.sep) + 1
-        places = self._places_of(entry[:cut])
-        return f"{places[0] if places else self._candidates(entry[:cut])[0]}{os.sep}{entry[cut:]}"
+        prefix = entry[:cut]
+        if prefix not in self._likeliest:
+            places = self._places_of(prefix) or self._candidates(prefix)
+            with_images = (place for place in places if any(map(is_image, self._folders.names(place))))
+            self._likeliest[prefix] = next(with_images, places[0])
+        return f"{self._likeliest[prefix]}{os.sep}{entry[cut:]}"
 
     def _places_of(self, prefix: str) -> list[str]:
         """The folders there are that `prefix`, which ends with a separator or is empty, may stand for; best first."""

@@ -43,6 +43,7 @@ from utils.data.plan import (
     source_to_network,
     train_plan,
 )
+from utils.data.probe import silence_libraries
 from utils.data.render import render, render_quad
 from utils.data.render_torch import PackedPlans, PackedQuads, pack, paint
 from utils.hyp import Hyperparameters
@@ -638,6 +639,7 @@ def _moved(batch: Batch | UnpaintedBatch) -> Batch | UnpaintedBatch | _Failure:
 def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer, once
     cv2.setNumThreads(0)
+    silence_libraries()  # the scan has named damaged images, once
 
 
 def _unchanged(item: Iterable) -> Iterable:

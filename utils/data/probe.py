@@ -7,8 +7,13 @@ the time; its size comes from the header. Where the two do not agree, and for an
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import IO
 
 import cv2
 import numpy as np
@@ -46,7 +51,7 @@ class Probe:
 def probe(path: str | os.PathLike[str]) -> Probe:
     """Look at an image file. Height and width are those of `images.decode_image`, and so is the problem."""
     try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (hot)
+        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
             data = file.read()
     except OSError as error:
         return _unusable(error.strerror or "unreadable")
@@ -63,6 +68,11 @@ def probe(path: str | os.PathLike[str]) -> Probe:
     digest = int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
     note = _wrong_suffix(data, os.fspath(path))
     return Probe(height=height, width=width, orientation=orientation, digest=digest, problem=None, note=note)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A named pipe among the images would keep a scan waiting for ever; so it is empty."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _unusable(problem: str) -> Probe:
@@ -193,3 +203,82 @@ def _orientation(exif: bytes) -> int:
             value = int.from_bytes(field[8:10], order)
             return value if 1 <= value <= 8 else 1
     return 1
+
+
+# ---- damage -------------------------------------------------------------------------------------------------------
+
+_OF_IMAGES = (b"JPEG", b"libpng")  # in the lines that C libraries print on images
+
+
+class Overheard:
+    """What has been written to standard error since it was taken from the screen."""
+
+    def __init__(self, file: IO[bytes] | None) -> None:
+        self._file = file
+
+    def length(self) -> int:
+        """In bytes, so far."""
+        return os.fstat(self._file.fileno()).st_size if self._file else 0
+
+    def lines(self, start: int = 0) -> list[bytes]:
+        """From byte `start` on; not while another thread may write."""
+        if not self._file:
+            return []
+        self._file.seek(start)
+        return self._file.read().splitlines(keepends=True)  # and stands at the end again, where writing goes on
+
+
+@contextmanager
+def overheard() -> Iterator[Overheard]:
+    """libjpeg tells damaged data by a line on the standard error of the process, and by nothing else: it goes into a
+    file. What is not about images appears on the screen in the end."""
+    screen = _standard_error()
+    if screen is None:
+        yield Overheard(None)
+        return
+    with tempfile.TemporaryFile(buffering=0) as file:
+        heard = Overheard(file)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield heard
+        finally:
+            os.dup2(screen, 2)
+            others = [line for line in heard.lines() if not any(mark in line for mark in _OF_IMAGES)]
+            with suppress(OSError):
+                os.write(screen, b"".join(others))
+            os.close(screen)
+
+
+def silence_libraries() -> None:
+    """Nothing that C libraries print appears any more in this process; Python keeps its standard error."""
+    screen = _standard_error()
+    if screen is None:
+        return
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = os.fdopen(screen, "w", buffering=1, errors="backslashreplace")
+    else:
+        os.close(screen)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+
+
+def _standard_error() -> int | None:
+    """A second handle on it; None where there is none: then 2 may be any file."""
+    if sys.__stderr__ is not None:
+        with suppress(OSError):
+            return os.dup(2)
+    return None
+
+
+def damaged(paths: Sequence[str], heard: Overheard) -> dict[str, str]:
+    """What is wrong with those of the images that decode all the same; one after the other, in one thread."""
+    found = {}
+    for path in paths:
+        start = heard.length()
+        usable = probe(path).problem is None
+        lines = [line for line in heard.lines(start) if b"warning" not in line] if usable else []
+        if lines:
+            said = lines[0].strip().decode("ascii", "replace")
+            found[path] = f"damaged ({said}): kept as far as it can be read"
+    return found

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -26,22 +28,22 @@ from utils.data.findings import (
     finding_lines,
     joined_findings,
     packed_findings,
+    remark_lines,
     table_lines,
-    turned_lines,
     untaught_lines,
     where,
 )
 from utils.data.images import quiet_opencv
 from utils.data.labels import OUTSIDE, Finding, Source, checked, shown_path
 from utils.data.pool import by_processes, by_threads, can_start_processes
-from utils.data.probe import probe
+from utils.data.probe import Overheard, damaged, overheard, probe
 from utils.data.scan_cache import Kept, Listing, cache_files, listing_of, load, remembered_listing, save
 from utils.data.shapes import ensure_shapes
 from utils.data.sources import open_split, split_findings
 from utils.data.store import joined, packed
 from utils.files import from_here, this_python
 from utils.machine import usable_cores
-from utils.structures import DatasetSpec, LabelStore, UserError
+from utils.structures import CROWD, DatasetSpec, LabelStore, UserError
 
 _IN_PROCESSES = 4096  # images from which on it pays to start processes
 _PART, _SMALL_PART = 256, 32  # images looked at in one go
@@ -100,7 +102,7 @@ class DatasetScan:
         reports = list(self.reports.values())
         counts = [*table_lines(reports), *class_lines(reports, self.spec.names, most=most_classes)]
         counts += untaught_lines(reports, self.spec.names)
-        return [*counts, *finding_lines(reports), *turned_lines(reports)]
+        return [*counts, *finding_lines(reports), *remark_lines(reports)]
 
 
 def scan_dataset(
@@ -180,43 +182,54 @@ class _Seen:
     findings: Findings
     turned: int
     relative: bool
+    suspects: Sequence[str] = ()  # images of which one may be damaged
 
 
 def _scan(
     sources: Sequence[Source], spec: DatasetSpec, split: str, progress: Progress
 ) -> tuple[LabelStore, ScanReport]:
     total = sum(len(source.images) for source in sources)
-    seen: dict[int, _Seen] = {}
-    with progress(total, f"Scanning {split}") as bar, quiet_opencv(), closing(_looks(sources, spec, total)) as looks:
-        for index, part in looks:
-            seen[index] = part
-            bar.update(part.images)
-    parts = [seen[index] for index in sorted(seen)]
+    with progress(total, f"Scanning {split}") as bar, quiet_opencv(), overheard() as heard:
+        parts = _looked_at(sources, spec, total, heard, bar)
+        damage = _damage(list(chain.from_iterable(part.suspects for part in parts)), heard)
     store = joined([part.store for part in parts])
     if not len(store):
         first = shown_path(sources[0].images[0])
         raise UserError(f"{spec.source}: none of the {total} images of '{split}' can be read; first: {first}")
-    defects = joined_findings([part.findings for part in parts])
+    defects = joined_findings([*(part.findings for part in parts), damage])
     _refuse_foreign_units(spec, split, defects, len(store.boxes), relative=any(part.relative for part in parts))
+    objects = store.ignore != CROWD
     report = ScanReport(
         split=split,
         images=len(store),
         skipped=total - len(store),
         background=int((np.diff(store.offsets) == 0).sum()),
-        boxes=len(store.boxes),
+        boxes=int(objects.sum()),
+        crowds=int((~objects).sum()),
         turned=sum(part.turned for part in parts),
-        class_counts=tuple(np.bincount(store.classes, minlength=len(spec.names)).tolist()),
+        class_counts=tuple(np.bincount(store.classes[objects], minlength=len(spec.names)).tolist()),
+        notes=tuple(chain.from_iterable(source.notes for source in sources)),
         defects=defects,
         copies=copies({split: store})[split],
     )
     return store, report
 
 
-def _looks(sources: Sequence[Source], spec: DatasetSpec, total: int) -> Iterator[tuple[int, _Seen]]:
+def _looked_at(sources: Sequence[Source], spec: DatasetSpec, total: int, heard: Overheard, bar: Bar) -> list[_Seen]:
+    """All parts, in their order."""
+    seen: dict[int, _Seen] = {}
+    with closing(_looks(sources, spec, total, heard)) as looks:
+        for index, part in looks:
+            seen[index] = part
+            bar.update(part.images)
+    return [seen[index] for index in sorted(seen)]
+
+
+def _looks(sources: Sequence[Source], spec: DatasetSpec, total: int, heard: Overheard) -> Iterator[tuple[int, _Seen]]:
     cores = usable_cores()
     if cores > 1 and total >= _IN_PROCESSES and can_start_processes():
         return by_processes(_look_in_process, _tasks(sources, spec, _PART), cores, name=_task_name)
-    return by_threads(_look, _tasks(sources, spec, _SMALL_PART), cores)
+    return by_threads(partial(_look_in_thread, heard), _tasks(sources, spec, _SMALL_PART), cores)
 
 
 def _tasks(sources: Sequence[Source], spec: DatasetSpec, size: int) -> Iterator[_Task]:
@@ -232,8 +245,17 @@ def _task_name(task: _Task) -> str:
 
 def _look_in_process(task: _Task) -> _Seen:
     cv2.setNumThreads(0)  # the cores have processes of their own; 1 would wait for threads that a fork has lost
-    with quiet_opencv():
-        return _look(task)
+    with quiet_opencv(), overheard() as heard:
+        seen = _look(task)
+        damage = _damage(task.source.images if heard.length() else (), heard)
+    return replace(seen, findings=joined_findings([seen.findings, damage]))
+
+
+def _look_in_thread(heard: Overheard, task: _Task) -> _Seen:
+    """A line that is overheard may be due to any of the threads; who it was is found out later."""
+    before = heard.length()
+    seen = _look(task)
+    return replace(seen, suspects=task.source.images) if heard.length() > before else seen
 
 
 def _look(task: _Task) -> _Seen:
@@ -263,6 +285,11 @@ def _look(task: _Task) -> _Seen:
         turned=int((orientations != 1).sum()),
         relative=labels.relative,
     )
+
+
+def _damage(images: Sequence[str], heard: Overheard) -> Findings:
+    problems = damaged(images, heard)
+    return packed_findings(Finding(file=shown_path(path), line=0, problem=text) for path, text in problems.items())
 
 
 def _refuse_foreign_units(spec: DatasetSpec, split: str, defects: Findings, boxes: int, *, relative: bool) -> None:

@@ -28,11 +28,12 @@ from utils.data.store import map_store
 from utils.files import cache_folder, read_arrays, write_arrays
 from utils.structures import DatasetSpec, LabelStore, UserError
 
-_SCHEMA = 4  # raise it when LabelStore, the probe or the checks change
+_SCHEMA = 5  # raise it when LabelStore, the probe or the checks change
 _AT_ONCE = 4096  # files digested in one go
 _TICK_S = 2.0  # of the coarsest clock of a file system
 _OF_FINDINGS = tuple(item.name for item in fields(Findings))
-_COUNTS = ("images", "skipped", "background", "boxes", "turned", "class_counts")  # of a report, kept as JSON
+_COUNTS = ("images", "skipped", "background", "boxes", "crowds", "turned")  # of a report, kept as JSON
+_LISTS = ("class_counts", "notes")  # likewise, tuples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def load(files: Sequence[Path], split: str, key: str) -> Kept | None:
                 continue
             store = map_store(path, key, arrays)
             counts = {name: meta["report"][name] for name in _COUNTS}
-            counts["class_counts"] = tuple(counts["class_counts"])
+            counts |= {name: tuple(meta["report"][name]) for name in _LISTS}
             among = copies({split: store})[split]
             report = ScanReport(split=split, **counts, defects=_mapped(arrays, "found"), copies=among)
             listed = _mapped(arrays, "listed")
@@ -92,9 +93,9 @@ def save(
     arrays = {item.name: getattr(kept.store, item.name) for item in fields(LabelStore)}
     for prefix, found in (("found", kept.report.defects), ("listed", kept.listed)):
         arrays |= {f"{prefix}_{name}": getattr(found, name) for name in _OF_FINDINGS}
-    counts = {name: getattr(kept.report, name) for name in _COUNTS}
+    counts = {name: getattr(kept.report, name) for name in (*_COUNTS, *_LISTS)}
     meta = {"key": listing.key, "surroundings": kept.surroundings, "report": counts}
-    if all(isinstance(source, CocoSource) for source in sources):
+    if all(isinstance(source, CocoSource) and all(map(os.path.exists, source.images)) for source in sources):
         arrays["listing"], meta["listing"] = _written_listing(sources, spec, split)
     for path in files:
         with suppress(OSError):  # a read-only or full place costs a scan next time, nothing else

@@ -247,7 +247,8 @@ def split_findings(spec: DatasetSpec, split: str, sources: Sequence[Source]) -> 
     for source in texts:
         findings += _shared_labels(source)
     if not (spec.val_fraction and split == "val"):  # said of train, whose folders these are
-        findings += _labels_alone(texts)
+        lists = {os.fspath(entry) for entry in (*spec.train, *spec.val, *spec.test)}  # text, and no labels
+        findings += [finding for finding in _labels_alone(texts) if finding.file not in lists]
     return findings
 
 

@@ -47,6 +47,7 @@ class VocSource:
     label_files: Sequence[str]  # a file that does not exist is that of a background image
     findings: tuple[Finding, ...] = ()
     category_ids: Sequence[int] = ()
+    notes: tuple[str, ...] = ()
 
     def part(self, start: int, stop: int) -> VocSource:
         images, files = self.images[start:stop], self.label_files[start:stop]

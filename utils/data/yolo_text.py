@@ -30,7 +30,7 @@ from utils.structures import UserError
 _IN_NUMBERS = b"0123456789+-.eE"  # float() takes `1_0`, `inf` and `nan` as well, which are none here
 _IN_FILES = _IN_NUMBERS + b" \t\r\n"
 _AT_ONCE = 1 << 16
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 def label_path(image: str) -> str:
@@ -101,6 +101,7 @@ class TextSource:
     beside: frozenset[str] = frozenset()  # folders `images` that hold their labels themselves, against the rule
     findings: tuple[Finding, ...] = ()
     category_ids: Sequence[int] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def label_files(self) -> Sequence[str]:

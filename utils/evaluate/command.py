@@ -30,7 +30,7 @@ def evaluate(values: Mapping[str, Any]) -> Metrics:
     console = Console(quiet=options.quiet)
     runtime = choose_runtime(device=options.device, amp=options.amp, workers=options.workers)
     checkpoint = load_checkpoint(Path(options.weights))
-    spec = open_dataset(options.data or checkpoint["options"]["data"], note=console.note, bar=console.bar)
+    spec = open_dataset(options.data or checkpoint["options"]["data"], note=console.note, bar=console.download_bar)
     single = options.single_cls or checkpoint["options"].get("single_cls", False)
     names = _names(options, spec, checkpoint, single=single, console=console)
     scan = scan_dataset(spec, (options.task,), progress=console.bar, cache_dir=options.cache_dir)

@@ -267,6 +267,10 @@ def table(metrics: Metrics, verbose: bool) -> str:
     return "\n".join(lines)
 
 
+_BAR = "{desc}  {percentage:3.0f}% {bar} {rate_noinv_fmt}  {remaining} left{postfix}"
+_BAR_WITHOUT_END = "{desc}  {n_fmt}{unit}  {rate_noinv_fmt}{postfix}"
+
+
 class Console:
     """The terminal side of a run: bars where a person watches, and lines that a log file takes as well.
 
@@ -284,6 +288,13 @@ class Console:
         `images_each` is the number of images per item, so that the speed is in images/s; `bar.set_postfix_str(text,
         refresh=False)` adds text such as `format_losses`. Use a bar of a total in a `with`. Without bars it iterates.
         """
+        return self._bar(items, description, unit=" images", unit_scale=images_each)
+
+    def download_bar(self, megabytes: int, description: str) -> tqdm:
+        """A bar of a total in MB, 0 where that is not known; see `bar`."""
+        return self._bar(megabytes, description, unit=" MB", unit_scale=1)
+
+    def _bar(self, items: Iterable | int, description: str, *, unit: str, unit_scale: int) -> tqdm:
         total = items if isinstance(items, int) else None
         return _Bar(
             None if total is not None else items,
@@ -293,9 +304,9 @@ class Console:
             disable=not self._bars,
             leave=False,
             dynamic_ncols=True,
-            unit=" images",
-            unit_scale=images_each,
-            bar_format="{desc}  {percentage:3.0f}% {bar} {rate_noinv_fmt}  {remaining} left{postfix}",
+            unit=unit,
+            unit_scale=unit_scale,
+            bar_format=_BAR if total != 0 else _BAR_WITHOUT_END,
         )
 
     def line(self, text: str) -> None:

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from utils.files import write_atomic
-from utils.structures import Curves, LabelStore, Metrics
+from utils.structures import CROWD, Curves, LabelStore, Metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -408,36 +408,36 @@ def _plot_correlogram(values: dict[str, np.ndarray], path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- a whole data set
 
 
+_SIZES_PX = 460  # height of the histograms of sizes
+
+
 def plot_scan(stores: Mapping[str, LabelStore], names: Sequence[str], path: Path) -> None:
-    """The splits of a data set side by side: boxes of each class, and a histogram of box sizes for each split.
+    """Boxes of each class in each split, and below, side by side, a histogram of the box sizes of each split.
 
     Of many classes the `MAX_BARS` with the most boxes are shown. The histograms are logarithmic in both sizes.
     """
-    counts = {split: np.bincount(store.classes, minlength=len(names)) for split, store in stores.items()}
+    counts = {
+        split: np.bincount(store.classes[store.ignore != CROWD], minlength=len(names))  # crowds are no objects
+        for split, store in stores.items()
+    }
     total = np.sum(list(counts.values()), axis=0)
     shown = np.arange(len(names)) if len(names) <= MAX_BARS else np.argsort(-total, kind="stable")[:MAX_BARS]
-    row_px = 8 + 11 * len(stores)
-    height = max(130 + row_px * len(shown), 60 + 330 * len(stores), 560)
-    figure = _figure(1500, height)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.75, 1))
-    _draw_class_bars(left.subplots(), counts, names, shown, row_px * len(shown) / (height - 130))
-    panels = right.subplots(len(stores), 1, squeeze=False)[:, 0]
-    for index, (axes, (split, store)) in enumerate(zip(panels, stores.items())):
-        sizes = _fractions(store, _even(len(store.classes), MAX_LABELS))[:, 2:]
-        _draw_sizes(axes, sizes)
-        _dress(
-            axes,
-            f"Box sizes: {split}, {len(store):,} images",
-            "width / image width" if index == len(stores) - 1 else "",
-            "height / image height",
-        )
+    bars_px = 130 + (8 + 11 * len(stores)) * len(shown)
+    figure = _figure(1500, bars_px + _SIZES_PX)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(bars_px, _SIZES_PX))
+    _draw_class_bars(top.subplots(), counts, names, shown)
+    panels = bottom.subplots(1, max(len(stores), 2), squeeze=False)[0]
+    for axes in panels[len(stores) :]:
+        axes.set_visible(False)
+    for axes, (split, store) in zip(panels, stores.items()):
+        _draw_sizes(axes, _fractions(store, _even(len(store.classes), MAX_LABELS))[:, 2:])
+        height = "height / image height" if axes is panels[0] else ""
+        _dress(axes, f"Box sizes: {split}, {len(store):,} images", "width / image width", height)
     _save(figure, path)
 
 
-def _draw_class_bars(
-    axes: Axes, counts: Mapping[str, np.ndarray], names: Sequence[str], shown: np.ndarray, fill: float
-) -> None:
-    """Horizontal bars, the splits of a class below each other; `fill` is the share of the height that they need."""
+def _draw_class_bars(axes: Axes, counts: Mapping[str, np.ndarray], names: Sequence[str], shown: np.ndarray) -> None:
+    """Horizontal bars, the splits of a class below each other."""
     from matplotlib.ticker import MaxNLocator
 
     thick = 0.86 / len(counts)
@@ -455,9 +455,11 @@ def _draw_class_bars(
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_yticks(range(len(shown)), [_plain(names[index]) for index in shown.tolist()], fontsize=8)
     largest = max(int(values.max(initial=0)) for values in counts.values())
-    axes.set(xlim=(0, max(largest * 1.12, 1)), ylim=(max(len(shown) / max(fill, 0.2), len(shown)) - 0.5, -0.5))
+    axes.set(xlim=(0, max(largest * 1.12, 1)), ylim=(len(shown) - 0.5, -0.5))
     axes.tick_params(axis="y", length=0)
-    axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=INK)
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=len(counts), fontsize=8, frameon=False, labelcolor=INK
+    )  # above the bars, which may be anywhere
 
 
 def _draw_sizes(axes: Axes, sizes: np.ndarray) -> None:

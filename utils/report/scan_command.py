@@ -13,6 +13,7 @@ from utils.data.scan import DatasetScan, open_dataset, refuse_findings, scan_dat
 from utils.files import new_run_folder
 from utils.report.loggers import Console
 from utils.report.plots import plot_scan
+from utils.structures import DatasetSpec
 
 _PROGRAM = "python -m utils.data.scan"
 _CLASSES_SHOWN = 30  # more, and only the most and the fewest are named
@@ -22,8 +23,8 @@ def report(values: Mapping[str, Any]) -> DatasetScan:
     """Scan for options by name, show and save the report. Raises UserError for what a user can mend."""
     options = validated(ScanOptions, dict(values))
     console = Console(quiet=options.quiet)
-    spec = open_dataset(options.data, note=console.note, bar=console.bar)
-    splits = [split for split in ("train", "val", "test") if split != "test" or spec.test]
+    spec = open_dataset(options.data, note=console.note, bar=console.download_bar)
+    splits = ["train", "val", *(["test"] if _has_test(spec, console) else [])]
     scan = scan_dataset(spec, splits, progress=console.bar, cache_dir=options.cache_dir)
     for line in scan.lines(most_classes=_CLASSES_SHOWN):
         console.line(line)
@@ -35,6 +36,14 @@ def report(values: Mapping[str, Any]) -> DatasetScan:
     if options.strict:
         refuse_findings(scan, listed=folder / "scan.csv")
     return scan
+
+
+def _has_test(spec: DatasetSpec, console: Console) -> bool:
+    """Whether there is a test split to look at; exports name one that they may lack, and no training needs it."""
+    missing = [entry for entry in spec.test if not entry.exists()]
+    if missing:
+        console.note(f"{spec.source}: 'test': {missing[0]} not found, so there is no report on it")
+    return bool(spec.test) and not missing
 
 
 def main() -> int:

@@ -80,7 +80,7 @@ def build_trainer(values: Mapping[str, Any]) -> Trainer:
 
 def _new(given: TrainOptions, console: Console) -> Trainer:
     hyp = _hyperparameters(given)
-    spec = open_dataset(given.data, note=console.note, bar=console.bar)
+    spec = open_dataset(given.data, note=console.note, bar=console.download_bar)
     names = _names(given, spec)
     runtime = _runtime(given)
     for line in _advice(given, hyp, names, runtime):
@@ -132,7 +132,7 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     check_transforms(hyp.albumentations, source=str(path))
     run = _run_of(path, checkpoint, options)
     state = _unfinished_state(path, checkpoint, run, options)
-    spec = open_dataset(options.data, note=console.note, bar=console.bar)
+    spec = open_dataset(options.data, note=console.note, bar=console.download_bar)
     names = _names(options, spec)
     if list(names) != checkpoint["names"]:
         raise UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run")
@@ -282,7 +282,7 @@ def _scan(options: TrainOptions, spec: DatasetSpec, console: Console) -> Dataset
         raise UserError(f"{spec.source}: no usable label for 'train'; {_why_no_label(scan)}")
     if options.strict:
         refuse_findings(scan)
-    if not scan.reports["val"].boxes:
+    if not (scan.stores["val"].ignore == 0).any():
         console.warn("no usable label for 'val': metrics will be 0, so best.pt is simply the last epoch")
     return scan
 
@@ -293,6 +293,8 @@ def _stores(options: TrainOptions, scan: DatasetScan) -> tuple[LabelStore, Label
 
 
 def _why_no_label(scan: DatasetScan) -> str:
+    if scan.reports["train"].crowds:
+        return "all of its boxes are crowd regions (iscrowd: 1), which are no objects to train on"
     if any(problem.endswith("dropped") for problem in scan.reports["train"].defects.problems()):
         return "every row was dropped; YOLO text is `class cx cy width height` as fractions of the image, not pixels"
     source = open_split(scan.spec, "train")[0]
