@@ -38,7 +38,7 @@ from utils.data.plan import (
 from utils.data.render import render
 from utils.data.scan import scan_split
 from utils.hyp import Hyperparameters
-from utils.structures import Batch, DatasetSpec, RunError, UserError
+from utils.structures import CROWD, DIFFICULT, Batch, DatasetSpec, RunError, UserError
 
 IMGSZ = 64
 HYP = Hyperparameters(mosaic=0.7, mixup=0.3, degrees=5, fliplr=0.5)
@@ -464,6 +464,17 @@ def test_evaluation_sees_each_image_once_and_each_box(evaluation, store):
     assert [len(batch.indices) for batch in found] == [3, 3, 3, 1]
     assert sorted(torch.cat([batch.indices for batch in found]).tolist()) == list(range(10))
     assert sum(len(batch.boxes) for batch in found) == len(store.boxes)
+
+
+def test_crowds_are_no_objects_to_an_evaluations_losses(evaluation, store):
+    """Each image with labels has two, and its second is a crowd here; a difficult box counts."""
+    ignore = np.resize(np.array([DIFFICULT, CROWD], np.uint8), len(store.boxes))
+    crowded = replace(evaluation, store=replace(store, ignore=ignore))
+    for number in crowded.numbers():
+        batch, plain = crowded.batch(number), evaluation.batch(number)
+        assert torch.equal(batch.images, plain.images)
+        for name in ("boxes", "classes", "image_of"):
+            assert torch.equal(getattr(batch, name), getattr(plain, name)[0::2])
 
 
 def test_evaluation_shapes_follow_the_formula_and_like_aspects_share_a_batch(evaluation, store):

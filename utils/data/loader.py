@@ -44,7 +44,7 @@ from utils.data.plan import (
     train_plan,
 )
 from utils.data.render import render, render_quad
-from utils.data.render_torch import PackedPlans, PackedQuads, pack, paint
+from utils.data.render_torch import Allocate, PackedPlans, PackedQuads, pack, paint
 from utils.hyp import Hyperparameters
 from utils.structures import Batch, LabelStore, QuadPlan, RunError, SamplePlan, UserError
 
@@ -52,8 +52,6 @@ _UNPAINTED_SIZE = 2  # in painted ones: 1.2 on average with scale 0.5, as much a
 _PREFETCH = 4  # batches that each loader process works ahead
 _SHARED_MEMORY = Path("/dev/shm")  # Linux; torch hands batches from process to process through it
 _PATIENCE_S = 300  # without any batch from any process; then whoever has been at one that long hangs
-
-Allocate = Callable[[tuple[int, ...]], torch.Tensor]  # shape -> u8 of any content
 
 
 @dataclass(frozen=True, kw_only=True)
