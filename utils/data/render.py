@@ -69,17 +69,11 @@ def _paint(picture: np.ndarray, tiles: Sequence[Tile], base_image_of: ImageSourc
 
 def _paint_upright(picture: np.ndarray, tile: Tile, base_image_of: ImageSource) -> None:
     """A crop and a resize."""
-    left, top, right, bottom = _rectangle(tile)
+    (left, top), (right, bottom) = tile.corners[::2].astype(int).tolist()
     x1, y1, x2, y2 = tile.crop
     region = picture[top:bottom, left:right]
     base = base_image_of(tile.image)
     cv2.resize(base[y1:y2, x1:x2], (right - left, bottom - top), dst=region, interpolation=cv2.INTER_LINEAR)
-
-
-def _rectangle(tile: Tile) -> tuple[int, int, int, int]:
-    """Of an upright tile, xyxy."""
-    left, top, _, _, right, bottom, _, _ = tile.corners.ravel().tolist()
-    return int(left), int(top), int(right), int(bottom)
 
 
 def _paint_tilted(picture: np.ndarray, tile: Tile, base_image_of: ImageSource) -> None:
@@ -117,9 +111,8 @@ def _to_rgb(picture: np.ndarray, plan: SamplePlan) -> None:
     """
     top, bottom = 0, plan.shape[0]
     if plan.mix is None and all(tile.crop is not None for tile in plan.tiles):
-        rectangles = [_rectangle(tile) for tile in plan.tiles]
-        top = min((rectangle[1] for rectangle in rectangles), default=bottom)
-        bottom = max((rectangle[3] for rectangle in rectangles), default=bottom)
+        top = int(min((tile.corners[0, 1] for tile in plan.tiles), default=bottom))
+        bottom = int(max((tile.corners[2, 1] for tile in plan.tiles), default=bottom))
     if top or bottom < plan.shape[0]:
         grey = np.full((1, 1, 3), PADDING, np.uint8)
         recolour(grey, plan.hsv)
