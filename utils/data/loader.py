@@ -463,8 +463,8 @@ class _Supply(Generic[_Batches, _Key]):
             raise RunError(fault) from error
 
     def _awaited(self, batches: Iterator[_Result]) -> Iterator[_Result]:
-        """The same, patiently: after a wait in vain comes a second one, as the whole run may have been stopped (Ctrl-Z),
-        and always another while those at work give signs of life, as from a slow drive."""
+        """The same, patiently: a wait in vain is followed by another, as the whole run may have been stopped (Ctrl-Z)
+        meanwhile, and by more as long as those at work give signs of life, as with a slow drive."""
         waited = False
         while True:
             try:
