@@ -42,17 +42,26 @@ def native_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
 
 def _fingerprint(source: Path, command: Sequence[str]) -> str:
     """Of all that the library depends on; a home folder may be shared by machines with other instructions."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
-    native = subprocess.run(
-        [command[0], "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=False
-    )
-    parts = (source.read_bytes(), " ".join(command).encode(), version, native.stdout)
+    version = _said(command[0], "--version")
+    native = _said(command[0], "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
+    parts = (source.read_bytes(), " ".join(command).encode(), version, native)
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _said(*command: str) -> bytes:
+    try:
+        return subprocess.run(command, capture_output=True, check=False).stdout
+    except OSError as error:  # such as a program for another processor
+        raise NativeError(f"{command[0]} does not run: {error.strerror}") from None
 
 
 def _is_ours(path: Path) -> bool:
     """Whether the file exists and nobody else could have put it there."""
-    return path.exists() and (not hasattr(os, "getuid") or path.stat().st_uid == os.getuid())
+    try:
+        owner = path.stat().st_uid
+    except OSError:
+        return False
+    return not hasattr(os, "getuid") or owner == os.getuid()
 
 
 def _build(command: Sequence[str], path: Path) -> None:

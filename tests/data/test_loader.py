@@ -1,8 +1,10 @@
 import math
 import multiprocessing
+import os
 import pickle
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,7 +40,7 @@ from utils.data.plan import (
 from utils.data.render import render
 from utils.data.scan import scan_split
 from utils.hyp import Hyperparameters
-from utils.structures import Batch, DatasetSpec, RunError, UserError
+from utils.structures import CROWD, DIFFICULT, Batch, DatasetSpec, RunError, UserError
 
 IMGSZ = 64
 HYP = Hyperparameters(mosaic=0.7, mixup=0.3, degrees=5, fliplr=0.5)
@@ -466,6 +468,17 @@ def test_evaluation_sees_each_image_once_and_each_box(evaluation, store):
     assert sum(len(batch.boxes) for batch in found) == len(store.boxes)
 
 
+def test_crowds_are_no_objects_to_an_evaluations_losses(evaluation, store):
+    """Each image with labels has two, and its second is a crowd here; a difficult box counts."""
+    ignore = np.resize(np.array([DIFFICULT, CROWD], np.uint8), len(store.boxes))
+    crowded = replace(evaluation, store=replace(store, ignore=ignore))
+    for number in crowded.numbers():
+        batch, plain = crowded.batch(number), evaluation.batch(number)
+        assert torch.equal(batch.images, plain.images)
+        for name in ("boxes", "classes", "image_of"):
+            assert torch.equal(getattr(batch, name), getattr(plain, name)[0::2])
+
+
 def test_evaluation_shapes_follow_the_formula_and_like_aspects_share_a_batch(evaluation, store):
     spread = []
     for key in range(4):
@@ -682,21 +695,78 @@ def test_a_hanging_process_is_reported_with_the_image_it_reads(start_method, bat
     stream = TrainStream(hanging, start_epoch=0, end_epoch=1, workers=2, num_classes=3)
     made = stream.epoch(0)
     next(made)  # the processes have begun, which may take long
-    monkeypatch.setattr(loader, "_PATIENCE_S", 2)
-    stream._supply._loader._iterator._timeout = 2
+    patience(stream, monkeypatch, 1)
     path = re.escape(store.path(last))
-    says = rf"^loader process 1 \(pid \d+\) hangs, reading {path}, in batch 5 of epoch 1 for \d+ s: "
+    says = rf"^loader process 1 \(pid \d+\) hangs, reading {path} for \d+ s, in batch 5 of epoch 1: "
     with pytest.raises(RunError, match=says):
         list(made)
     assert stream._supply._processes[0].exitcode == -signal.SIGKILL
     assert stream._supply._processes[1].is_alive()
 
 
+def patience(stream: TrainStream, monkeypatch, seconds: float) -> None:
+    """Of a stream whose processes have begun."""
+    monkeypatch.setattr(loader, "_PATIENCE_S", seconds)
+    stream._supply._loader._iterator._timeout = seconds
+
+
+def test_a_slow_process_that_goes_on_is_waited_for(batches, monkeypatch):
+    """Its batch takes several times the patience, but each image only a part."""
+    plain = still(batches, batch_size=5)
+    slow = replace(plain, images=Slow(plain.images, 0.5))
+    stream = TrainStream(slow, start_epoch=0, end_epoch=1, workers=1, num_classes=3)
+    made = stream.epoch(0)
+    first = next(made)
+    patience(stream, monkeypatch, 1.0)
+    assert [content(batch) for batch in (first, *made)] == [content(batch) for batch in streamed(plain)]
+
+
+@dataclass(frozen=True)
+class Slow:
+    """An image source on a slow drive."""
+
+    images: BaseImages
+    seconds: float
+
+    def __call__(self, image: int) -> np.ndarray:
+        time.sleep(self.seconds)
+        return self.images(image)
+
+
+def test_a_run_that_was_stopped_and_continued_goes_on(batches, monkeypatch):
+    """As by Ctrl-Z and fg: while nobody could do anything, the patience of the main process ran out."""
+    plain = still(batches, batch_size=5)
+    slow = replace(plain, images=Slow(plain.images, 0.2))
+    stream = TrainStream(slow, start_epoch=0, end_epoch=1, workers=1, num_classes=3)
+    made = stream.epoch(0)
+    first = next(made)
+    [process] = stream._supply._processes
+    os.kill(process.pid, signal.SIGSTOP)
+    patience(stream, monkeypatch, 1)
+    goes_on = threading.Timer(1.4, os.kill, (process.pid, signal.SIGCONT))
+    goes_on.start()
+    assert [content(batch) for batch in (first, *made)] == [content(batch) for batch in streamed(plain)]
+    goes_on.join()
+
+
+def test_threads_of_opencv_in_the_main_process_do_not_stop_a_forked_one(batches, monkeypatch):
+    """Its pool is not there after a fork; who waits for it waits for ever."""
+    monkeypatch.setattr(loader, "_PATIENCE_S", 10)
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(4)
+        cv2.resize(np.zeros((1000, 1000, 3), np.uint8), (3000, 3000))
+        large = replace(batches, imgsz=640, images=BaseImages(store=batches.store, imgsz=640))
+        assert len(streamed(large, workers=2)) == 3
+    finally:
+        cv2.setNumThreads(before)
+
+
 def test_processes_that_never_begin_are_reported(batches, monkeypatch):
     monkeypatch.setattr(loader, "_PATIENCE_S", 1)
     monkeypatch.setattr(loader, "_start_worker", stopped)
     stream = TrainStream(batches, start_epoch=0, end_epoch=1, workers=1, num_classes=3)
-    with pytest.raises(RunError, match=r"^the loader processes have made nothing for 1 s; --workers 0"):
+    with pytest.raises(RunError, match=r"^the loader processes have made nothing for 2 s; --workers 0"):
         next(stream.epoch(0))
     stream._supply._processes[0].kill()
     with suppress(RuntimeError):

@@ -387,6 +387,17 @@ def test_mixing_is_the_weighted_mean_of_two_pictures(weight, store, bases):
     assert np.abs(mixed - expected).max() <= 0.51
 
 
+def test_an_image_is_asked_for_once_however_often_it_shows(polygon_store, smooth_image):
+    store = polygon_store([(SMALL, SMALL)])
+    base = smooth_image(np.random.default_rng(0), SMALL, SMALL)
+    hyp = replace(STILL, mosaic=1, copy_paste=1, mixup=1)
+    plan = train_plan(store, 0, imgsz=SMALL, hyp=hyp, rng=generator(0, 0, 0))
+    assert len(plan.tiles) + len(plan.mix.tiles) > 8
+    asked = []
+    render(plan, lambda image: asked.append(image) or base)
+    assert asked == [0]
+
+
 def test_base_images_are_not_painted_on(store, bases):
     copies = [base.copy() for base in bases]
     for seed in range(10):

@@ -338,6 +338,13 @@ def test_images_that_do_not_show_are_not_asked_for():
     assert torch.all(pictures == PADDING)
 
 
+def test_an_image_is_asked_for_once_however_often_a_batch_shows_it(bases):
+    rng = np.random.default_rng(5)
+    asked = []
+    pack([random_plan(rng) for _ in range(9)], lambda image: asked.append(image) or bases[image])
+    assert sorted(asked) == list(range(len(bases)))
+
+
 def test_packed_plans_travel_between_processes(bases):
     rng = np.random.default_rng(3)
     packed = pack([random_plan(rng) for _ in range(4)], bases.__getitem__)

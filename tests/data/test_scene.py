@@ -92,7 +92,7 @@ def test_crop_rectangle_and_matrix_of_a_tile_agree(make_store, seed, of_nine, sc
 # ---- which boxes
 
 
-def test_crowds_are_no_training_labels_but_evaluation_keeps_them():
+def test_crowds_are_no_objects_in_any_sample():
     flags = np.array([0, CROWD, DIFFICULT], np.uint8)
     boxes = np.array([[0.1, 0.1, 0.3, 0.3], [0.4, 0.4, 0.6, 0.6], [0.7, 0.7, 0.9, 0.9]])
     store = build_store([Path("0.png")], [(100, 100)], [ImageLabels(boxes=boxes, classes=np.arange(3), ignore=flags)])
@@ -101,7 +101,7 @@ def test_crowds_are_no_training_labels_but_evaluation_keeps_them():
         hyp = replace(recipe, degrees=degrees)
         plan = train_plan(store, 0, imgsz=100, hyp=hyp, rng=generator(0, 0, 0))
         assert plan.classes.tolist() == [0, 2]
-    assert letterbox_plan(store, 0, shape=(128, 128), imgsz=100).classes.tolist() == [0, 1, 2]
+    assert letterbox_plan(store, 0, shape=(128, 128), imgsz=100).classes.tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("degrees", [0, 1e-9])

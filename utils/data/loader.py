@@ -45,16 +45,14 @@ from utils.data.plan import (
 )
 from utils.data.probe import silence_libraries
 from utils.data.render import render, render_quad
-from utils.data.render_torch import PackedPlans, PackedQuads, pack, paint
+from utils.data.render_torch import Allocate, PackedPlans, PackedQuads, pack, paint
 from utils.hyp import Hyperparameters
 from utils.structures import Batch, LabelStore, QuadPlan, RunError, SamplePlan, UserError
 
 _UNPAINTED_SIZE = 2  # in painted ones: 1.2 on average with scale 0.5, as much again for mixup
 _PREFETCH = 4  # batches that each loader process works ahead
 _SHARED_MEMORY = Path("/dev/shm")  # Linux; torch hands batches from process to process through it
-_PATIENCE_S = 300  # without any batch from any process; then whoever has been at one that long hangs
-
-Allocate = Callable[[tuple[int, ...]], torch.Tensor]  # shape -> u8 of any content
+_PATIENCE_S = 150  # without any batch, twice in a row; then whoever has long given no sign of life hangs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,6 +409,7 @@ class _Lots:
 
 _Batches = TypeVar("_Batches", EvalBatches, TrainBatches)
 _Key = TypeVar("_Key", int, Lot)
+_Result = TypeVar("_Result")
 
 
 class _Supply(Generic[_Batches, _Key]):
@@ -454,7 +453,7 @@ class _Supply(Generic[_Batches, _Key]):
             batches = iter(self._loader)
             if self.workers:
                 self._processes = batches._workers
-            for result in batches:
+            for result in self._awaited(batches):
                 if isinstance(result, _Failure):
                     raise UserError(result.message)
                 yield result
@@ -463,6 +462,29 @@ class _Supply(Generic[_Batches, _Key]):
             if not fault:
                 raise
             raise RunError(fault) from error
+
+    def _awaited(self, batches: Iterator[_Result]) -> Iterator[_Result]:
+        """The same, patiently: a wait in vain is followed by another, as the whole run may have been stopped (Ctrl-Z)
+        meanwhile, and by more as long as those at work give signs of life, as with a slow drive."""
+        waited = False
+        while True:
+            try:
+                result = next(batches, None)
+            except RuntimeError as error:
+                if "timed out" not in str(error) or self.death() or (waited and not self._all_live()):
+                    raise
+                waited = True
+                continue
+            if result is None:
+                return
+            waited = False
+            yield result
+
+    def _all_live(self) -> bool:
+        return any(self._board.work(worker) for worker in range(self.workers)) and not self._hanging()
+
+    def _hanging(self) -> list[int]:
+        return [worker for worker in range(self.workers) if self._board.seconds(worker) > _PATIENCE_S / 2]
 
     def death(self) -> str:
         """Of the first process that ended by itself; empty when there is none."""
@@ -476,15 +498,15 @@ class _Supply(Generic[_Batches, _Key]):
 
     def _hang(self) -> str:
         """Of the process that has been at its batch for longest. All that hang are killed: they hear nothing else."""
-        hanging = [worker for worker in range(self.workers) if self._board.seconds(worker) > _PATIENCE_S / 2]
+        hanging = self._hanging()
         if not hanging:
-            return f"the loader processes have made nothing for {_PATIENCE_S} s; --workers 0 does without them"
+            return f"the loader processes have made nothing for {2 * _PATIENCE_S} s; --workers 0 does without them"
         worker = max(hanging, key=self._board.seconds)
         image, process = self._board.image(worker), self._processes[worker]
         at = "painting" if image is None else f"reading {self._store.path(image)}"
         fault = (
-            f"{_name(worker, process)} hangs, {at}, in {self._board.work(worker)} for "
-            f"{self._board.seconds(worker):.0f} s: is its drive still there? --resume continues the run"
+            f"{_name(worker, process)} hangs, {at} for {self._board.seconds(worker):.0f} s, in "
+            f"{self._board.work(worker)}: is its drive still there? --resume continues the run"
         )
         for process in (self._processes[worker] for worker in hanging):
             with suppress(RuntimeError):  # torch's handler hears of this death, too
@@ -518,7 +540,7 @@ def _evaluated_at(number: int) -> tuple[int, int]:
 class _Board:
     """What each loader process is at, in memory that all of them see, and that outlives them."""
 
-    _ROW = 4  # epoch, number of the batch (-1: none), when it was begun, image being read (-1: none)
+    _ROW = 4  # epoch, number of the batch (-1: none), time of the last entry, image being read (-1: none)
 
     def __init__(self, workers: int):
         self._cells = multiprocessing.RawArray("d", [0, -1, 0, -1] * workers or 1)
@@ -527,6 +549,7 @@ class _Board:
         self._set(worker, [epoch, number, time.monotonic(), -1])
 
     def reads(self, worker: int, image: int | None) -> None:
+        self._cells[worker * self._ROW + 2] = time.monotonic()
         self._cells[worker * self._ROW + 3] = -1 if image is None else image
 
     def rest(self, worker: int) -> None:
@@ -540,7 +563,7 @@ class _Board:
         return f"batch {number + 1:.0f} of {whose}"
 
     def seconds(self, worker: int) -> float:
-        """Since it began its batch; 0 while it has none."""
+        """Since it last gave a sign of life; 0 while it has no batch."""
         _, number, since, _ = self._get(worker)
         return time.monotonic() - since if number >= 0 else 0.0
 

@@ -306,12 +306,20 @@ def quad_plan(samples: Sequence[SamplePlan], *, enlarge: bool) -> QuadPlan:
 
 
 def letterbox_plan(store: LabelStore, image: int, *, shape: tuple[int, int], imgsz: int) -> SamplePlan:
-    """The base image in the middle of a grey network input of `shape` (height, width), and all its boxes; no chance."""
+    """The base image in the middle of a grey network input of `shape` (height, width), and its objects; no chance.
+
+    No box is too small here. A crowd is no object: the losses of an evaluation would count it as one.
+    """
     canvas = letterboxed(store, image, shape, imgsz)
     scene = projected(store, canvas, Warp(matrix=np.eye(3), scale=1.0, upright=True), shape)
-    boxes = canvas_boxes(store, canvas.laid[0])  # evaluation leaves out none
-    classes = store.classes[store.rows(image)]
-    return SamplePlan(shape=shape, tiles=scene.tiles, boxes=boxes.astype(np.float32), classes=classes)
+    rows = store.rows(image)
+    objects = store.ignore[rows] != CROWD
+    return SamplePlan(
+        shape=shape,
+        tiles=scene.tiles,
+        boxes=canvas_boxes(store, canvas.laid[0])[objects].astype(np.float32),
+        classes=store.classes[rows][objects],
+    )
 
 
 def source_to_network(store: LabelStore, plan: SamplePlan, imgsz: int) -> np.ndarray:

@@ -5,28 +5,29 @@ A matrix moves points of the plane, where pixel i covers [i, i + 1); OpenCV coun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
 from utils.data.colours import recolour
+from utils.data.coverage import convex_spans, within_rings, within_spans
+from utils.data.images import ImageSource
 from utils.data.pixels import change_pixels
 from utils.data.plan import PADDING
 from utils.structures import Cutout, QuadPlan, SamplePlan, Tile
 
-BaseImageOf = Callable[[int], np.ndarray]
-
 _HALF_PX = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # pixel-centre coordinates -> points of the plane
 _TO_CENTRES = np.linalg.inv(_HALF_PX)
-_EDGE_SLACK = 1e-6  # px^2, far above what rounding does to an edge seen from both of its sides
 
 
-def render(plan: SamplePlan, base_image_of: BaseImageOf, out: np.ndarray | None = None) -> np.ndarray:
+def render(plan: SamplePlan, base_image_of: ImageSource, out: np.ndarray | None = None) -> np.ndarray:
     """(H, W, 3) u8 RGB, written into `out` when given, whose last two axes lie close.
 
-    `base_image_of(image)` yields the base image, BGR, of an index into the LabelStore.
+    Each image is asked for once, however many tiles show it.
     """
+    base_image_of = functools.cache(base_image_of)
     picture = np.empty((*plan.shape, 3), np.uint8) if out is None else out
     _paint(picture, plan.tiles, base_image_of)
     if plan.mix is not None:
@@ -41,7 +42,7 @@ def render(plan: SamplePlan, base_image_of: BaseImageOf, out: np.ndarray | None 
     return picture
 
 
-def render_quad(plan: QuadPlan, base_image_of: BaseImageOf, out: np.ndarray | None = None) -> np.ndarray:
+def render_quad(plan: QuadPlan, base_image_of: ImageSource, out: np.ndarray | None = None) -> np.ndarray:
     """(H, W, 3) u8 RGB, as `render`."""
     height, width = plan.shape
     picture = np.empty((height, width, 3), np.uint8) if out is None else out
@@ -59,29 +60,23 @@ def render_quad(plan: QuadPlan, base_image_of: BaseImageOf, out: np.ndarray | No
 # ---- tiles --------------------------------------------------------------------------------------------------------
 
 
-def _paint(picture: np.ndarray, tiles: Sequence[Tile], base_image_of: BaseImageOf) -> np.ndarray:
+def _paint(picture: np.ndarray, tiles: Sequence[Tile], base_image_of: ImageSource) -> np.ndarray:
     picture[:] = PADDING
     for tile in tiles:
         (_paint_tilted if tile.crop is None else _paint_upright)(picture, tile, base_image_of)
     return picture
 
 
-def _paint_upright(picture: np.ndarray, tile: Tile, base_image_of: BaseImageOf) -> None:
+def _paint_upright(picture: np.ndarray, tile: Tile, base_image_of: ImageSource) -> None:
     """A crop and a resize."""
-    left, top, right, bottom = _rectangle(tile)
+    (left, top), (right, bottom) = tile.corners[::2].astype(int).tolist()
     x1, y1, x2, y2 = tile.crop
     region = picture[top:bottom, left:right]
     base = base_image_of(tile.image)
     cv2.resize(base[y1:y2, x1:x2], (right - left, bottom - top), dst=region, interpolation=cv2.INTER_LINEAR)
 
 
-def _rectangle(tile: Tile) -> tuple[int, int, int, int]:
-    """Of an upright tile, xyxy."""
-    left, top, _, _, right, bottom, _, _ = tile.corners.ravel().tolist()
-    return int(left), int(top), int(right), int(bottom)
-
-
-def _paint_tilted(picture: np.ndarray, tile: Tile, base_image_of: BaseImageOf) -> None:
+def _paint_tilted(picture: np.ndarray, tile: Tile, base_image_of: ImageSource) -> None:
     """Only what the tile's corners enclose is computed, as whole px of a rectangle."""
     limits = picture.shape[1::-1]
     low = np.clip(np.floor(tile.corners.min(0)), 0, limits).astype(int)
@@ -89,9 +84,9 @@ def _paint_tilted(picture: np.ndarray, tile: Tile, base_image_of: BaseImageOf) -
     region = picture[low[1] : high[1], low[0] : high[0]]
     if not region.size:
         return
-    mask = _inside(tile.corners - low, region.shape[:2])
+    mask = within_spans(convex_spans(tile.corners - low, region.shape[:2]), region.shape[1])
     if tile.rings:
-        mask &= _inside_rings([ring - low for ring in tile.rings], region.shape[:2])
+        mask &= within_rings([ring - low for ring in tile.rings], region.shape[:2])
     patch = _patch(base_image_of(tile.image), tile.matrix, low, region.shape[1::-1])
     cv2.copyTo(patch, mask.view(np.uint8), dst=region)
 
@@ -106,42 +101,6 @@ def _patch(base: np.ndarray, matrix: np.ndarray, low: np.ndarray, size: tuple[in
     return cv2.warpPerspective(base, centres, size, **options)
 
 
-def _inside(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: pixels with their centre in the convex polygon, edge included, so that neighbours leave no gap.
-
-    cv2.fillConvexPoly counts in whole rows, and misses pixels where a nearly level edge crosses the border.
-    """
-    edges = np.roll(corners, -1, axis=0) - corners
-    if edges[0, 0] * edges[1, 1] < edges[0, 1] * edges[1, 0]:  # a mirror, or a shear beyond 45 degrees
-        return _inside(corners[::-1], shape)
-    rows, columns = (np.arange(side) + 0.5 for side in shape)
-    first, last = np.full(shape[0], -np.inf), np.full(shape[0], np.inf)  # of each row, where the inside starts and ends
-    for (x, y), (along_x, along_y) in zip(corners, edges):  # a pixel lies to the right of every edge
-        room = along_x * (rows - y) + _EDGE_SLACK  # >= along_y * (column - x)
-        if along_y > 0:
-            last = np.minimum(last, x + room / along_y)
-        elif along_y < 0:
-            first = np.maximum(first, x + room / along_y)
-        else:
-            last[room < 0] = -np.inf
-    return (columns >= first[:, None]) & (columns <= last[:, None])
-
-
-def _inside_rings(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: pixels with their centre inside by the even-odd rule."""
-    height, width = shape
-    starts = np.concatenate(rings)  # (n, 2), and the end of each edge:
-    ends = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
-    rows = np.arange(height)[:, None] + 0.5
-    crosses = (starts[:, 1] <= rows) != (ends[:, 1] <= rows)  # (H, n)
-    row, edge = np.nonzero(crosses)
-    (x, y), (end_x, end_y) = starts[edge].T, ends[edge].T
-    at = x + (row + 0.5 - y) * (end_x - x) / (end_y - y)
-    column = np.clip(np.ceil(at - 0.5), 0, width).astype(int)  # the first pixel beyond
-    changes = np.bincount(row * (width + 1) + column, minlength=height * (width + 1)).reshape(height, width + 1)
-    return np.cumsum(changes, axis=1)[:, :width] % 2 == 1
-
-
 # ---- colours ------------------------------------------------------------------------------------------------------
 
 
@@ -152,9 +111,8 @@ def _to_rgb(picture: np.ndarray, plan: SamplePlan) -> None:
     """
     top, bottom = 0, plan.shape[0]
     if plan.mix is None and all(tile.crop is not None for tile in plan.tiles):
-        rectangles = [_rectangle(tile) for tile in plan.tiles]
-        top = min((rectangle[1] for rectangle in rectangles), default=bottom)
-        bottom = max((rectangle[3] for rectangle in rectangles), default=bottom)
+        top = int(min((tile.corners[0, 1] for tile in plan.tiles), default=bottom))
+        bottom = int(max((tile.corners[2, 1] for tile in plan.tiles), default=bottom))
     if top or bottom < plan.shape[0]:
         grey = np.full((1, 1, 3), PADDING, np.uint8)
         recolour(grey, plan.hsv)

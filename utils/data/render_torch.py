@@ -6,6 +6,7 @@ pixel is looked up once, however many tiles lie over each other, and nothing wai
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,16 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.data.coverage import convex_spans, within_rings, within_spans
+from utils.data.images import ImageSource
 from utils.data.plan import PADDING
+from utils.data.scene import Rectangle
 from utils.structures import QuadPlan, SamplePlan, Tile, UserError
 
 _CHUNK_PX = 16 * 640 * 640  # painted at once, with up to 170 bytes of the device for each
 _MOST_INT32 = 2**31 - 1
-_EDGE_SLACK = 1e-6  # px^2, far above what rounding does to an edge seen from both of its sides
+_NO_IMAGE = -1
 _SIXTH = 30  # steps of OpenCV's 8-bit hue in a sixth of the colour circle
-_Rectangle = tuple[int, int, int, int]
-_BaseImageOf = Callable[[int], np.ndarray]
-_Allocate = Callable[[tuple[int, ...]], Tensor]  # shape -> u8 of any content
+Allocate = Callable[[tuple[int, ...]], Tensor]  # shape -> u8 of any content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class PackedQuads:
 
 
 def render_batch(
-    plans: Sequence[SamplePlan] | Sequence[QuadPlan], base_image_of: _BaseImageOf, *, device: torch.device | str
+    plans: Sequence[SamplePlan] | Sequence[QuadPlan], base_image_of: ImageSource, *, device: torch.device | str
 ) -> Tensor:
     """(B, 3, H, W) u8 RGB, channels last in memory: what `render` and `render_quad` paint, to a rounding.
 
@@ -99,9 +101,9 @@ def render_batch(
 
 @dataclass(frozen=True, kw_only=True)
 class _Surface:
-    part: _Rectangle  # xyxy px of the base image, perhaps a px beyond its edges, which go on there
+    part: Rectangle  # xyxy px of the base image, perhaps a px beyond its edges, which go on there
     matrix: np.ndarray  # (3, 3) f64, column and row of a pixel -> of a texel of the part
-    image: int = -1
+    image: int = _NO_IMAGE
     colour: tuple[int, int, int] | None = None  # BGR, in place of an image
     look: int = -1
     share: float = 1.0
@@ -115,19 +117,19 @@ class _Picture:
 
 
 def pack(
-    plans: Sequence[SamplePlan] | Sequence[QuadPlan], base_image_of: _BaseImageOf, allocate: _Allocate | None = None
+    plans: Sequence[SamplePlan] | Sequence[QuadPlan], base_image_of: ImageSource, allocate: Allocate | None = None
 ) -> PackedPlans | PackedQuads:
     """What painting the plans, all of one shape, takes: of each base image what shows, and who owns which pixels.
 
-    `base_image_of(image)` yields the base image, BGR, of an index into the LabelStore; what shows of it is copied into
-    what `allocate` yields. Raises UserError for transforms of albumentations, which know OpenCV's pictures alone.
+    What shows of the base images is copied into what `allocate` yields. Raises UserError for transforms of
+    albumentations, which know OpenCV's pictures alone.
     """
     if isinstance(plans[0], QuadPlan):
         return _pack_quads(plans, base_image_of, allocate)
     return _pack_samples(plans, base_image_of, allocate)
 
 
-def _pack_samples(plans: Sequence[SamplePlan], base_image_of: _BaseImageOf, allocate: _Allocate | None) -> PackedPlans:
+def _pack_samples(plans: Sequence[SamplePlan], base_image_of: ImageSource, allocate: Allocate | None) -> PackedPlans:
     if any(plan.pixels is not None for plan in plans):
         raise UserError(
             "'albumentations' of the hyperparameters: only what loader processes paint can have them, not a device"
@@ -161,7 +163,7 @@ def _pack_samples(plans: Sequence[SamplePlan], base_image_of: _BaseImageOf, allo
     )
 
 
-def _pack_quads(plans: Sequence[QuadPlan], base_image_of: _BaseImageOf, allocate: _Allocate | None) -> PackedQuads:
+def _pack_quads(plans: Sequence[QuadPlan], base_image_of: ImageSource, allocate: Allocate | None) -> PackedQuads:
     """Where a plan has fewer than four samples, there is padding."""
     nothing = replace(plans[0].samples[0], tiles=(), hsv=None, mix=None, cutouts=())
     merged = [index for index, plan in enumerate(plans) if not plan.enlarge]
@@ -204,12 +206,12 @@ def _to_plane(plan: SamplePlan) -> np.ndarray:
     return np.array([[sign_x, 0, left + sign_x / 2], [0, sign_y, top + sign_y / 2], [0, 0, 1]])
 
 
-def _to_part(part: _Rectangle) -> np.ndarray:
+def _to_part(part: Rectangle) -> np.ndarray:
     """(3, 3) base-image px -> column and row of a texel of the part, whole numbers at its centre."""
     return np.array([[1, 0, -part[0] - 0.5], [0, 1, -part[1] - 0.5], [0, 0, 1]])
 
 
-def _take(tile: Tile, back: np.ndarray, owners: np.ndarray, number: int) -> _Rectangle | None:
+def _take(tile: Tile, back: np.ndarray, owners: np.ndarray, number: int) -> Rectangle | None:
     """Writes `number` where the tile shows. The part of the base image that this takes; None: nothing shows.
 
     `back` is the inverse of the tile's matrix.
@@ -222,11 +224,10 @@ def _take(tile: Tile, back: np.ndarray, owners: np.ndarray, number: int) -> _Rec
     if tile.crop is not None and not tile.rings:
         region[:] = number
         return tile.crop
-    spans = _spans(tile.corners - low, region.shape)
-    columns = np.arange(region.shape[1], dtype=np.int32)
-    shows = (columns >= spans[0, :, None]) & (columns < spans[1, :, None])
+    spans = convex_spans(tile.corners - low, region.shape)
+    shows = within_spans(spans, region.shape[1])
     if tile.rings:
-        shows &= _inside_rings([ring - low for ring in tile.rings], region.shape)
+        shows &= within_rings([ring - low for ring in tile.rings], region.shape)
         spans = np.stack([shows.argmax(1), shows.shape[1] - shows[:, ::-1].argmax(1)]) * shows.any(1)
     np.copyto(region, number, where=shows)
     return tile.crop or _part_below(spans, low, back)
@@ -237,43 +238,7 @@ def _plain(colour: tuple[int, int, int], *, look: int = -1, share: float = 1.0) 
     return _Surface(part=(0, 0, 1, 1), matrix=np.diag([0.0, 0, 1]), colour=colour, look=look, share=share)
 
 
-def _spans(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """(2, H) i32: in each row, the first pixel with its centre in the convex polygon, and the first one after those.
-
-    Centres on an edge are inside, so that neighbours leave no gap.
-    """
-    edges = np.roll(corners, -1, axis=0) - corners
-    if edges[0, 0] * edges[1, 1] < edges[0, 1] * edges[1, 0]:  # mirrored
-        return _spans(corners[::-1], shape)
-    height, width = shape
-    rows = np.arange(height) + 0.5
-    left, right = np.zeros(height), np.full(height, float(width))
-    for (x, y), (along_x, along_y) in zip(corners, edges):  # inside is to the right of every edge
-        room = along_x * (rows - y) + _EDGE_SLACK
-        if along_y > 0:
-            np.minimum(right, x + room / along_y, out=right)
-        elif along_y < 0:
-            np.maximum(left, x + room / along_y, out=left)
-        else:
-            right[room < 0] = -1
-    return np.clip([np.ceil(left - 0.5), np.floor(right + 0.5)], 0, width).astype(np.int32)
-
-
-def _inside_rings(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool by the even-odd rule: an odd number of edges crosses the row to the left of the pixel's centre."""
-    height, width = shape
-    first = np.concatenate(rings)
-    last = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
-    rows = np.arange(height) + 0.5
-    edge, row = np.nonzero((first[:, 1:] <= rows) != (last[:, 1:] <= rows))
-    (x1, y1), (x2, y2) = first[edge].T, last[edge].T
-    crossing = x1 + (rows[row] - y1) / (y2 - y1) * (x2 - x1)
-    column = np.clip(np.ceil(crossing - 0.5), 0, width).astype(int)  # the first pixel centre behind it
-    crossings = np.bincount(row * (width + 1) + column, minlength=height * (width + 1)).reshape(height, width + 1)
-    return np.cumsum(crossings, axis=1)[:, :-1] % 2 == 1
-
-
-def _part_below(spans: np.ndarray, low: np.ndarray, back: np.ndarray) -> _Rectangle | None:
+def _part_below(spans: np.ndarray, low: np.ndarray, back: np.ndarray) -> Rectangle | None:
     """The base image's pixels (xyxy) that the pixels of the spans interpolate; None where there is no pixel.
 
     The ends of the rows enclose all others, and a projection keeps that so.
@@ -288,25 +253,34 @@ def _part_below(spans: np.ndarray, low: np.ndarray, back: np.ndarray) -> _Rectan
 
 
 def _texels(
-    surfaces: Sequence[_Surface], base_image_of: _BaseImageOf, allocate: _Allocate | None
+    surfaces: Sequence[_Surface], base_image_of: ImageSource, allocate: Allocate | None
 ) -> tuple[Tensor, np.ndarray]:
-    """(P, 3) u8: the parts of all surfaces one behind the other; (3, S) i64: their starts, widths and heights."""
+    """(P, 3) u8: the parts of all surfaces one behind the other; (3, S) i64: their starts, widths and heights.
+
+    Each image is asked for once, and none is kept, however many surfaces show it.
+    """
     x1, y1, x2, y2 = np.array([surface.part for surface in surfaces], np.int64).T
     widths, heights = x2 - x1, y2 - y1
     ends = np.cumsum(widths * heights)
     starts = ends - widths * heights
     shape = (int(ends[-1]), 3)
     texels = torch.empty(shape, dtype=torch.uint8) if allocate is None else allocate(shape)
-    for surface, start, end, width, height in zip(surfaces, starts, ends, widths, heights):
-        out = texels.numpy()[start:end].reshape(height, width, 3)
-        if surface.colour is not None:
-            out[:] = surface.colour
-        else:
-            _copy_part(base_image_of(surface.image), surface.part, out)
+    outs = [
+        texels.numpy()[start:end].reshape(height, width, 3)
+        for start, end, width, height in zip(starts, ends, widths, heights)
+    ]
+    by_image = sorted(zip(surfaces, outs), key=lambda pair: pair[0].image)
+    for image, group in itertools.groupby(by_image, key=lambda pair: pair[0].image):
+        base = None if image == _NO_IMAGE else base_image_of(image)
+        for surface, out in group:
+            if base is None:
+                out[:] = surface.colour
+            else:
+                _copy_part(base, surface.part, out)
     return texels, np.stack([starts, widths, heights])
 
 
-def _copy_part(base: np.ndarray, part: _Rectangle, out: np.ndarray) -> None:
+def _copy_part(base: np.ndarray, part: Rectangle, out: np.ndarray) -> None:
     x1, y1, x2, y2 = part
     height, width = base.shape[:2]
     beyond = (max(-y1, 0), max(y2 - height, 0), max(-x1, 0), max(x2 - width, 0))
