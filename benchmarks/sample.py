@@ -28,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)  # as in a loader process
     batches = _batches(flags.data, flags.imgsz, flags.cache)
-    samples = -(-flags.samples // _BATCH_SIZE) * _BATCH_SIZE
+    samples = -(-flags.samples // batches.batch_size) * batches.batch_size
     figures = cpu_milliseconds(_sampler(batches), samples)
     print(json.dumps({**figures, "opencv": cv2.__version__}), flush=True)
 
@@ -40,15 +40,17 @@ def _batches(data: str, imgsz: int, cache: str) -> TrainBatches:
     if cache == "ram":
         images = cached_images({"train": images}, "ram", spec=spec)["train"]
     hyp = hyperparameters(AUGMENTATION, source="benchmark")
-    return TrainBatches(store=store, images=images, imgsz=imgsz, batch_size=_BATCH_SIZE, hyp=hyp, seed=0)
+    batch_size = min(_BATCH_SIZE, len(store))
+    return TrainBatches(store=store, images=images, imgsz=imgsz, batch_size=batch_size, hyp=hyp, seed=0)
 
 
 def _sampler(batches: TrainBatches) -> Callable[[int], None]:
-    """Every sixteenth sample makes a whole batch, epoch after epoch."""
+    """The first sample of a batch makes all of it; whole batches only, epoch after epoch."""
+    size = batches.batch_size
 
     def make(number: int) -> None:
-        if number % _BATCH_SIZE == 0:
-            epoch, index = divmod(number // _BATCH_SIZE, len(batches.store) // _BATCH_SIZE)
+        if number % size == 0:
+            epoch, index = divmod(number // size, len(batches.store) // size)
             batches.batch_of(batches.lot(epoch, index, batches.order(epoch)))
 
     return make
