@@ -45,11 +45,12 @@ def _batches(data: str, imgsz: int, cache: str) -> TrainBatches:
 
 
 def _sampler(batches: TrainBatches) -> Callable[[int], None]:
-    """The first sample of each batch makes all of it, epoch after epoch; smaller batches are left out."""
+    """The first sample of a batch makes all of it; whole batches only, epoch after epoch."""
+    size = batches.batch_size
 
     def make(number: int) -> None:
-        if number % batches.batch_size == 0:
-            epoch, index = divmod(number // batches.batch_size, len(batches.store) // batches.batch_size)
+        if number % size == 0:
+            epoch, index = divmod(number // size, len(batches.store) // size)
             batches.batch_of(batches.lot(epoch, index, batches.order(epoch)))
 
     return make

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from utils.data import render_torch
 from utils.data.plan import PADDING, generator, letterbox_plan, quad_plan, train_plan
 from utils.data.render import render, render_quad
-from utils.data.render_torch import pack, paint, render_batch
+from utils.data.render_torch import pack, paint
 from utils.data.store import ImageLabels, build_store
 from utils.hyp import Hyperparameters
 from utils.structures import Cutout, Mix, PixelChange, PixelTransform, QuadPlan, SamplePlan, Tile, UserError
@@ -106,6 +106,11 @@ def random_cutout(rng: np.random.Generator) -> Cutout:
 # ---- the other executor
 
 
+def render_batch(plans, base_image_of) -> torch.Tensor:
+    """(B, 3, H, W) u8 RGB: what `render` and `render_quad` paint, to a rounding."""
+    return paint(pack(plans, base_image_of), "cpu")
+
+
 UPRIGHT = {"mosaic": 0.8, "mosaic9": 0.5, "mixup": 0.5, "cutout": 0.5, "flipud": 0.5}
 TILTED = {**UPRIGHT, "degrees": 45.0, "shear": 10.0, "perspective": 0.001}
 HYPS = [UPRIGHT, TILTED, {**UPRIGHT, "copy_paste": 1.0}, {**TILTED, "copy_paste": 1.0}, {**TILTED, "shear": 70.0}]
@@ -140,9 +145,7 @@ def assert_alike(pictures: torch.Tensor, expected: list[np.ndarray]):
 @given(seed=seeds)
 def test_the_renderers_agree(store, bases, hyp, seed):
     plans = [plan_of(store, seed, position, hyp) for position in range(4)]
-    assert_alike(
-        render_batch(plans, bases.__getitem__, device="cpu"), [render(plan, bases.__getitem__) for plan in plans]
-    )
+    assert_alike(render_batch(plans, bases.__getitem__), [render(plan, bases.__getitem__) for plan in plans])
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -152,15 +155,13 @@ def test_the_renderers_agree_on_plans_that_nothing_drew(bases, seed):
     to either side."""
     rng = np.random.default_rng(seed)
     plans = [random_plan(rng) for _ in range(4)]
-    assert_alike(
-        render_batch(plans, bases.__getitem__, device="cpu"), [render(plan, bases.__getitem__) for plan in plans]
-    )
+    assert_alike(render_batch(plans, bases.__getitem__), [render(plan, bases.__getitem__) for plan in plans])
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (128, 160), (97, 99)])
 def test_the_renderers_agree_on_letterboxes_to_the_last_bit(store, bases, shape):
     plans = [letterbox_plan(store, image, shape=shape, imgsz=IMGSZ) for image in range(3)]
-    pictures = rgb(render_batch(plans, bases.__getitem__, device="cpu"))
+    pictures = rgb(render_batch(plans, bases.__getitem__))
     np.testing.assert_array_equal(pictures, [render(plan, bases.__getitem__) for plan in plans])
 
 
@@ -169,7 +170,7 @@ def test_the_renderers_agree_on_quads(store, bases):
     for group, count in enumerate((4, 1, 3, 1, 4)):
         samples = [plan_of(store, group, place, UPRIGHT) for place in range(count)]
         plans.append(quad_plan(samples, enlarge=count == 1))
-    pictures = render_batch(plans, bases.__getitem__, device="cpu")
+    pictures = render_batch(plans, bases.__getitem__)
     assert_alike(pictures, [render_quad(plan, bases.__getitem__) for plan in plans])
 
 
@@ -251,7 +252,7 @@ def rgb(pictures: torch.Tensor) -> np.ndarray:
 def test_every_pixel_is_what_the_slow_twin_says(bases, seed):
     rng = np.random.default_rng(seed)
     plans = [random_plan(rng) for _ in range(2)]
-    pictures = rgb(render_batch(plans, bases.__getitem__, device="cpu"))
+    pictures = rgb(render_batch(plans, bases.__getitem__))
     for plan, picture in zip(plans, pictures):
         error = np.abs(picture - slow_render(plan, bases))
         assert error.mean() < 0.3
@@ -273,7 +274,7 @@ def test_colours_are_those_of_opencv(factors):
     base[:9] = np.arange(256)[:, None] * np.arange(9)[:, None, None] // 8  # greys
     base[9:12] = np.eye(3)[:, None] * np.arange(256)[:, None]
     plan = whole_plan((256, 256), hsv=factors)
-    (picture,) = rgb(render_batch([plan], lambda _: base, device="cpu"))
+    (picture,) = rgb(render_batch([plan], lambda _: base))
     hsv = cv2.cvtColor(base, cv2.COLOR_BGR2HSV) * np.array(factors)
     hsv = np.stack([np.rint(hsv[..., 0]) % 180, *np.clip(np.rint(hsv[..., 1:]), 0, 255).transpose(2, 0, 1)], axis=-1)
     expected = cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB)
@@ -285,14 +286,14 @@ def test_colours_are_those_of_opencv(factors):
 @pytest.mark.parametrize("flips", [{}, {"flip_lr": True}, {"flip_ud": True}, {"flip_lr": True, "flip_ud": True}])
 def test_an_image_in_its_own_size_is_copied(flips):
     base = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
-    (picture,) = rgb(render_batch([whole_plan((37, 53), **flips)], lambda _: base, device="cpu"))
+    (picture,) = rgb(render_batch([whole_plan((37, 53), **flips)], lambda _: base))
     expected = base[:: -1 if "flip_ud" in flips else 1, :: -1 if "flip_lr" in flips else 1, ::-1]
     np.testing.assert_array_equal(picture, expected)
 
 
 def test_where_no_tile_lies_is_padding(bases):
     plans = [whole_plan(SHAPE, tiles=()), whole_plan(SHAPE, tiles=(), hsv=(1.1, 1.1, 0.5))]
-    grey, dark = rgb(render_batch(plans, bases.__getitem__, device="cpu"))
+    grey, dark = rgb(render_batch(plans, bases.__getitem__))
     assert np.all(grey == PADDING)
     assert np.all(dark == PADDING // 2)
 
@@ -308,7 +309,7 @@ def test_a_picture_does_not_depend_on_its_batch(bases):
     for count in (1, 5):
         chunks = paint(packed, "cpu", chunk_px=count * SHAPE[0] * SHAPE[1])
         assert torch.equal(chunks, together)
-    alone = torch.cat([render_batch([plan], bases.__getitem__, device="cpu") for plan in plans])
+    alone = torch.cat([render_batch([plan], bases.__getitem__) for plan in plans])
     assert torch.equal(alone, together)
 
 
@@ -334,7 +335,7 @@ def test_of_a_base_image_only_what_shows_is_sent(bases):
 def test_images_that_do_not_show_are_not_asked_for():
     beside = Tile(image=7, matrix=np.eye(3), corners=square(-9, 0, 0, 9), crop=None)
     between = replace(beside, corners=square(3.6, 3.6, 4.4, 4.4))  # no pixel centre in it
-    pictures = render_batch([whole_plan(SHAPE, tiles=(beside, between))], {}.__getitem__, device="cpu")
+    pictures = render_batch([whole_plan(SHAPE, tiles=(beside, between))], {}.__getitem__)
     assert torch.all(pictures == PADDING)
 
 
@@ -383,7 +384,7 @@ def test_a_gpu_paints_the_same_and_is_not_waited_for(bases):
 def test_images_beyond_what_32_bits_count(bases, monkeypatch):
     rng = np.random.default_rng(6)
     plans = [random_plan(rng) for _ in range(4)]
-    expected = render_batch(plans, bases.__getitem__, device="cpu")
+    expected = render_batch(plans, bases.__getitem__)
     monkeypatch.setattr(render_torch, "_MOST_INT32", 1000)
     packed = pack(plans, bases.__getitem__)
     assert packed.parts.dtype == torch.int64
@@ -404,9 +405,9 @@ def random_quads(rng: np.random.Generator, count: int) -> list[QuadPlan]:
 
 def test_quads_are_their_samples_side_by_side_or_enlarged(bases):
     quads = random_quads(np.random.default_rng(7), 7)
-    pictures = rgb(render_batch(quads, bases.__getitem__, device="cpu"))
+    pictures = rgb(render_batch(quads, bases.__getitem__))
     for quad, picture in zip(quads, pictures):
-        samples = [rgb(render_batch([sample], bases.__getitem__, device="cpu"))[0] for sample in quad.samples]
+        samples = [rgb(render_batch([sample], bases.__getitem__))[0] for sample in quad.samples]
         if quad.enlarge:
             expected = cv2.resize(samples[0], quad.shape[::-1], interpolation=cv2.INTER_LINEAR)
             assert np.abs(picture - expected.astype(int)).max() <= 1

@@ -86,16 +86,6 @@ class PackedQuads:
         self.order.share_memory_()
 
 
-def render_batch(
-    plans: Sequence[SamplePlan] | Sequence[QuadPlan], base_image_of: ImageSource, *, device: torch.device | str
-) -> Tensor:
-    """(B, 3, H, W) u8 RGB, channels last in memory: what `render` and `render_quad` paint, to a rounding.
-
-    See `pack` for the arguments and what is raised.
-    """
-    return paint(pack(plans, base_image_of), device)
-
-
 # ---- packing, on the CPU
 
 
