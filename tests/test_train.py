@@ -250,6 +250,15 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
+def coco_of_crowds(tiny) -> str:
+    content = {
+        "images": [{"id": 0, "file_name": "images/train/0.png"}],
+        "categories": [{"id": 5, "name": yaml.safe_load(tiny.data.read_text())["names"][0]}],
+        "annotations": [{"image_id": 0, "category_id": 5, "bbox": [1, 1, 20, 20], "iscrowd": 1}],
+    }
+    return write(tiny.folder / "crowds.json", json.dumps(content))
+
+
 def data_with(tiny, **changes) -> str:
     content = yaml.safe_load(tiny.data.read_text()) | changes
     return write(tiny.folder / "changed.yaml", yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
@@ -285,6 +294,10 @@ MISTAKES = {
     "no label": (
         lambda tiny: [str(path.unlink() or "--noplots") for path in (tiny.folder / "labels/train").iterdir()],
         ["no usable label for 'train'", "images/train/0.png", "labels/train/0.txt"],
+    ),
+    "crowds alone": (
+        lambda tiny: ["--data", data_with(tiny, train=coco_of_crowds(tiny))],
+        ["no usable label for 'train'", "all of its boxes are crowd regions"],
     ),
     "class beyond names": (
         lambda tiny: [write(tiny.label("train", 3), "0 .5 .5 .2 .2\n2 .5 .5 .2 .2\n") and "--noplots"],
