@@ -711,9 +711,9 @@ def patience(stream: TrainStream, monkeypatch, seconds: float) -> None:
 
 
 def test_a_slow_process_that_goes_on_is_waited_for(batches, monkeypatch):
-    """Its batch takes several times the patience, but each image only a part."""
-    plain = still(batches, batch_size=5)
-    slow = replace(plain, images=Slow(plain.images, 0.5))
+    """Its batch takes longer than patience lasts, but each image only a small part of that."""
+    plain = still(batches, batch_size=11)
+    slow = replace(plain, images=Slow(plain.images, 0.15))
     stream = TrainStream(slow, start_epoch=0, end_epoch=1, workers=1, num_classes=3)
     made = stream.epoch(0)
     first = next(made)
