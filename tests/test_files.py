@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -290,3 +291,13 @@ def test_paths_are_shown_from_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert from_here(tmp_path / "runs/exp") == Path("runs/exp")
     assert from_here(tmp_path.parent) == tmp_path.parent
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    def full(file) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left") as failure:
+        write_atomic(tmp_path / "best.pt", full)
+    assert failure.value.filename == str(tmp_path / "best.pt")
+    assert not list(tmp_path.iterdir())

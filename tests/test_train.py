@@ -379,6 +379,14 @@ def test_unreadable_images_are_named_and_left_out(tiny, cli):
     assert [Path(one["file"]).name for one in findings] == ["1.png", "2.png", "0.png"]
 
 
+def test_a_reader_that_has_seen_enough_ends_the_run_quietly(tiny, start):
+    process = start("train.py", *tiny.flags(epochs=1000))
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == b""
+
+
 def test_strict_stops_at_a_finding_before_there_is_a_run_folder(tiny, cli):
     caches = tiny.folder.parent / "caches"
     assert cli(train, *tiny.flags("--strict", "--cache-dir", str(caches)))[0] == 0

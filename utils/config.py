@@ -259,10 +259,13 @@ def run_command(program: str, command: Callable[[], object]) -> int:
     except UserError as error:
         _complain(f"{program}: error: {error}")
         return 2
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
+        return 128 + 13  # as a program that SIGPIPE ends
     except OSError as error:
         if error.errno not in _USERS_OS_ERRORS:
             raise
-        _complain(f"{program}: error: {error.strerror}: {error.filename}")
+        _complain(f"{program}: error: {error.strerror}{f': {error.filename}' if error.filename else ''}")
         return 1
     except KeyboardInterrupt as interrupt:
         _complain(f"\n{program}: interrupted{f'; {interrupt}' if str(interrupt) else ''}")

@@ -28,7 +28,19 @@ _PACK_ALIGN = 64
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it over `path`."""
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it over `path`.
+
+    An OSError on the way names `path`.
+    """
+    try:
+        _write_atomic(path, write)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = os.fspath(path)  # a full disk has none, other errors that of the temporary file
+        raise
+
+
+def _write_atomic(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

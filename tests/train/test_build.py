@@ -360,6 +360,17 @@ def test_what_a_killed_run_left_in_memory_goes_when_the_next_begins(tiny, memory
     assert not left.exists()
 
 
+def test_the_repeat_factor_says_what_it_does(tiny, capsys):
+    for index in range(1, 8):
+        tiny.label("train", index).write_text("0 .5 .5 .5 .5\n")
+    tiny.label("train", 0).write_text("1 .5 .5 .5 .5\n")
+    build_trainer(tiny.options(repeat_factor=0.5))
+    says = "--repeat-factor 0.5: 1 of 8 images are shown more often than the others, up to 2.0 times as often; "
+    assert says in capsys.readouterr().out
+    build_trainer(tiny.options(repeat_factor=0.1, exist_ok=True))
+    assert "--repeat-factor 0.1: no class is in less than this share of the images" in capsys.readouterr().out
+
+
 def test_the_repeat_factor_reaches_the_order_of_images(tiny):
     for index in range(1, 8):
         tiny.label("train", index).write_text("0 .5 .5 .5 .5\n")

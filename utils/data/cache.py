@@ -122,7 +122,7 @@ def remove_abandoned(keep: Container[str] = ()) -> None:
 def summary(kind: CacheKind, caches: Mapping[str, CachedImages]) -> str:
     """One line for the user: what is cached, its size, where, and whether it was there already."""
     parts = [
-        f"{split} ({len(cache)}, {_size(cache.size)}, {'built' if cache.built else 'found'})"
+        f"{split} ({len(cache):,}, {_size(cache.size)}, {'built' if cache.built else 'found'})"
         for split, cache in caches.items()
     ]
     where = " and ".join(dict.fromkeys(str(cache.path.parent) for cache in caches.values()))

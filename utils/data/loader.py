@@ -321,6 +321,10 @@ class Stream:
         """What a process died of; empty while all are well."""
         return self._supply.death()
 
+    def end(self) -> None:
+        """Kill the processes, after a fault."""
+        self._supply.end()
+
 
 class TrainStream:
     """The training batches of the epochs `start_epoch` to `end_epoch` - 1, one epoch after the other.
@@ -378,6 +382,10 @@ class TrainStream:
         """What a process died of; empty while all are well."""
         return self._supply.death()
 
+    def end(self) -> None:
+        """Kill the processes, after a fault."""
+        self._supply.end()
+
 
 @contextmanager
 def faults_named(*streams: Stream | TrainStream) -> Iterator[None]:
@@ -388,9 +396,12 @@ def faults_named(*streams: Stream | TrainStream) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        for fault in filter(None, (stream.fault() for stream in streams)):
-            raise RunError(fault) from error
-        raise
+        fault = next(filter(None, (stream.fault() for stream in streams)), "")
+        if not fault:
+            raise
+        for stream in streams:
+            stream.end()
+        raise RunError(fault) from error
 
 
 class _Lots:
@@ -461,6 +472,7 @@ class _Supply(Generic[_Batches, _Key]):
             fault = self.death() or (self._hang() if "timed out" in str(error) else "")
             if not fault:
                 raise
+            self.end()
             raise RunError(fault) from error
 
     def _awaited(self, batches: Iterator[_Result]) -> Iterator[_Result]:
@@ -497,22 +509,25 @@ class _Supply(Generic[_Batches, _Key]):
         return ""
 
     def _hang(self) -> str:
-        """Of the process that has been at its batch for longest. All that hang are killed: they hear nothing else."""
+        """Of the process that has been at its batch for longest."""
         hanging = self._hanging()
         if not hanging:
             return f"the loader processes have made nothing for {2 * _PATIENCE_S} s; --workers 0 does without them"
         worker = max(hanging, key=self._board.seconds)
         image, process = self._board.image(worker), self._processes[worker]
         at = "painting" if image is None else f"reading {self._store.path(image)}"
-        fault = (
+        return (
             f"{_name(worker, process)} hangs, {at} for {self._board.seconds(worker):.0f} s, in "
             f"{self._board.work(worker)}: is its drive still there? --resume continues the run"
         )
-        for process in (self._processes[worker] for worker in hanging):
+
+    def end(self) -> None:
+        """Kill the processes: one that hangs hears nothing else, and one that died later would be an error of torch's
+        wherever the main process then is."""
+        for process in self._processes:
             with suppress(RuntimeError):  # torch's handler hears of this death, too
                 process.kill()
                 process.join(timeout=5)
-        return fault
 
 
 _LOWER = "lower --workers, --batch-size or --imgsz"

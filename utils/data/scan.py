@@ -18,7 +18,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from utils.config import read_dataset
+from utils.config import PROJECT_ROOT, read_dataset
 from utils.data.download import ensure_downloaded
 from utils.data.findings import (
     Findings,
@@ -121,10 +121,17 @@ def refuse_findings(scan: DatasetScan, *, listed: Path | None = None) -> None:
     """For --strict: raises UserError where there is any finding; `listed` is the file that names them all."""
     if not scan.count:
         return
-    source = shlex.quote(str(from_here(scan.spec.source)))
-    lists_all = f"`{this_python()} -m utils.data.scan --data {source}` lists them" if listed is None else ""
     found = [f"{len(report.findings):,} in {split}" for split, report in scan.reports.items() if report.findings]
-    raise UserError(f"--strict: findings: {', '.join(found)}; {lists_all or f'all of them are in {listed}'}")
+    where = f"`{_scan_command(scan.spec.source)}` lists them" if listed is None else f"all of them are in {listed}"
+    raise UserError(f"--strict: findings: {', '.join(found)}; {where}")
+
+
+def _scan_command(source: Path) -> str:
+    """What to type for a report; Python finds the module in the project's folder alone."""
+    if Path.cwd() == PROJECT_ROOT:
+        return f"{this_python()} -m utils.data.scan --data {shlex.quote(str(from_here(source)))}"
+    folder, python, data = (shlex.quote(str(path)) for path in (PROJECT_ROOT, sys.executable, source))
+    return f"cd {folder} && {python} -m utils.data.scan --data {data}"
 
 
 # ---- one split ----------------------------------------------------------------------------------------------------

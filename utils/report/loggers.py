@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.clock import PARTS
+from utils.data.findings import shortened
 from utils.files import printable, write_text
 from utils.structures import LossMeans, Metrics
 
@@ -258,7 +259,7 @@ def table(metrics: Metrics, verbose: bool) -> str:
     """The result as aligned text: header, the row 'all' and, with `verbose`, every class that has labels."""
     rows = [("all", metrics.images, metrics.labels, metrics)]
     if verbose:
-        rows += [(one.name, one.images, one.labels, one) for one in metrics.per_class if one.labels]
+        rows += [(shortened(one.name), one.images, one.labels, one) for one in metrics.per_class if one.labels]
     width = max(20, *(len(name) for name, *_ in rows))
     lines = [f"{'Class':>{width}}{'Images':>11}{'Labels':>11}{'P':>11}{'R':>11}{'mAP@.5':>11}{'mAP@.5:.95':>12}"]
     for name, images, labels, row in rows:

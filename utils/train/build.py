@@ -24,6 +24,7 @@ from utils.data.images import BaseImages, ImageSource
 from utils.data.labels import shown_path
 from utils.data.loader import EvalBatches, TrainBatches, TrainStream
 from utils.data.pixels import check_transforms
+from utils.data.plan import repeat_factors
 from utils.data.scan import DatasetScan, open_dataset, refuse_findings, scan_dataset
 from utils.data.sources import open_split
 from utils.data.store import single_class
@@ -94,7 +95,7 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
     options = _resolved(given, spec, model, console)
     options = _with_batch_size(options, hyp, model, runtime, train=train, val=val, console=console)
     images = _images(options, spec, train=train, val=val, console=console)
-    lines += _choose_anchors(model, options, hyp, train)
+    lines += _choose_anchors(model, options, hyp, train) + _repeated(options, names, train)
     run = _run_folder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok), options)
     write_yaml(run.path / "hyp.yaml", plain_values(hyp))
     if scan.count:
@@ -388,6 +389,20 @@ def _choose_anchors(model: DetectionModel, options: TrainOptions, hyp: Hyperpara
         model.set_anchors(torch.from_numpy(choice.anchors))
         verdict += f"; new ones, found by k-means and evolution, reach {choice.recall_after:.1%}"
     return [verdict]
+
+
+def _repeated(options: TrainOptions, names: tuple[str, ...], store: LabelStore) -> list[str]:
+    """A line for the user on what --repeat-factor does to this data set."""
+    if not options.repeat_factor:
+        return []
+    factors = repeat_factors(store, len(names), options.repeat_factor)
+    more = int((factors > 1).sum())
+    if not more:
+        return [f"--repeat-factor {options.repeat_factor:g}: no class is in less than this share of the images"]
+    return [
+        f"--repeat-factor {options.repeat_factor:g}: {more:,} of {len(store):,} images are shown more often than the "
+        f"others, up to {factors.max():.1f} times as often; an epoch stays as long"
+    ]
 
 
 def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None) -> Trainer:
