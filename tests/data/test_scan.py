@@ -472,6 +472,16 @@ def add_a_label(spec):
     return spec
 
 
+def add_a_label_in_capitals(spec):
+    background = next(path for path in (spec.root / "images/train").iterdir() if not label_of(spec, path).exists())
+    label_of(spec, background).with_suffix(".TXT").write_text(ROW)
+    return spec
+
+
+def label_of(spec, image):
+    return (spec.root / "labels/train" / image.name).with_suffix(".txt")
+
+
 def remove_a_label(spec):
     (spec.root / "labels/train/a.txt").unlink()
     return spec
@@ -533,6 +543,7 @@ def use_an_older_schema(spec):
     [
         change_a_label,
         add_a_label,
+        add_a_label_in_capitals,
         remove_a_label,
         replace_an_image,
         touch_an_image,

@@ -135,6 +135,32 @@ def test_labels_beside_images_in_a_folder_images_are_found_where_no_folder_label
     assert pickle.loads(pickle.dumps(source.part(1, 2))).label_file(0) == source.label_file(1)
 
 
+@pytest.mark.parametrize("entry", ["images", "beside", "list.txt"])
+def test_label_files_in_capitals_are_read(entry, spec, touch):
+    touch("images/DSC_1.JPG", "images/b.jpg", "images/c.jpg", "beside/d.jpg")
+    for name in ("labels/DSC_1.TXT", "labels/b.txt", "beside/d.Txt"):
+        (spec.root / name).parent.mkdir(exist_ok=True)
+        (spec.root / name).write_text("0 .5 .5 .1 .1\n")
+    (spec.root / "list.txt").write_text("images/DSC_1.JPG\nbeside/d.jpg\n")
+    spec = entries(spec, entry)
+    wanted = {
+        "images": ["labels/DSC_1.TXT", "labels/b.txt", "labels/c.txt"],
+        "beside": ["beside/d.Txt"],
+        "list.txt": ["labels/DSC_1.TXT", "beside/d.Txt"],
+    }[entry]
+    assert labels_of(spec) == wanted
+    (source,) = open_split(spec, "train")
+    parts = [pickle.loads(pickle.dumps(source.part(at, at + 1))) for at in range(len(source.images))]
+    assert below(spec, [part.label_file(0) for part in parts]) == wanted
+    assert [len(part.read("a").rows.boxes) for part in parts] == [name != "labels/c.txt" for name in wanted]
+    assert problems(spec) == []
+
+
+def test_of_two_label_files_the_one_by_the_rule_is_read(spec, touch):
+    touch("images/a.jpg", "labels/a.txt", "labels/a.TXT")
+    assert labels_of(spec) == ["labels/a.txt"]
+
+
 # ---- lists
 
 
@@ -299,6 +325,17 @@ def test_a_voc_list_names_ids_with_files_two_levels_up(entry, spec, touch):
     assert problems(spec) == [("Annotations/b.c.xml", NO_ANNOTATION), ("Annotations/gone.xml", NO_ANNOTATION)]
 
 
+def test_voc_files_in_capitals_are_read(spec, touch):
+    touch("JPEGImages/A.JPG", "JPEGImages/b.jpg", "ImageSets/Main/x")
+    write_voc(spec.root / "Annotations/A.XML", "a")
+    write_voc(spec.root / "Annotations/b.xml", "a")
+    (spec.root / "ImageSets/Main/train.txt").write_text("A\nb\n")
+    for entry in ("ImageSets/Main/train.txt", "Annotations"):
+        assert listed(entries(spec, entry)) == ["JPEGImages/A.JPG", "JPEGImages/b.jpg"]
+        assert labels_of(entries(spec, entry)) == ["Annotations/A.XML", "Annotations/b.xml"]
+        assert problems(entries(spec, entry)) == []
+
+
 def test_a_voc_list_of_one_class_has_flags_behind_its_ids(spec, touch):
     touch(
         "JPEGImages/0001.jpg", "JPEGImages/0002.jpg", "ImageSets/Main/x", "Annotations/0001.xml", "Annotations/0002.xml"
@@ -427,7 +464,8 @@ def test_images_that_share_a_label_file_are_named(spec, touch):
 
 def test_label_files_without_an_image_are_named(spec, touch):
     touch("images/a.jpg", "labels/a.txt", "labels/gone.txt", "labels/classes.txt", "labels/README.dataset.txt")
-    assert problems(spec) == [("labels/gone.txt", NO_IMAGE)]
+    touch("labels/LOST.TXT", "labels/CLASSES.TXT")
+    assert problems(spec) == [("labels/LOST.TXT", NO_IMAGE), ("labels/gone.txt", NO_IMAGE)]
 
 
 def test_the_lists_of_a_data_set_are_no_labels_without_an_image(spec, touch):

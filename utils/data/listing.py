@@ -40,6 +40,7 @@ class Folders:
     def __init__(self) -> None:
         self._names: dict[str, frozenset[str]] = {}
         self._images: dict[str, dict[str, str]] = {}
+        self._respelled: dict[tuple[str, str], dict[str, str]] = {}
 
     def names(self, folder: str) -> frozenset[str]:
         """The names in a folder; none where it cannot be read."""
@@ -49,6 +50,17 @@ class Folders:
             except (OSError, ValueError):  # a NUL is a ValueError
                 self._names[folder] = frozenset()
         return self._names[folder]
+
+    def respelled(self, folder: str, ending: str) -> dict[str, str]:
+        """Names such as x.TXT by what they stand in for, x.txt, where that is not there itself; `ending` is `.txt`."""
+        key = folder, ending
+        if key not in self._respelled:
+            names, cut = self.names(folder), -len(ending)
+            others = [name for name in names if name[cut:] != ending and name[cut:].lower() == ending]
+            self._respelled[key] = {
+                wanted: name for name in sorted(others) if (wanted := f"{name[:cut]}{ending}") not in names
+            }
+        return self._respelled[key]
 
     def image(self, folder: str, stem: str) -> str | None:
         """The path of the image of that stem in a folder."""

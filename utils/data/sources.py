@@ -114,12 +114,24 @@ def _open_folder(folder: str, spec: DatasetSpec, folders: Folders) -> Source:
         annotations += [f"{where}{os.sep}{name}" for name in names if name[-4:].lower() == ".xml" and name[0] != "."]
     if annotations and not _have_text(images, folders):
         return _voc_folder(folder, images, annotations, spec, folders)
-    return _text_source(images, spec)
+    return _text_source(images, spec, folders)
 
 
-def _text_source(images: Sequence[str], spec: DatasetSpec) -> TextSource:
-    beside = frozenset(folder for folder in _folders_of(images) if labels_lie_beside(folder))
-    return TextSource(images=images, beside=beside, category_ids=(-1,) * len(spec.names))
+def _text_source(images: Sequence[str], spec: DatasetSpec, folders: Folders) -> TextSource:
+    homes = _folders_of(images)
+    beside = frozenset(folder for folder in homes if labels_lie_beside(folder))
+    source = TextSource(images=images, beside=beside, category_ids=(-1,) * len(spec.names))
+    respelled = {}
+    for where in dict.fromkeys(_label_folder(source, folder) for folder in homes):
+        found = folders.respelled(where, ".txt").items()
+        respelled |= {f"{where}{os.sep}{expected}": f"{where}{os.sep}{name}" for expected, name in found}
+    return replace(source, respelled=respelled)
+
+
+def _label_folder(source: TextSource, images: str) -> str:
+    """Where the labels of the images in a folder lie."""
+    probe = replace(source, images=[f"{images}{os.sep}x.jpg"])
+    return probe.label_file(0)[: -len("x.txt") - 1]
 
 
 def _folders_of(paths: Iterable[str]) -> dict[str, None]:
@@ -130,10 +142,7 @@ def _folders_of(paths: Iterable[str]) -> dict[str, None]:
 def _have_text(images: Sequence[str], folders: Folders) -> bool:
     """Whether any of the images has YOLO text; in a folder with VOC .xml, that decides which of the two it is."""
     for image in images:
-        label = label_path(image)
-        cut = label.rfind(os.sep)
-        beside = f"{image[image.rfind(os.sep) + 1 : image.rfind('.')]}.txt"
-        if label[cut + 1 :] in folders.names(label[:cut]) or beside in folders.names(image[: image.rfind(os.sep)]):
+        if any(_is_there(text, folders) for text in (label_path(image), f"{image[: image.rfind('.')]}.txt")):
             return True
     return False
 
@@ -180,7 +189,7 @@ def _open_list(file: Path, spec: DatasetSpec, folders: Folders) -> Source:
     lines = _list_lines(file)
     if not lines or any(map(_names_image, lines)):
         finder = Finder([os.fspath(spec.root), os.fspath(file.parent)], folders)
-        return _text_source(list(map(finder.find, lines)), spec)
+        return _text_source(list(map(finder.find, lines)), spec, folders)
     above = (*list(file.parents)[:3][::-1], spec.root)  # ImageSets/Main/train.txt: two folders up, or fewer
     root = next((folder for folder in above if (folder / "Annotations").is_dir()), None)
     if root is None:
@@ -210,9 +219,9 @@ def _names_image(line: str) -> bool:
 def _voc_list(lines: Sequence[str], root: str, spec: DatasetSpec, folders: Folders) -> VocSource:
     annotations, images = f"{root}{os.sep}Annotations", f"{root}{os.sep}JPEGImages"
     flagged = [_FLAGGED_ID.fullmatch(line) for line in lines]
-    if all(flagged) and f"{lines[0]}.xml" not in folders.names(annotations):
+    if all(flagged) and not _is_there(f"{annotations}{os.sep}{lines[0]}.xml", folders):
         lines = [match[1] for match in flagged]
-    files = [f"{annotations}{os.sep}{line}.xml" for line in lines]
+    files = [_spelled(f"{annotations}{os.sep}{line}.xml", folders) for line in lines]
     found = [_image_of_id(line, images, folders) for line in lines]
     lost = [file for file in files if not _is_there(file, folders)]
     return VocSource(
@@ -229,7 +238,14 @@ def _image_of_id(line: str, images: str, folders: Folders) -> str:
     return folders.image(path[:cut], path[cut + 1 :]) or f"{path}.jpg"
 
 
+def _spelled(path: str, folders: Folders) -> str:
+    """The path of an .xml or .txt as its folder spells the ending, which may be .XML."""
+    cut = path.rfind(os.sep) + 1
+    return path[:cut] + folders.respelled(path[: cut - 1], path[-4:]).get(path[cut:], path[cut:])
+
+
 def _is_there(path: str, folders: Folders) -> bool:
+    path = _spelled(path, folders)
     cut = path.rfind(os.sep)
     return path[cut + 1 :] in folders.names(path[:cut])
 
@@ -297,8 +313,7 @@ def _labels_alone(sources: Sequence[TextSource]) -> list[Finding]:
     findings, seen = [], set()
     for source in sources:
         for folder in _folders_of(source.images):
-            probe = replace(source, images=[f"{folder}{os.sep}x.jpg"])
-            where = probe.label_file(0)[: -len("x.txt") - 1]
+            where = _label_folder(source, folder)
             if where not in seen:
                 seen.add(where)
                 findings += [Finding(file=shown_path(path), line=0, problem=NO_IMAGE) for path in _alone(where, folder)]
@@ -307,6 +322,10 @@ def _labels_alone(sources: Sequence[TextSource]) -> list[Finding]:
 
 def _alone(labels: str, images: str) -> list[str]:
     folders = Folders()
-    texts = {name[:-4] for name in folders.names(labels) if name.endswith(".txt") and name[0] != "."}
-    texts -= {name[: name.rfind(".")] for name in folders.names(images) if is_image(name)}
-    return [f"{labels}{os.sep}{stem}.txt" for stem in sorted(texts) if not _NO_LABELS.fullmatch(stem)]
+    with_image = {name[: name.rfind(".")] for name in folders.names(images) if is_image(name)}
+    return [
+        f"{labels}{os.sep}{name}"
+        for name in sorted(folders.names(labels))
+        if name[-4:].lower() == ".txt" and name[0] != "." and name[:-4] not in with_image
+        if not _NO_LABELS.fullmatch(name[:-4])
+    ]
