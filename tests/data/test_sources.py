@@ -293,6 +293,27 @@ def test_a_fraction_that_leaves_a_split_empty_says_so(spec, touch):
         open_split(spec, empty)
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 0.2, 0.8, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_a_fraction_of_few_images_leaves_each_split_one(fraction, count, spec, touch):
+    touch(*(f"images/{number}.jpg" for number in range(count)), "more/x.jpg")
+    spec = replace(entries(spec, "images", "more"), val_fraction=fraction)
+    train, val = listed(spec, "train"), listed(spec, "val")
+    assert train
+    assert val
+    assert sorted(train + val) == sorted(listed(replace(spec, val_fraction=0.0)))
+    if fraction == 1e-9:
+        assert len(val) == 1
+    if fraction == 1 - 1e-9:
+        assert len(train) == 1
+
+
+def test_files_of_one_name_are_on_one_side_of_a_fraction(spec, touch):
+    touch("images/a/x.jpg", "images/b/x.jpg")
+    sides = [has_images(replace(spec, val_fraction=0.5), split) for split in ("train", "val")]
+    assert sorted(sides) == [False, True]
+
+
 def has_images(spec: DatasetSpec, split: str) -> bool:
     try:
         return bool(open_split(spec, split))

@@ -61,14 +61,27 @@ def open_split(spec: DatasetSpec, split: str) -> tuple[Source, ...]:
 
 def _share(spec: DatasetSpec, split: str, sources: Sequence[Source]) -> tuple[Source, ...]:
     """The part of train that is `split`, where val is a fraction of it."""
-    chosen = []
-    for source in sources:
-        below = np.fromiter(map(_name_fraction, source.images), np.float64, len(source.images)) < spec.val_fraction
-        chosen.append(source.chosen(below == (split == "val")))
-    if not any(len(source.images) for source in chosen):
-        total = sum(len(source.images) for source in sources)
-        raise UserError(f"{spec.source}: 'val: {spec.val_fraction}' leaves '{split}' none of the {total} images")
-    return tuple(source for source in chosen if len(source.images))
+    lengths = [len(source.images) for source in sources]
+    names = chain.from_iterable(source.images for source in sources)
+    fractions = np.fromiter(map(_name_fraction, names), np.float64, sum(lengths))
+    in_split = _is_val(fractions, spec.val_fraction) == (split == "val")
+    if not in_split.any():
+        raise UserError(
+            f"{spec.source}: 'val: {spec.val_fraction}' leaves '{split}' none of the {len(in_split):,} images"
+        )
+    shares = np.split(in_split, np.cumsum(lengths)[:-1])
+    return tuple(source.chosen(share) for source, share in zip(sources, shares) if share.any())
+
+
+def _is_val(fractions: np.ndarray, share: float) -> np.ndarray:
+    """(n,) bool: those below `share`; of few images the lowest, or all but the highest, so that no side has none."""
+    is_val = fractions < share
+    if not is_val.any():
+        is_val = fractions == fractions.min()
+    elif is_val.all():
+        is_val = fractions < fractions.max()
+    alone = is_val.all() or not is_val.any()  # files of one name stay together
+    return fractions < share if alone else is_val
 
 
 def _name_fraction(image: str) -> float:
