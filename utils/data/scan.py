@@ -127,6 +127,21 @@ def refuse_findings(scan: DatasetScan, *, listed: Path | None = None) -> None:
     raise UserError(f"--strict: findings: {', '.join(found)}; {lists_all or f'all of them are in {listed}'}")
 
 
+def refuse_no_label(scan: DatasetScan) -> None:
+    """Raises UserError where 'train', which must be among the splits, has nothing to train on."""
+    if not scan.reports["train"].boxes:
+        raise UserError(f"{scan.spec.source}: no usable label for 'train'; {_why_no_label(scan)}")
+
+
+def _why_no_label(scan: DatasetScan) -> str:
+    if scan.reports["train"].crowds:
+        return "all of its boxes are crowd regions (iscrowd: 1), which are no objects to train on"
+    if any(problem.endswith("dropped") for problem in scan.reports["train"].defects.problems()):
+        return "every row was dropped; YOLO text is `class cx cy width height` as fractions of the image, not pixels"
+    source = open_split(scan.spec, "train")[0]
+    return f"those of {shown_path(source.images[0])} should be in {shown_path(source.label_file(0))}"
+
+
 # ---- one split ----------------------------------------------------------------------------------------------------
 
 

@@ -66,9 +66,8 @@ def _share(spec: DatasetSpec, split: str, sources: Sequence[Source]) -> tuple[So
     fractions = np.fromiter(map(_name_fraction, names), np.float64, sum(lengths))
     in_split = _is_val(fractions, spec.val_fraction) == (split == "val")
     if not in_split.any():
-        raise UserError(
-            f"{spec.source}: 'val: {spec.val_fraction}' leaves '{split}' none of the {len(in_split):,} images"
-        )
+        none = f"none of the {len(in_split):,} images"
+        raise UserError(f"{spec.source}: 'val: {spec.val_fraction}' leaves '{split}' {none}")
     shares = np.split(in_split, np.cumsum(lengths)[:-1])
     return tuple(source.chosen(share) for source, share in zip(sources, shares) if share.any())
 
