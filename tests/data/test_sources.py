@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from utils.config import read_dataset
 from utils.data.coco import CocoSource
 from utils.data.labels import checked
-from utils.data.sources import EMPTY_ENTRY, NO_ANNOTATION, NO_IMAGE, SHARED_LABELS, TWICE, open_split, split_findings
+from utils.data.sources import (
+    EMPTY_ENTRY,
+    FOREIGN_PHOTO,
+    NO_ANNOTATION,
+    NO_IMAGE,
+    SHARED_LABELS,
+    TWICE,
+    open_split,
+    split_findings,
+)
 from utils.data.voc import VocSource
 from utils.data.yolo_text import TextSource
 from utils.structures import DatasetSpec, UserError
@@ -504,6 +513,22 @@ def test_a_list_of_some_images_leaves_the_labels_of_the_others_alone(spec, touch
 def test_an_entry_without_images_is_named(spec, touch):
     touch("images/a.jpg", "bare/x")
     assert problems(entries(spec, "bare", "images")) == [("bare", EMPTY_ENTRY)]
+
+
+def test_photos_that_opencv_cannot_read_are_named_once(spec, touch):
+    touch("images/a.jpg", "images/IMG_1.HEIC", "images/deep/b.nef", "images/._c.heic", "labels/IMG_1.txt")
+    touch("images/both.CR2", "images/both.JPG", "labels/deep/x")
+    lost = [("images/IMG_1.HEIC", FOREIGN_PHOTO), ("images/deep/b.nef", FOREIGN_PHOTO)]
+    assert problems(spec) == lost
+    halves = replace(spec, val_fraction=0.5)
+    assert problems(halves, "train") + problems(halves, "val") == lost
+    assert problems(entries(spec, "images/deep", "images")) == [("images/deep", EMPTY_ENTRY), lost[1], *lost]
+
+
+def test_a_folder_of_photos_that_opencv_cannot_read_says_so(spec, touch):
+    touch("images/IMG_1.HEIC", "images/IMG_2.heic")
+    with pytest.raises(UserError, match=r"none of the photos for 'train' can be read; convert them .*IMG_1\.HEIC"):
+        open_split(spec, "train")
 
 
 def test_an_entry_of_two_splits_is_named_in_the_later_one(spec, touch):

@@ -10,11 +10,32 @@ from collections.abc import Iterator, Sequence
 
 from utils.data.images import IMAGE_SUFFIXES
 
+_FOREIGN_SUFFIXES = frozenset(  # of cameras and telephones
+    ".3fr .arw .cr2 .cr3 .crw .dng .heic .heif .hif .iiq .kdc .mrw .nef .nrw .orf .pef .raf .raw .rw2 .sr2 .srf .srw"
+    " .x3f".split()
+)
+
 
 def is_image(name: str) -> bool:
     """Whether a file name is that of an image; hidden files are nobody's."""
     dot = name.rfind(".")
     return dot > 0 and name[dot:].lower() in IMAGE_SUFFIXES and name[0] != "."
+
+
+def is_foreign_photo(name: str) -> bool:
+    """Whether a file name is that of a photo which OpenCV cannot decode."""
+    dot = name.rfind(".")
+    return dot > 0 and name[dot:].lower() in _FOREIGN_SUFFIXES and name[0] != "."
+
+
+def foreign_photos(names: Sequence[str], images: Sequence[str]) -> list[str]:
+    """Of the files of a folder, of which some are images, the photos that cannot be decoded and are not there as images
+    too: cameras may save a .jpg beside their own format."""
+    if len(images) == len(names):
+        return []
+    found = list(filter(is_foreign_photo, names))
+    stems = {name[: name.rfind(".")] for name in images} if found else ()
+    return [name for name in found if name[: name.rfind(".")] not in stems]
 
 
 def walked(folder: str) -> Iterator[tuple[str, list[str]]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from utils.data.coco import open_coco
 from utils.data.labels import Finding, Source, shown_path
-from utils.data.listing import Finder, Folders, is_image, walked
+from utils.data.listing import Finder, Folders, foreign_photos, is_foreign_photo, is_image, walked
 from utils.data.voc import VocSource, image_name
 from utils.data.yolo_text import TextSource, have_labels, label_path, labels_lie_beside
 from utils.structures import DatasetSpec, UserError
@@ -26,6 +26,7 @@ SHARED_LABELS = "shares its label file with another image"
 NO_IMAGE = "label file without an image"
 NO_ANNOTATION = "no annotation file: taken as background"
 EMPTY_ENTRY = "no image in it"
+FOREIGN_PHOTO = "cannot be read: convert it to .jpg or .png: image skipped"
 
 _IMAGE_FOLDERS = ("JPEGImages", "images", "Images")  # beside a folder of VOC .xml
 _NO_LABELS = re.compile(
@@ -46,20 +47,29 @@ def open_split(spec: DatasetSpec, split: str) -> tuple[Source, ...]:
     opened = [_open(entry, spec, split, folders) for entry in entries]
     sources = [source for source in opened if len(source.images)]
     if not sources:
-        looked = ", ".join(map(shown_path, entries))
-        raise UserError(f"{spec.source}: no image found for '{split}' in {looked}; expected {ENTRY_KINDS}")
-    empty = [
+        raise UserError(f"{spec.source}: {_why_no_image(split, entries, opened)}")
+    found = [
         Finding(file=shown_path(entry), line=0, problem=EMPTY_ENTRY)
         for entry, source in zip(entries, opened)
         if not len(source.images)
     ]
-    sources[0] = replace(sources[0], findings=(*empty, *sources[0].findings))
+    found += chain.from_iterable(source.findings for source in opened)
     if spec.val_fraction and split != "test":
-        return _share(spec, split, sources)
-    return tuple(sources)
+        sources = _share(spec, split, sources)
+        found = found if split == "train" else []  # val's are said of train, whose folders these are
+    first, *others = sources
+    return replace(first, findings=tuple(found)), *(replace(source, findings=()) for source in others)
 
 
-def _share(spec: DatasetSpec, split: str, sources: Sequence[Source]) -> tuple[Source, ...]:
+def _why_no_image(split: str, entries: Sequence[Path], opened: Sequence[Source]) -> str:
+    looked = ", ".join(map(shown_path, entries))
+    photos = [one.file for source in opened for one in source.findings if one.problem == FOREIGN_PHOTO]
+    if photos:
+        return f"none of the photos for '{split}' can be read; convert them to .jpg or .png; first: {photos[0]}"
+    return f"no image found for '{split}' in {looked}; expected {ENTRY_KINDS}"
+
+
+def _share(spec: DatasetSpec, split: str, sources: Sequence[Source]) -> list[Source]:
     """The part of train that is `split`, where val is a fraction of it."""
     lengths = [len(source.images) for source in sources]
     names = chain.from_iterable(source.images for source in sources)
@@ -69,7 +79,7 @@ def _share(spec: DatasetSpec, split: str, sources: Sequence[Source]) -> tuple[So
         none = f"none of the {len(in_split):,} images"
         raise UserError(f"{spec.source}: 'val: {spec.val_fraction}' leaves '{split}' {none}")
     shares = np.split(in_split, np.cumsum(lengths)[:-1])
-    return tuple(source.chosen(share) for source, share in zip(sources, shares) if share.any())
+    return [source.chosen(share) for source, share in zip(sources, shares) if share.any()]
 
 
 def _is_val(fractions: np.ndarray, share: float) -> np.ndarray:
@@ -120,13 +130,18 @@ def _labelled(folder: str) -> str:
 
 
 def _open_folder(folder: str, spec: DatasetSpec, folders: Folders) -> Source:
-    images, annotations = [], []
+    images, annotations, foreign = [], [], []
     for where, names in walked(folder):
-        images += [f"{where}{os.sep}{name}" for name in names if is_image(name)]
+        here = list(filter(is_image, names))
+        images += [f"{where}{os.sep}{name}" for name in here]
         annotations += [f"{where}{os.sep}{name}" for name in names if name[-4:].lower() == ".xml" and name[0] != "."]
+        foreign += [f"{where}{os.sep}{name}" for name in foreign_photos(names, here)]
     if annotations and not _have_text(images, folders):
-        return _voc_folder(folder, images, annotations, spec, folders)
-    return _text_source(images, spec, folders)
+        source = _voc_folder(folder, images, annotations, spec, folders)
+    else:
+        source = _text_source(images, spec, folders)
+    found = [Finding(file=shown_path(photo), line=0, problem=FOREIGN_PHOTO) for photo in foreign]
+    return replace(source, findings=tuple(found))
 
 
 def _text_source(images: Sequence[str], spec: DatasetSpec, folders: Folders) -> TextSource:
@@ -334,7 +349,7 @@ def _labels_alone(sources: Sequence[TextSource]) -> list[Finding]:
 
 def _alone(labels: str, images: str) -> list[str]:
     folders = Folders()
-    with_image = {name[: name.rfind(".")] for name in folders.names(images) if is_image(name)}
+    with_image = {name[: name.rfind(".")] for name in folders.names(images) if is_image(name) or is_foreign_photo(name)}
     return [
         f"{labels}{os.sep}{name}"
         for name in sorted(folders.names(labels))
