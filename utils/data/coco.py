@@ -118,7 +118,7 @@ def open_coco(path: Path, names: Sequence[str], find: Callable[[str], str]) -> C
         declared=np.array([[_side(item, side) for side in ("height", "width")] for item in images], np.int32),
         bad_rows=tuple(sorted(packed.bad_rows, key=lambda pair: pair[0])),
         category_ids=category_ids,
-        notes=_unused(file, names),
+        notes=(*_unused(file, names), *_of_one_name(file, names)),
     )
     findings = [Finding(file=shown_path(find(name)), line=0, problem=SAME_IMAGE) for name in twice]
     stray = [Finding(file=shown_path(path), line=0, problem=NO_IMAGE)] * packed.stray
@@ -231,6 +231,18 @@ def _classes(file: _File, names: Sequence[str]) -> tuple[dict[float | str, int],
         if number not in known:
             file.refuse(f"annotations[{place}]: category_id {number!r} is not in 'categories'")
     return classes, category_ids
+
+
+def _of_one_name(file: _File, names: Sequence[str]) -> list[str]:
+    """Lines for people on the categories that are one class."""
+    ids: dict[str, list[float | str]] = {}
+    for item in file.categories:
+        ids.setdefault(str(item["name"]).strip(), []).append(item["id"])
+    return [
+        f"{file.shown}: categories {', '.join(map(repr, ids[name]))} are all called '{name}': taken as one class"
+        for name in class_numbers(names)
+        if len(ids.get(name, ())) > 1
+    ]
 
 
 def _unused(file: _File, names: Sequence[str], *, most: int = 5) -> tuple[str, ...]:
