@@ -186,7 +186,8 @@ def test_findings_of_checks_name_the_image(opened):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "not valid JSON: line 1: Expecting value"),
+        (b"", "not valid JSON: line 1, column 1: expecting value"),
+        (b'{"images: []}', "not valid JSON: line 1, column 2: unterminated string"),
         (b'{"images": [}', "not valid JSON: line 1"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),

@@ -251,6 +251,7 @@ def test_several_entries_come_one_after_the_other(spec, touch):
         ("binary.txt", "binary.txt: cannot be read as a list of images"),
         ("ids.txt", "ids.txt: '0001' is no image file such as a.jpg, and for a VOC list of ids there is no folder Ann"),
         ("coco.json", "coco.json: not valid JSON"),
+        ("bare.json", "'train': .*bare.json: lists no images"),
         ("x.csv", "x.csv cannot be used; expected a folder"),
         ("x.xml", "x.xml cannot be used; expected a folder"),
         ("dangling.txt", "dangling.txt cannot be used"),
@@ -261,6 +262,7 @@ def test_an_entry_that_yields_nothing_is_named(entry, says, spec, touch):
     touch("bare/notes.md", "blank.txt", "coco.json", "x.csv", "x.xml")
     (spec.root / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (spec.root / "ids.txt").write_text("0001\n0002\n")
+    (spec.root / "bare.json").write_text('{"images": [], "annotations": [], "categories": []}')
     (spec.root / "dangling.txt").symlink_to("nowhere")
     with pytest.raises(UserError, match=says) as error:
         open_split(entries(spec, entry), "train")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -146,7 +147,9 @@ class _File:
         except OSError as error:
             self.refuse(f"cannot be read: {error.strerror}")
         except json.JSONDecodeError as error:
-            self.refuse(f"not valid JSON: line {error.lineno}: {error.msg}")
+            problem = re.sub(" (starting )?at$", "", error.msg)
+            where = f"line {error.lineno}, column {error.colno}"
+            self.refuse(f"not valid JSON: {where}: {problem[:1].lower()}{problem[1:]}")
         except (ValueError, RecursionError):  # not UTF-8, numbers of 5,000 digits, lists in lists in lists
             self.refuse("not valid JSON")
 

@@ -210,7 +210,7 @@ def _scan(
     store = joined([part.store for part in parts])
     if not len(store):
         first = shown_path(sources[0].images[0])
-        raise UserError(f"{spec.source}: none of the {total} images of '{split}' can be read; first: {first}")
+        raise UserError(f"{spec.source}: none of the {total:,} images of '{split}' can be read; first: {first}")
     defects = joined_findings([*(part.findings for part in parts), damage])
     _refuse_foreign_units(spec, split, defects, len(store.boxes), relative=any(part.relative for part in parts))
     objects = store.ignore != CROWD
@@ -316,7 +316,7 @@ def _refuse_foreign_units(spec: DatasetSpec, split: str, defects: Findings, boxe
     if not relative:
         hint = "boxes should be in px of the images: are these other images, or fractions?"
     raise UserError(
-        f"{spec.source}: {outside} of {outside + boxes} boxes of '{split}' lie outside their images, "
+        f"{spec.source}: {outside:,} of {outside + boxes:,} boxes of '{split}' lie outside their images, "
         f"e.g. {where(example)}; {hint}"
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.coco import open_coco
+from utils.data.coco import CocoSource, open_coco
 from utils.data.labels import Finding, Source, shown_path
 from utils.data.listing import Finder, Folders, foreign_photos, is_foreign_photo, is_image, walked
 from utils.data.voc import VocSource, image_name
@@ -66,6 +66,8 @@ def _why_no_image(split: str, entries: Sequence[Path], opened: Sequence[Source])
     photos = [one.file for source in opened for one in source.findings if one.problem == FOREIGN_PHOTO]
     if photos:
         return f"none of the photos for '{split}' can be read; convert them to .jpg or .png; first: {photos[0]}"
+    if all(isinstance(source, CocoSource) for source in opened):
+        return f"'{split}': {looked}: lists no images"
     return f"no image found for '{split}' in {looked}; expected {ENTRY_KINDS}"
 
 

@@ -183,7 +183,8 @@ class _Parsed:
                 else:
                     self.finding(path, number, _not_numbers(fields))
             elif count:
-                self.finding(path, number, f"{count} values, expected 5 (class cx cy w h) or a polygon: dropped")
+                values = "1 value" if count == 1 else f"{count} values"
+                self.finding(path, number, f"{values}, expected 5 (class cx cy w h) or a polygon: dropped")
         try:
             self.values += list(map(float, tokens))
         except ValueError:
