@@ -77,7 +77,7 @@ class Folders:
         key = folder, ending
         if key not in self._respelled:
             names, cut = self.names(folder), -len(ending)
-            others = [name for name in names if name[cut:] != ending and name[cut:].lower() == ending]
+            others = [name for name in names if not name.endswith(ending) and name[cut:].lower() == ending]
             self._respelled[key] = {
                 wanted: name for name in sorted(others) if (wanted := f"{name[:cut]}{ending}") not in names
             }
