@@ -527,8 +527,10 @@ def test_unknown_keys_are_one_note(tmp_path):
         ({"val": 0}, "'val: 0' should be a fraction between 0 and 1, or a folder"),
         ({"val": True}, "'val: True' should be a folder"),
         ({"path": 3}, "'path: 3' should be a folder"),
-        ({"names": None}, "'names' should be a list of class names or a mapping of index to name"),
-        ({"names": []}, "'names' should be a list of class names"),
+        ({"names": None}, "'names' is missing; it should be a list of class names or a mapping of index to name"),
+        ({"names": []}, "'names' is missing; it should be a list of class names"),
+        ({"names": ["a", "b", "a "], "nc": 3}, "'names' holds 'a' twice, as classes 0 and 2; each should be there"),
+        ({"names": {1: "a", 0: "a"}}, "'names' holds 'a' twice, as classes 0 and 1"),
         ({"names": "cat"}, "'names' should be a list of class names"),
         ({"names": {1: "cat", 2: "dog"}}, "'names' as a mapping should have the keys 0 to 1, each once"),
         ({"names": {"a": "cat"}}, "'names' as a mapping should have the keys 0 to 0, each once"),
@@ -615,6 +617,14 @@ def test_any_data_set_yaml_is_read_or_a_user_error(tmp_path_factory, data):
     assert spec.train
     assert spec.names
     assert all("\n" not in note for note in notes)
+
+
+def test_a_coco_file_is_no_data_set(tmp_path):
+    (tmp_path / "x.JSON").write_text('{"info": {}, "images": [], "annotations": [], "categories": []}')
+    with pytest.raises(UserError, match=r"x\.JSON: is a COCO file; --data should be a data set YAML that names it as"):
+        read_dataset(str(tmp_path / "x.JSON"))
+    (tmp_path / "d.json").write_text('{"train": "images", "val": "images", "names": ["a"]}')
+    assert read_dataset(str(tmp_path / "d.json"))[0].names == ("a",)
 
 
 def test_a_data_set_yaml_that_is_missing_or_broken(tmp_path):

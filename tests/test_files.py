@@ -150,6 +150,7 @@ def test_a_value_that_yaml_does_not_know_leaves_the_old_file(tmp_path):
 
 
 def test_nearest_name():
+    assert nearest_name("rbc", ["wbc", "RBC"]) == "; did you mean 'RBC'?"
     assert nearest_name("lr", ["momentum", "lr0", "box"]) == "; did you mean 'lr0'?"
     assert nearest_name("colour", ["momentum", "lr0", "box"]) == ""
 

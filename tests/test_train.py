@@ -284,7 +284,7 @@ MISTAKES = {
     "list for data YAML": (lambda tiny: ["--data", write(tiny.folder / "x.yaml", "- a")], ["mapping", "x.yaml"]),
     "empty data YAML": (lambda tiny: ["--data", write(tiny.folder / "x.yaml", "")], ["an empty file", "x.yaml"]),
     "no train": (lambda tiny: ["--data", data_with(tiny, train=None)], ["'train' is missing"]),
-    "no names": (lambda tiny: ["--data", data_with(tiny, names=None)], ["'names' should be"]),
+    "no names": (lambda tiny: ["--data", data_with(tiny, names=None)], ["'names' is missing; it should be"]),
     "nc": (lambda tiny: ["--data", data_with(tiny, nc=3)], ["'nc: 3'", "2 names"]),
     "no such folder": (lambda tiny: ["--data", data_with(tiny, train="pics")], ["'train'", "/set/pics not found"]),
     "no image": (

@@ -12,6 +12,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -417,6 +418,9 @@ def _check_name(name: str) -> None:
 _DATASET_KEYS = {"path", "train", "val", "test", "names", "nc", "imgsz", "epochs", "embedded", "download"}
 _DOWNLOAD_KEYS = ("url", "size", "sha256", "to")
 _ENTRY = "a folder of images, a .txt list, a COCO .json, a VOC list or a folder of VOC .xml"
+_NAMES = "a list of class names or a mapping of index to name"
+_KEY_OF_COCO = re.compile(rb'"(images|annotations|categories)"\s*:')
+_START_BYTES = 1 << 20  # of a file, in which its first keys stand
 _LISTED_MOST = 60  # characters of a wrong value that an error line shows
 
 
@@ -432,6 +436,7 @@ def read_dataset(given: str) -> tuple[DatasetSpec, list[str]]:
     Whether the splits exist is seen when they are listed: an embedded data set is not drawn yet.
     """
     source = find_file(given, "data")
+    _refuse_coco(source)
     content = read_yaml(source, what="--data file")
     for key in ("train", "val", "names"):
         if content.get(key) in (None, "", []):
@@ -461,10 +466,18 @@ def read_dataset(given: str) -> tuple[DatasetSpec, list[str]]:
     return spec, notes
 
 
+def _refuse_coco(source: Path) -> None:
+    """Raises UserError for a COCO file; YAML would read it for minutes, and miss keys that nobody writes there."""
+    with suppress(OSError), source.open("rb") as file:  # what cannot be read is said elsewhere
+        if source.suffix.lower() == ".json" and _KEY_OF_COCO.search(file.read(_START_BYTES)):
+            raise UserError(
+                f"--data {source}: is a COCO file; --data should be a data set YAML that names it as 'train' or 'val'"
+            )
+
+
 def _what_is_missing(key: str) -> str:
-    if key == "names":
-        return "'names' should be a list of class names or a mapping of index to name"
-    return f"'{key}' is missing; it should be {_ENTRY}, or a list of these"
+    should_be = _NAMES if key == "names" else f"{_ENTRY}, or a list of these"
+    return f"'{key}' is missing; it should be {should_be}"
 
 
 def _misspelt(key: str, content: dict[str, Any]) -> str:
@@ -486,14 +499,24 @@ def _class_names(source: Path, content: dict[str, Any]) -> tuple[str, ...]:
             raise UserError(f"{source}: 'names' as a mapping should have the keys 0 to {len(names) - 1}, each once")
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names:
-        raise UserError(f"{source}: {_what_is_missing('names')}")
+        raise UserError(f"{source}: 'names' should be {_NAMES}")
     for name in names:
         if isinstance(name, bool) or not isinstance(name, (str, int, float)):
             shown = _shortly(repr(name))
             raise UserError(f"{source}: 'names' holds {shown}: put it in quotes (YAML reads yes, no, on, off as bool)")
     if "nc" in content and content["nc"] != len(names):
         raise UserError(f"{source}: 'nc: {_shortly(content['nc'])}' does not agree with the {len(names)} names")
-    return tuple(str(name) for name in names)
+    names = [str(name) for name in names]
+    _refuse_twice(source, names)
+    return tuple(names)
+
+
+def _refuse_twice(source: Path, names: list[str]) -> None:
+    first: dict[str, int] = {}
+    for index, name in enumerate(map(str.strip, names)):
+        if first.setdefault(name, index) != index:
+            where = f"as classes {first[name]} and {index}"
+            raise UserError(f"{source}: 'names' holds '{_shortly(name)}' twice, {where}; each should be there once")
 
 
 def _root(source: Path, content: dict[str, Any]) -> Path:

@@ -98,7 +98,9 @@ def read_yaml(path: Path, *, what: str) -> dict[str, Any]:
 
 def nearest_name(wrong: str, names: Iterable[str]) -> str:
     """A hint to end an error line with: "; did you mean 'x'?", or the empty string when nothing is near."""
-    near = difflib.get_close_matches(wrong, list(names), n=1, cutoff=0.5)
+    known = list(names)
+    same = [name for name in known if name.casefold() == wrong.casefold()]
+    near = same[:1] or difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 

@@ -93,12 +93,13 @@ def test_parts_read_what_the_whole_reads(opened):
     assert len(pickle.dumps(source.part(0, 1))) < 3000
 
 
-def test_categories_are_known_by_name_alone(opened):
+def test_categories_are_known_by_name_alone(opened, tmp_path):
     assert opened(content(), names=("dog", "bird", "cat")).read(()).rows.classes.tolist() == [0, 2, 0]
     twice = [{"id": 33, "name": "cat"}, {"id": 0, "name": " cat "}]
     source = opened(content(categories=twice))
     assert source.read(NAMES).rows.classes.tolist() == [0, 0, 0]
     assert list(source.category_ids) == [33, -1]
+    assert source.notes == (f"{tmp_path / 'x.json'}: categories 33, 0 are all called 'cat': taken as one class",)
 
 
 def test_categories_that_are_not_used_and_not_in_names_are_a_note(opened, tmp_path):
@@ -185,7 +186,8 @@ def test_findings_of_checks_name_the_image(opened):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "not valid JSON: line 1: Expecting value"),
+        (b"", "not valid JSON: line 1, column 1: expecting value"),
+        (b'{"images: []}', "not valid JSON: line 1, column 2: unterminated string"),
         (b'{"images": [}', "not valid JSON: line 1"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),

@@ -98,13 +98,14 @@ def test_an_image_that_is_listed_twice_is_no_copy_of_itself_but_leaks():
 def test_the_worst_comes_first_and_like_findings_are_one_line():
     found = [Finding(file="l.txt", line=line, problem="reaches outside the image: clipped") for line in range(1, 9)]
     found += [Finding(file="l.txt", line=9, problem="zero area: dropped")]
-    found += [Finding(file="m.txt", line=1, problem=f"{count} values, expected 5: dropped") for count in (2, 3)]
+    problems = ("2 values, expected 5: dropped", "1 value, expected 5: dropped")
+    found += [Finding(file="m.txt", line=1, problem=problem) for problem in problems]
     found += [Finding(file="x.jpg", line=0, problem="truncated: image skipped")]
     copied = copies({"train": store_of([1, 2]), "val": store_of([2, 3, 3], "v")})["val"]
     lines = finding_lines([report_of(found), report_of(split="val", copies=copied)])
     assert lines == [
-        "  x.jpg: truncated: image skipped",
         "  v/0.jpg: is the same image as d/1.jpg of train",
+        "  x.jpg: truncated: image skipped",
         "  m.txt:1: 2 values, expected 5: dropped (and 1 more like it)",
         "  l.txt:9: zero area: dropped",
         "  l.txt:1: reaches outside the image: clipped (and 7 more like it)",
@@ -115,6 +116,15 @@ def test_the_worst_comes_first_and_like_findings_are_one_line():
 def test_rare_kinds_are_summed_up():
     found = [Finding(file="f", line=0, problem=f"{'x' * kind}: dropped") for kind in range(MOST_KINDS + 3)]
     assert finding_lines([report_of(found)])[MOST_KINDS:] == ["  3 other findings"]
+
+
+def test_large_numbers_can_be_read():
+    found = [Finding(file="f", line=0, problem="a: dropped")] * 2001
+    report = report_of(found, boxes=98765, background=4321, skipped=1000)
+    assert report.lines() == [
+        "train: 1,234 images, 98,765 boxes, 4,321 without boxes, 1,000 skipped",
+        "  f: a: dropped (and 2,000 more like it)",
+    ]
 
 
 def test_tables_line_up_and_many_classes_are_summed_up():
@@ -146,12 +156,15 @@ def test_the_file_holds_all_findings_the_worst_first(tmp_path):
         Finding(file="b", line=3, problem="clipped"),
         Finding(file="a,\"'", line=0, problem="empty: image skipped"),
     ]
-    write_findings(tmp_path / "scan.csv", [report_of(found), report_of(split="val")])
+    copied = copies({"train": store_of([1, 2]), "val": store_of([2, 3, 3], "v")})["val"]
+    write_findings(tmp_path / "scan.csv", [report_of(found), report_of(split="val", copies=copied)])
     with (tmp_path / "scan.csv").open(newline="", encoding="utf-8") as file:
         assert list(csv.reader(file)) == [
             ["split", "file", "line", "problem", "severity"],
+            ["val", "v/0.jpg", "", "is the same image as d/1.jpg of train", "high"],
             ["train", "a,\"'", "", "empty: image skipped", "high"],
             ["train", "b", "3", "clipped", "low"],
+            ["val", "v/2.jpg", "", "is the same image as v/1.jpg of val", "low"],
         ]
 
 

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import struct
 import subprocess
@@ -252,6 +253,16 @@ def test_a_defect_that_is_mended_without_touching_a_listed_file_is_gone(make_dat
     assert not scan_split(spec, "train")[1].findings
 
 
+def test_a_photo_that_opencv_cannot_read_is_seen_though_its_folder_holds_no_image(make_dataset):
+    spec = make_dataset({"train": {"deep/a.png": ROW}})
+    (spec.root / "images/train/more").mkdir()
+    assert not scan_split(spec, "train")[1].findings
+    (spec.root / "images/train/more/IMG_1.HEIC").touch()
+    assert [problem for _, problem in found(scan_split(spec, "train")[1])] == [
+        "cannot be read: convert it to .jpg or .png: image skipped"
+    ]
+
+
 def test_strict_names_the_counts_and_where_all_findings_are(make_dataset):
     clean = make_dataset({"train": {"a.png": ROW}})
     refuse_findings(scan_dataset(clean, ["train"]))
@@ -472,6 +483,16 @@ def add_a_label(spec):
     return spec
 
 
+def add_a_label_in_capitals(spec):
+    background = next(path for path in (spec.root / "images/train").iterdir() if not label_of(spec, path).exists())
+    label_of(spec, background).with_suffix(".TXT").write_text(ROW)
+    return spec
+
+
+def label_of(spec, image):
+    return (spec.root / "labels/train" / image.name).with_suffix(".txt")
+
+
 def remove_a_label(spec):
     (spec.root / "labels/train/a.txt").unlink()
     return spec
@@ -533,6 +554,7 @@ def use_an_older_schema(spec):
     [
         change_a_label,
         add_a_label,
+        add_a_label_in_capitals,
         remove_a_label,
         replace_an_image,
         touch_an_image,
@@ -631,6 +653,15 @@ def test_an_unchanged_coco_file_is_not_parsed_again(coco, no_decoding, monkeypat
     no_decoding()
     monkeypatch.setattr(scan, "open_split", lambda *_: pytest.fail("opened"))
     assert_same(first, scan_split(spec, "train"))
+
+
+def test_images_in_a_folder_that_had_none_beside_a_coco_file_are_seen(coco):
+    spec, _ = coco
+    (spec.root / "more").mkdir()
+    spec = replace(spec, train=(*spec.train, spec.root / "more"))
+    store, _ = scan_split(spec, "train")
+    shutil.copyfile(store.path(0), spec.root / "more/new.png")
+    assert len(scan_split(spec, "train")[0]) == len(store) + 1
 
 
 def test_a_changed_coco_file_image_or_entry_is_seen(coco):

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from utils.config import read_dataset
 from utils.data.coco import CocoSource
 from utils.data.labels import checked
-from utils.data.sources import EMPTY_ENTRY, NO_ANNOTATION, NO_IMAGE, SHARED_LABELS, TWICE, open_split, split_findings
+from utils.data.sources import (
+    EMPTY_ENTRY,
+    FOREIGN_PHOTO,
+    NO_ANNOTATION,
+    NO_IMAGE,
+    SHARED_LABELS,
+    TWICE,
+    open_split,
+    split_findings,
+)
 from utils.data.voc import VocSource
 from utils.data.yolo_text import TextSource
 from utils.structures import DatasetSpec, UserError
@@ -135,6 +144,32 @@ def test_labels_beside_images_in_a_folder_images_are_found_where_no_folder_label
     assert pickle.loads(pickle.dumps(source.part(1, 2))).label_file(0) == source.label_file(1)
 
 
+@pytest.mark.parametrize("entry", ["images", "beside", "list.txt"])
+def test_label_files_in_capitals_are_read(entry, spec, touch):
+    touch("images/DSC_1.JPG", "images/b.jpg", "images/c.jpg", "beside/d.jpg")
+    for name in ("labels/DSC_1.TXT", "labels/b.txt", "beside/d.Txt"):
+        (spec.root / name).parent.mkdir(exist_ok=True)
+        (spec.root / name).write_text("0 .5 .5 .1 .1\n")
+    (spec.root / "list.txt").write_text("images/DSC_1.JPG\nbeside/d.jpg\n")
+    spec = entries(spec, entry)
+    wanted = {
+        "images": ["labels/DSC_1.TXT", "labels/b.txt", "labels/c.txt"],
+        "beside": ["beside/d.Txt"],
+        "list.txt": ["labels/DSC_1.TXT", "beside/d.Txt"],
+    }[entry]
+    assert labels_of(spec) == wanted
+    (source,) = open_split(spec, "train")
+    parts = [pickle.loads(pickle.dumps(source.part(at, at + 1))) for at in range(len(source.images))]
+    assert below(spec, [part.label_file(0) for part in parts]) == wanted
+    assert [len(part.read("a").rows.boxes) for part in parts] == [name != "labels/c.txt" for name in wanted]
+    assert problems(spec) == []
+
+
+def test_of_two_label_files_the_one_by_the_rule_is_read(spec, touch):
+    touch("images/a.jpg", "labels/a.txt", "labels/a.TXT")
+    assert labels_of(spec) == ["labels/a.txt"]
+
+
 # ---- lists
 
 
@@ -216,6 +251,7 @@ def test_several_entries_come_one_after_the_other(spec, touch):
         ("binary.txt", "binary.txt: cannot be read as a list of images"),
         ("ids.txt", "ids.txt: '0001' is no image file such as a.jpg, and for a VOC list of ids there is no folder Ann"),
         ("coco.json", "coco.json: not valid JSON"),
+        ("bare.json", "'train': .*bare.json: lists no images"),
         ("x.csv", "x.csv cannot be used; expected a folder"),
         ("x.xml", "x.xml cannot be used; expected a folder"),
         ("dangling.txt", "dangling.txt cannot be used"),
@@ -226,6 +262,7 @@ def test_an_entry_that_yields_nothing_is_named(entry, says, spec, touch):
     touch("bare/notes.md", "blank.txt", "coco.json", "x.csv", "x.xml")
     (spec.root / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (spec.root / "ids.txt").write_text("0001\n0002\n")
+    (spec.root / "bare.json").write_text('{"images": [], "annotations": [], "categories": []}')
     (spec.root / "dangling.txt").symlink_to("nowhere")
     with pytest.raises(UserError, match=says) as error:
         open_split(entries(spec, entry), "train")
@@ -267,6 +304,27 @@ def test_a_fraction_that_leaves_a_split_empty_says_so(spec, touch):
         open_split(spec, empty)
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 0.2, 0.8, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_a_fraction_of_few_images_leaves_each_split_one(fraction, count, spec, touch):
+    touch(*(f"images/{number}.jpg" for number in range(count)), "more/x.jpg")
+    spec = replace(entries(spec, "images", "more"), val_fraction=fraction)
+    train, val = listed(spec, "train"), listed(spec, "val")
+    assert train
+    assert val
+    assert sorted(train + val) == sorted(listed(replace(spec, val_fraction=0.0)))
+    if fraction == 1e-9:
+        assert len(val) == 1
+    if fraction == 1 - 1e-9:
+        assert len(train) == 1
+
+
+def test_files_of_one_name_are_on_one_side_of_a_fraction(spec, touch):
+    touch("images/a/x.jpg", "images/b/x.jpg")
+    sides = [has_images(replace(spec, val_fraction=0.5), split) for split in ("train", "val")]
+    assert sorted(sides) == [False, True]
+
+
 def has_images(spec: DatasetSpec, split: str) -> bool:
     try:
         return bool(open_split(spec, split))
@@ -297,6 +355,17 @@ def test_a_voc_list_names_ids_with_files_two_levels_up(entry, spec, touch):
     assert below(spec, source.label_files) == [f"Annotations/{name}.xml" for name in ("2007_000032", "b.c", "gone")]
     assert source.read("a").rows.image_of.tolist() == [0]
     assert problems(spec) == [("Annotations/b.c.xml", NO_ANNOTATION), ("Annotations/gone.xml", NO_ANNOTATION)]
+
+
+def test_voc_files_in_capitals_are_read(spec, touch):
+    touch("JPEGImages/A.JPG", "JPEGImages/b.jpg", "ImageSets/Main/x")
+    write_voc(spec.root / "Annotations/A.XML", "a")
+    write_voc(spec.root / "Annotations/b.xml", "a")
+    (spec.root / "ImageSets/Main/train.txt").write_text("A\nb\n")
+    for entry in ("ImageSets/Main/train.txt", "Annotations"):
+        assert listed(entries(spec, entry)) == ["JPEGImages/A.JPG", "JPEGImages/b.jpg"]
+        assert labels_of(entries(spec, entry)) == ["Annotations/A.XML", "Annotations/b.xml"]
+        assert problems(entries(spec, entry)) == []
 
 
 def test_a_voc_list_of_one_class_has_flags_behind_its_ids(spec, touch):
@@ -427,7 +496,8 @@ def test_images_that_share_a_label_file_are_named(spec, touch):
 
 def test_label_files_without_an_image_are_named(spec, touch):
     touch("images/a.jpg", "labels/a.txt", "labels/gone.txt", "labels/classes.txt", "labels/README.dataset.txt")
-    assert problems(spec) == [("labels/gone.txt", NO_IMAGE)]
+    touch("labels/LOST.TXT", "labels/CLASSES.TXT")
+    assert problems(spec) == [("labels/LOST.TXT", NO_IMAGE), ("labels/gone.txt", NO_IMAGE)]
 
 
 def test_the_lists_of_a_data_set_are_no_labels_without_an_image(spec, touch):
@@ -445,6 +515,22 @@ def test_a_list_of_some_images_leaves_the_labels_of_the_others_alone(spec, touch
 def test_an_entry_without_images_is_named(spec, touch):
     touch("images/a.jpg", "bare/x")
     assert problems(entries(spec, "bare", "images")) == [("bare", EMPTY_ENTRY)]
+
+
+def test_photos_that_opencv_cannot_read_are_named_once(spec, touch):
+    touch("images/a.jpg", "images/IMG_1.HEIC", "images/deep/b.nef", "images/._c.heic", "labels/IMG_1.txt")
+    touch("images/both.CR2", "images/both.JPG", "labels/deep/x")
+    lost = [("images/IMG_1.HEIC", FOREIGN_PHOTO), ("images/deep/b.nef", FOREIGN_PHOTO)]
+    assert problems(spec) == lost
+    halves = replace(spec, val_fraction=0.5)
+    assert problems(halves, "train") + problems(halves, "val") == lost
+    assert problems(entries(spec, "images/deep", "images")) == [("images/deep", EMPTY_ENTRY), lost[1], *lost]
+
+
+def test_a_folder_of_photos_that_opencv_cannot_read_says_so(spec, touch):
+    touch("images/IMG_1.HEIC", "images/IMG_2.heic")
+    with pytest.raises(UserError, match=r"none of the photos for 'train' can be read; convert them .*IMG_1\.HEIC"):
+        open_split(spec, "train")
 
 
 def test_an_entry_of_two_splits_is_named_in_the_later_one(spec, touch):

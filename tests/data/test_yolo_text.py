@@ -67,7 +67,7 @@ def test_no_file_an_empty_and_a_blank_one_are_background(tmp_path, parse):
         ("0 .5 .5 .1", "4 values, expected 5 (class cx cy w h) or a polygon: dropped"),
         ("0 .5 .5 .1 .1 .9", "6 values, expected 5 (class cx cy w h) or a polygon: dropped"),
         ("0 .1 .1 .2 .2 .3 .3 .4", "8 values, expected 5 (class cx cy w h) or a polygon: dropped"),
-        ("0,.5,.5,.1,.1", "1 values, expected 5 (class cx cy w h) or a polygon: dropped"),
+        ("0,.5,.5,.1,.1", "1 value, expected 5 (class cx cy w h) or a polygon: dropped"),
         ("# a note", "3 values, expected 5 (class cx cy w h) or a polygon: dropped"),
         ("0 .5 .5 .1 wide", "not a number: dropped"),
         ("cat .5 .5 .1 .1", "not a number: dropped"),

@@ -112,6 +112,15 @@ def test_a_mistake_is_one_line(flags, says, cli, tiny):
     assert not Path("runs").exists()
 
 
+def test_a_data_set_without_labels_to_train_on_is_reported_and_refused(cli, tiny):
+    for path in tiny.data.parent.rglob("labels/train/*.txt"):
+        path.unlink()
+    code, printed, problems = cli(scan, "--data", str(tiny.data), "--noplots")
+    assert code == 2 and problems.count("\n") == 1
+    assert "no usable label for 'train'; those of" in problems
+    assert "without boxes" in printed and "runs/scan/exp" in printed
+
+
 def test_without_flags_it_is_the_embedded_data_set():
     assert ScanOptions().data == "data/shapes.yaml"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -118,7 +119,7 @@ def open_coco(path: Path, names: Sequence[str], find: Callable[[str], str]) -> C
         declared=np.array([[_side(item, side) for side in ("height", "width")] for item in images], np.int32),
         bad_rows=tuple(sorted(packed.bad_rows, key=lambda pair: pair[0])),
         category_ids=category_ids,
-        notes=_unused(file, names),
+        notes=(*_unused(file, names), *_of_one_name(file, names)),
     )
     findings = [Finding(file=shown_path(find(name)), line=0, problem=SAME_IMAGE) for name in twice]
     stray = [Finding(file=shown_path(path), line=0, problem=NO_IMAGE)] * packed.stray
@@ -146,7 +147,9 @@ class _File:
         except OSError as error:
             self.refuse(f"cannot be read: {error.strerror}")
         except json.JSONDecodeError as error:
-            self.refuse(f"not valid JSON: line {error.lineno}: {error.msg}")
+            problem = re.sub(" (starting )?at$", "", error.msg)
+            where = f"line {error.lineno}, column {error.colno}"
+            self.refuse(f"not valid JSON: {where}: {problem[:1].lower()}{problem[1:]}")
         except (ValueError, RecursionError):  # not UTF-8, numbers of 5,000 digits, lists in lists in lists
             self.refuse("not valid JSON")
 
@@ -231,6 +234,18 @@ def _classes(file: _File, names: Sequence[str]) -> tuple[dict[float | str, int],
         if number not in known:
             file.refuse(f"annotations[{place}]: category_id {number!r} is not in 'categories'")
     return classes, category_ids
+
+
+def _of_one_name(file: _File, names: Sequence[str]) -> list[str]:
+    """Lines for people on the categories that are one class."""
+    ids: dict[str, list[float | str]] = {}
+    for item in file.categories:
+        ids.setdefault(str(item["name"]).strip(), []).append(item["id"])
+    return [
+        f"{file.shown}: categories {', '.join(map(repr, ids[name]))} are all called '{name}': taken as one class"
+        for name in class_numbers(names)
+        if len(ids.get(name, ())) > 1
+    ]
 
 
 def _unused(file: _File, names: Sequence[str], *, most: int = 5) -> tuple[str, ...]:

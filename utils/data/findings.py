@@ -34,16 +34,21 @@ _RANKS = {  # where a problem belongs, by how its text ends
 }
 
 
+def is_leak(problem: str, split: str) -> bool:
+    """Whether an image is one of another split, and so no judge of how well a network does: the worst there is."""
+    return _COPY in problem and not problem.endswith(f" of {split}")
+
+
 def severity(problem: str, split: str) -> int:
-    """Index into SEVERITIES. An image of another split is no judge of how well a network does."""
+    """Index into SEVERITIES."""
     if _COPY in problem:
-        return 2 if problem.endswith(f" of {split}") else 0
+        return 0 if is_leak(problem, split) else 2
     return next((rank for ending, rank in _RANKS.items() if problem.endswith(ending)), 2)
 
 
 def kind_of(problem: str) -> str:
     """Problems of one kind differ in numbers and names only."""
-    return re.sub(r"\d+", "n", re.sub(rf"{_COPY} .* of ", f"{_COPY} of ", problem))
+    return re.sub(r"\d+(?: values?\b)?", "n", re.sub(rf"{_COPY} .* of ", f"{_COPY} of ", problem))
 
 
 # ---- many findings ------------------------------------------------------------------------------------------------
@@ -233,9 +238,9 @@ class ScanReport:
 
     def lines(self) -> list[str]:
         """The report as a user reads it: counts, and of each kind of finding how many there are, with an example."""
-        counts = f"{self.split}: {self.images} images, {self.boxes} boxes, {self.background} without boxes"
+        counts = f"{self.split}: {self.images:,} images, {self.boxes:,} boxes, {self.background:,} without boxes"
         if self.skipped:
-            counts += f", {self.skipped} skipped"
+            counts += f", {self.skipped:,} skipped"
         return [counts, *finding_lines([self]), *remark_lines([self])]
 
 
@@ -262,14 +267,15 @@ class _Kind:
     """Findings of one kind in one split."""
 
     rank: int  # into SEVERITIES
+    leak: bool
     count: int
     first: Finding
 
 
 def finding_lines(reports: Iterable[ScanReport]) -> list[str]:
-    """Kinds of findings, most severe and then most frequent first, with an example each."""
+    """Kinds of findings, leaks, then the most severe, then the most frequent first, with an example each."""
     kinds = [kind for report in reports for kind in _kinds(report)]
-    kinds.sort(key=lambda kind: (kind.rank, -kind.count))  # stable: splits in their order
+    kinds.sort(key=lambda kind: (not kind.leak, kind.rank, -kind.count))  # stable: splits in their order
     lines = [_example(kind) for kind in kinds[:MOST_KINDS]]
     if len(kinds) > MOST_KINDS:
         lines.append(f"  {sum(kind.count for kind in kinds[MOST_KINDS:]):,} other findings")
@@ -277,7 +283,7 @@ def finding_lines(reports: Iterable[ScanReport]) -> list[str]:
 
 
 def _example(kind: _Kind) -> str:
-    more = f" (and {kind.count - 1} more like it)" if kind.count > 1 else ""
+    more = f" (and {kind.count - 1:,} more like it)" if kind.count > 1 else ""
     return f"  {where(kind.first)}: {kind.first.problem}{more}"
 
 
@@ -292,7 +298,12 @@ def _kinds(report: ScanReport) -> list[_Kind]:
         if name in found:
             found[name] = replace(found[name], count=found[name].count + count)
         else:
-            found[name] = _Kind(rank=severity(first.problem, report.split), count=count, first=first)
+            found[name] = _Kind(
+                rank=severity(first.problem, report.split),
+                leak=is_leak(first.problem, report.split),
+                count=count,
+                first=first,
+            )
     return list(found.values())
 
 
@@ -334,7 +345,7 @@ def untaught_lines(reports: Sequence[ScanReport], names: Sequence[str], *, most:
         if not train.class_counts[index]
         and (asked := [f"{one.class_counts[index]:,} in {one.split}" for one in reports if one.class_counts[index]])
     ]
-    more = f", and {len(found) - most} more" if len(found) > most else ""
+    more = f", and {len(found) - most:,} more" if len(found) > most else ""
     return [f"  no box to learn from in train: {', '.join(found[:most])}{more}"] if found else []
 
 
@@ -365,7 +376,7 @@ def _extremes(report: ScanReport, names: Sequence[str], *, each: int = 3) -> lis
     order = held[np.argsort(-counts[held], kind="stable")]
     named = [f"{shortened(names[index])} {counts[index]:,}" for index in order.tolist()]
     most, fewest = named[:each], named[max(each, len(named) - each) :]
-    line = f"{report.split}: boxes in {len(held)} of {len(names)} classes; most: {', '.join(most)}"
+    line = f"{report.split}: boxes in {len(held):,} of {len(names):,} classes; most: {', '.join(most)}"
     return [f"{line}; fewest: {', '.join(fewest)}" if fewest else line]
 
 
@@ -383,12 +394,19 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_findings(path: Path, reports: Iterable[ScanReport]) -> None:
-    """All findings as CSV: split, file, line, problem, severity; of each split the most severe first, then by file."""
+    """All findings as CSV: split, file, line, problem, severity.
+
+    Leaks first, then split by split, the most severe first, then by file.
+    """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["split", "file", "line", "problem", "severity"])
-    for report in reports:
-        rows = [(severity(one.problem, report.split), one.file, one.line, one.problem) for one in report.findings]
-        for rank, file, line, problem in sorted(rows):
-            table.writerow([report.split, file, line or "", problem, SEVERITIES[rank]])
+    rows = [
+        (not is_leak(one.problem, report.split), place, severity(one.problem, report.split), one, report.split)
+        for place, report in enumerate(reports)
+        for one in report.findings
+    ]
+    rows.sort(key=lambda row: (*row[:3], row[3].file, row[3].line, row[3].problem))
+    for _, _, rank, one, split in rows:
+        table.writerow([split, one.file, one.line or "", one.problem, SEVERITIES[rank]])
     write_text(path, text.getvalue())

@@ -10,11 +10,32 @@ from collections.abc import Iterator, Sequence
 
 from utils.data.images import IMAGE_SUFFIXES
 
+_FOREIGN_SUFFIXES = frozenset(  # of cameras and telephones
+    ".3fr .arw .cr2 .cr3 .crw .dng .heic .heif .hif .iiq .kdc .mrw .nef .nrw .orf .pef .raf .raw .rw2 .sr2 .srf .srw"
+    " .x3f".split()
+)
+
 
 def is_image(name: str) -> bool:
     """Whether a file name is that of an image; hidden files are nobody's."""
     dot = name.rfind(".")
     return dot > 0 and name[dot:].lower() in IMAGE_SUFFIXES and name[0] != "."
+
+
+def is_foreign_photo(name: str) -> bool:
+    """Whether a file name is that of a photo which OpenCV cannot decode."""
+    dot = name.rfind(".")
+    return dot > 0 and name[dot:].lower() in _FOREIGN_SUFFIXES and name[0] != "."
+
+
+def foreign_photos(names: Sequence[str], images: Sequence[str]) -> list[str]:
+    """Of the files of a folder, of which some are images, the photos that cannot be decoded and are not there as images
+    too: cameras may save a .jpg beside their own format."""
+    if len(images) == len(names):
+        return []
+    found = list(filter(is_foreign_photo, names))
+    stems = {name[: name.rfind(".")] for name in images} if found else ()
+    return [name for name in found if name[: name.rfind(".")] not in stems]
 
 
 def walked(folder: str) -> Iterator[tuple[str, list[str]]]:
@@ -40,6 +61,7 @@ class Folders:
     def __init__(self) -> None:
         self._names: dict[str, frozenset[str]] = {}
         self._images: dict[str, dict[str, str]] = {}
+        self._respelled: dict[tuple[str, str], dict[str, str]] = {}
 
     def names(self, folder: str) -> frozenset[str]:
         """The names in a folder; none where it cannot be read."""
@@ -49,6 +71,17 @@ class Folders:
             except (OSError, ValueError):  # a NUL is a ValueError
                 self._names[folder] = frozenset()
         return self._names[folder]
+
+    def respelled(self, folder: str, ending: str) -> dict[str, str]:
+        """Names such as x.TXT by what they stand in for, x.txt, where that is not there itself; `ending` is `.txt`."""
+        key = folder, ending
+        if key not in self._respelled:
+            names, cut = self.names(folder), -len(ending)
+            others = [name for name in names if not name.endswith(ending) and name[cut:].lower() == ending]
+            self._respelled[key] = {
+                wanted: name for name in sorted(others) if (wanted := f"{name[:cut]}{ending}") not in names
+            }
+        return self._respelled[key]
 
     def image(self, folder: str, stem: str) -> str | None:
         """The path of the image of that stem in a folder."""

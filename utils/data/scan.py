@@ -134,6 +134,21 @@ def _scan_command(source: Path) -> str:
     return f"cd {folder} && {python} -m utils.data.scan --data {data}"
 
 
+def refuse_no_label(scan: DatasetScan) -> None:
+    """Raises UserError where 'train', which must be among the splits, has nothing to train on."""
+    if not scan.reports["train"].boxes:
+        raise UserError(f"{scan.spec.source}: no usable label for 'train'; {_why_no_label(scan)}")
+
+
+def _why_no_label(scan: DatasetScan) -> str:
+    if scan.reports["train"].crowds:
+        return "all of its boxes are crowd regions (iscrowd: 1), which are no objects to train on"
+    if any(problem.endswith("dropped") for problem in scan.reports["train"].defects.problems()):
+        return "every row was dropped; YOLO text is `class cx cy width height` as fractions of the image, not pixels"
+    source = open_split(scan.spec, "train")[0]
+    return f"those of {shown_path(source.images[0])} should be in {shown_path(source.label_file(0))}"
+
+
 # ---- one split ----------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +217,7 @@ def _scan(
     store = joined([part.store for part in parts])
     if not len(store):
         first = shown_path(sources[0].images[0])
-        raise UserError(f"{spec.source}: none of the {total} images of '{split}' can be read; first: {first}")
+        raise UserError(f"{spec.source}: none of the {total:,} images of '{split}' can be read; first: {first}")
     defects = joined_findings([*(part.findings for part in parts), damage])
     _refuse_foreign_units(spec, split, defects, len(store.boxes), relative=any(part.relative for part in parts))
     objects = store.ignore != CROWD
@@ -308,7 +323,7 @@ def _refuse_foreign_units(spec: DatasetSpec, split: str, defects: Findings, boxe
     if not relative:
         hint = "boxes should be in px of the images: are these other images, or fractions?"
     raise UserError(
-        f"{spec.source}: {outside} of {outside + boxes} boxes of '{split}' lie outside their images, "
+        f"{spec.source}: {outside:,} of {outside + boxes:,} boxes of '{split}' lie outside their images, "
         f"e.g. {where(example)}; {hint}"
     )
 

@@ -24,11 +24,12 @@ import numpy as np
 from utils.data.coco import CocoSource
 from utils.data.findings import Findings, ScanReport, copies, map_findings
 from utils.data.labels import Source
+from utils.data.sources import EMPTY_ENTRY, FOREIGN_PHOTO
 from utils.data.store import map_store
 from utils.files import cache_folder, read_arrays, write_arrays
 from utils.structures import DatasetSpec, LabelStore, UserError
 
-_SCHEMA = 5  # raise it when LabelStore, the probe or the checks change
+_SCHEMA = 6  # raise it when LabelStore, the probe or the checks change
 _AT_ONCE = 4096  # files digested in one go
 _TICK_S = 2.0  # of the coarsest clock of a file system
 _OF_FINDINGS = tuple(item.name for item in fields(Findings))
@@ -95,7 +96,9 @@ def save(
         arrays |= {f"{prefix}_{name}": getattr(found, name) for name in _OF_FINDINGS}
     counts = {name: getattr(kept.report, name) for name in (*_COUNTS, *_LISTS)}
     meta = {"key": listing.key, "surroundings": kept.surroundings, "report": counts}
-    if all(isinstance(source, CocoSource) and all(map(os.path.exists, source.images)) for source in sources):
+    if len(sources) == len(_split_entries(spec, split)) and all(
+        isinstance(source, CocoSource) and all(map(os.path.exists, source.images)) for source in sources
+    ):
         arrays["listing"], meta["listing"] = _written_listing(sources, spec, split)
     for path in files:
         with suppress(OSError):  # a read-only or full place costs a scan next time, nothing else
@@ -123,11 +126,18 @@ class _Files:
     kind: str
     images: Sequence[str]
     label_files: Sequence[str]
+    left_out: Sequence[str] = ()  # what a folder holds, or a folder, without being of use
 
 
 def listing_of(sources: Sequence[Source], spec: DatasetSpec) -> Listing:
     files = [
-        _Files(kind=type(source).__name__, images=source.images, label_files=source.label_files) for source in sources
+        _Files(
+            kind=type(source).__name__,
+            images=source.images,
+            label_files=source.label_files,
+            left_out=[one.file for one in source.findings if one.problem in (EMPTY_ENTRY, FOREIGN_PHOTO)],
+        )
+        for source in sources
     ]
     return _digested(files, spec)
 
@@ -159,8 +169,12 @@ def _written_listing(sources: Sequence[CocoSource], spec: DatasetSpec, split: st
     return np.frombuffer(written, np.uint8), {"entries": _entries(spec, split), "sources": table}
 
 
+def _split_entries(spec: DatasetSpec, split: str) -> tuple[Path, ...]:
+    return spec.train if split == "val" and spec.val_fraction else getattr(spec, split)
+
+
 def _entries(spec: DatasetSpec, split: str) -> list[str]:
-    entries = spec.train if split == "val" and spec.val_fraction else getattr(spec, split)
+    entries = _split_entries(spec, split)
     return [str(spec.val_fraction), *map(ascii, (os.fspath(entry) for entry in (spec.root, *entries)))]
 
 
@@ -174,6 +188,7 @@ def _digested(sources: Sequence[_Files], spec: DatasetSpec) -> Listing:
             _digest_files(digest, paths, beside)
     key = digest.hexdigest()
     digest.update(ascii((spec.train, spec.val, spec.test, spec.val_fraction)).encode())
+    digest.update(ascii([name for source in sources for name in source.left_out]).encode())
     _digest_files(digest, list(folders), {})
     digest.update(_moment(folders))
     return Listing(key=key, surroundings=digest.hexdigest())

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.coco import open_coco
+from utils.data.coco import CocoSource, open_coco
 from utils.data.labels import Finding, Source, shown_path
-from utils.data.listing import Finder, Folders, is_image, walked
+from utils.data.listing import Finder, Folders, foreign_photos, is_foreign_photo, is_image, walked
 from utils.data.voc import VocSource, image_name
 from utils.data.yolo_text import TextSource, have_labels, label_path, labels_lie_beside
 from utils.structures import DatasetSpec, UserError
@@ -26,6 +26,7 @@ SHARED_LABELS = "shares its label file with another image"
 NO_IMAGE = "label file without an image"
 NO_ANNOTATION = "no annotation file: taken as background"
 EMPTY_ENTRY = "no image in it"
+FOREIGN_PHOTO = "cannot be read: convert it to .jpg or .png: image skipped"
 
 _IMAGE_FOLDERS = ("JPEGImages", "images", "Images")  # beside a folder of VOC .xml
 _NO_LABELS = re.compile(
@@ -46,29 +47,52 @@ def open_split(spec: DatasetSpec, split: str) -> tuple[Source, ...]:
     opened = [_open(entry, spec, split, folders) for entry in entries]
     sources = [source for source in opened if len(source.images)]
     if not sources:
-        looked = ", ".join(map(shown_path, entries))
-        raise UserError(f"{spec.source}: no image found for '{split}' in {looked}; expected {ENTRY_KINDS}")
-    empty = [
+        raise UserError(f"{spec.source}: {_why_no_image(split, entries, opened)}")
+    found = [
         Finding(file=shown_path(entry), line=0, problem=EMPTY_ENTRY)
         for entry, source in zip(entries, opened)
         if not len(source.images)
     ]
-    sources[0] = replace(sources[0], findings=(*empty, *sources[0].findings))
+    found += chain.from_iterable(source.findings for source in opened)
     if spec.val_fraction and split != "test":
-        return _share(spec, split, sources)
-    return tuple(sources)
+        sources = _share(spec, split, sources)
+        found = found if split == "train" else []  # val's are said of train, whose folders these are
+    first, *others = sources
+    return replace(first, findings=tuple(found)), *(replace(source, findings=()) for source in others)
 
 
-def _share(spec: DatasetSpec, split: str, sources: Sequence[Source]) -> tuple[Source, ...]:
+def _why_no_image(split: str, entries: Sequence[Path], opened: Sequence[Source]) -> str:
+    looked = ", ".join(map(shown_path, entries))
+    photos = [one.file for source in opened for one in source.findings if one.problem == FOREIGN_PHOTO]
+    if photos:
+        return f"none of the photos for '{split}' can be read; convert them to .jpg or .png; first: {photos[0]}"
+    if all(isinstance(source, CocoSource) for source in opened):
+        return f"'{split}': {looked}: lists no images"
+    return f"no image found for '{split}' in {looked}; expected {ENTRY_KINDS}"
+
+
+def _share(spec: DatasetSpec, split: str, sources: Sequence[Source]) -> list[Source]:
     """The part of train that is `split`, where val is a fraction of it."""
-    chosen = []
-    for source in sources:
-        below = np.fromiter(map(_name_fraction, source.images), np.float64, len(source.images)) < spec.val_fraction
-        chosen.append(source.chosen(below == (split == "val")))
-    if not any(len(source.images) for source in chosen):
-        total = sum(len(source.images) for source in sources)
-        raise UserError(f"{spec.source}: 'val: {spec.val_fraction}' leaves '{split}' none of the {total} images")
-    return tuple(source for source in chosen if len(source.images))
+    lengths = [len(source.images) for source in sources]
+    names = chain.from_iterable(source.images for source in sources)
+    fractions = np.fromiter(map(_name_fraction, names), np.float64, sum(lengths))
+    in_split = _is_val(fractions, spec.val_fraction) == (split == "val")
+    if not in_split.any():
+        none = f"none of the {len(in_split):,} images"
+        raise UserError(f"{spec.source}: 'val: {spec.val_fraction}' leaves '{split}' {none}")
+    shares = np.split(in_split, np.cumsum(lengths)[:-1])
+    return [source.chosen(share) for source, share in zip(sources, shares) if share.any()]
+
+
+def _is_val(fractions: np.ndarray, share: float) -> np.ndarray:
+    """(n,) bool: those below `share`; of few images the lowest, or all but the highest, so that no side has none."""
+    is_val = fractions < share
+    if not is_val.any():
+        is_val = fractions == fractions.min()
+    elif is_val.all():
+        is_val = fractions < fractions.max()
+    alone = is_val.all() or not is_val.any()  # files of one name stay together
+    return fractions < share if alone else is_val
 
 
 def _name_fraction(image: str) -> float:
@@ -108,18 +132,35 @@ def _labelled(folder: str) -> str:
 
 
 def _open_folder(folder: str, spec: DatasetSpec, folders: Folders) -> Source:
-    images, annotations = [], []
+    images, annotations, foreign = [], [], []
     for where, names in walked(folder):
-        images += [f"{where}{os.sep}{name}" for name in names if is_image(name)]
+        here = list(filter(is_image, names))
+        images += [f"{where}{os.sep}{name}" for name in here]
         annotations += [f"{where}{os.sep}{name}" for name in names if name[-4:].lower() == ".xml" and name[0] != "."]
+        foreign += [f"{where}{os.sep}{name}" for name in foreign_photos(names, here)]
     if annotations and not _have_text(images, folders):
-        return _voc_folder(folder, images, annotations, spec, folders)
-    return _text_source(images, spec)
+        source = _voc_folder(folder, images, annotations, spec, folders)
+    else:
+        source = _text_source(images, spec, folders)
+    found = [Finding(file=shown_path(photo), line=0, problem=FOREIGN_PHOTO) for photo in foreign]
+    return replace(source, findings=tuple(found))
 
 
-def _text_source(images: Sequence[str], spec: DatasetSpec) -> TextSource:
-    beside = frozenset(folder for folder in _folders_of(images) if labels_lie_beside(folder))
-    return TextSource(images=images, beside=beside, category_ids=(-1,) * len(spec.names))
+def _text_source(images: Sequence[str], spec: DatasetSpec, folders: Folders) -> TextSource:
+    homes = _folders_of(images)
+    beside = frozenset(folder for folder in homes if labels_lie_beside(folder))
+    source = TextSource(images=images, beside=beside, category_ids=(-1,) * len(spec.names))
+    respelled = {}
+    for where in dict.fromkeys(_label_folder(source, folder) for folder in homes):
+        found = folders.respelled(where, ".txt").items()
+        respelled |= {f"{where}{os.sep}{expected}": f"{where}{os.sep}{name}" for expected, name in found}
+    return replace(source, respelled=respelled)
+
+
+def _label_folder(source: TextSource, images: str) -> str:
+    """Where the labels of the images in a folder lie."""
+    probe = replace(source, images=[f"{images}{os.sep}x.jpg"])
+    return probe.label_file(0)[: -len("x.txt") - 1]
 
 
 def _folders_of(paths: Iterable[str]) -> dict[str, None]:
@@ -130,10 +171,7 @@ def _folders_of(paths: Iterable[str]) -> dict[str, None]:
 def _have_text(images: Sequence[str], folders: Folders) -> bool:
     """Whether any of the images has YOLO text; in a folder with VOC .xml, that decides which of the two it is."""
     for image in images:
-        label = label_path(image)
-        cut = label.rfind(os.sep)
-        beside = f"{image[image.rfind(os.sep) + 1 : image.rfind('.')]}.txt"
-        if label[cut + 1 :] in folders.names(label[:cut]) or beside in folders.names(image[: image.rfind(os.sep)]):
+        if any(_is_there(text, folders) for text in (label_path(image), f"{image[: image.rfind('.')]}.txt")):
             return True
     return False
 
@@ -180,7 +218,7 @@ def _open_list(file: Path, spec: DatasetSpec, folders: Folders) -> Source:
     lines = _list_lines(file)
     if not lines or any(map(_names_image, lines)):
         finder = Finder([os.fspath(spec.root), os.fspath(file.parent)], folders)
-        return _text_source(list(map(finder.find, lines)), spec)
+        return _text_source(list(map(finder.find, lines)), spec, folders)
     above = (*list(file.parents)[:3][::-1], spec.root)  # ImageSets/Main/train.txt: two folders up, or fewer
     root = next((folder for folder in above if (folder / "Annotations").is_dir()), None)
     if root is None:
@@ -210,9 +248,9 @@ def _names_image(line: str) -> bool:
 def _voc_list(lines: Sequence[str], root: str, spec: DatasetSpec, folders: Folders) -> VocSource:
     annotations, images = f"{root}{os.sep}Annotations", f"{root}{os.sep}JPEGImages"
     flagged = [_FLAGGED_ID.fullmatch(line) for line in lines]
-    if all(flagged) and f"{lines[0]}.xml" not in folders.names(annotations):
+    if all(flagged) and not _is_there(f"{annotations}{os.sep}{lines[0]}.xml", folders):
         lines = [match[1] for match in flagged]
-    files = [f"{annotations}{os.sep}{line}.xml" for line in lines]
+    files = [_spelled(f"{annotations}{os.sep}{line}.xml", folders) for line in lines]
     found = [_image_of_id(line, images, folders) for line in lines]
     lost = [file for file in files if not _is_there(file, folders)]
     return VocSource(
@@ -229,7 +267,14 @@ def _image_of_id(line: str, images: str, folders: Folders) -> str:
     return folders.image(path[:cut], path[cut + 1 :]) or f"{path}.jpg"
 
 
+def _spelled(path: str, folders: Folders) -> str:
+    """The path of an .xml or .txt as its folder spells the ending, which may be .XML."""
+    cut = path.rfind(os.sep) + 1
+    return path[:cut] + folders.respelled(path[: cut - 1], path[-4:]).get(path[cut:], path[cut:])
+
+
 def _is_there(path: str, folders: Folders) -> bool:
+    path = _spelled(path, folders)
     cut = path.rfind(os.sep)
     return path[cut + 1 :] in folders.names(path[:cut])
 
@@ -297,8 +342,7 @@ def _labels_alone(sources: Sequence[TextSource]) -> list[Finding]:
     findings, seen = [], set()
     for source in sources:
         for folder in _folders_of(source.images):
-            probe = replace(source, images=[f"{folder}{os.sep}x.jpg"])
-            where = probe.label_file(0)[: -len("x.txt") - 1]
+            where = _label_folder(source, folder)
             if where not in seen:
                 seen.add(where)
                 findings += [Finding(file=shown_path(path), line=0, problem=NO_IMAGE) for path in _alone(where, folder)]
@@ -307,6 +351,10 @@ def _labels_alone(sources: Sequence[TextSource]) -> list[Finding]:
 
 def _alone(labels: str, images: str) -> list[str]:
     folders = Folders()
-    texts = {name[:-4] for name in folders.names(labels) if name.endswith(".txt") and name[0] != "."}
-    texts -= {name[: name.rfind(".")] for name in folders.names(images) if is_image(name)}
-    return [f"{labels}{os.sep}{stem}.txt" for stem in sorted(texts) if not _NO_LABELS.fullmatch(stem)]
+    with_image = {name[: name.rfind(".")] for name in folders.names(images) if is_image(name) or is_foreign_photo(name)}
+    return [
+        f"{labels}{os.sep}{name}"
+        for name in sorted(folders.names(labels))
+        if name[-4:].lower() == ".txt" and name[0] != "." and name[:-4] not in with_image
+        if not _NO_LABELS.fullmatch(name[:-4])
+    ]

@@ -7,7 +7,7 @@ are parsed by the file, not by the row, once it is known to hold nothing but num
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import NoReturn
@@ -67,7 +67,7 @@ def labels_lie_beside(folder: str) -> bool:
 def _has_text(folder: str) -> bool:
     try:
         with os.scandir(folder) as entries:
-            return any(entry.name.endswith(".txt") for entry in entries)
+            return any(entry.name[-4:].lower() == ".txt" for entry in entries)
     except OSError:
         return False
 
@@ -75,22 +75,23 @@ def _has_text(folder: str) -> bool:
 class _LabelPaths(Sequence[str]):
     """The label files of images, made as they are asked for."""
 
-    def __init__(self, images: Sequence[str], beside: frozenset[str]) -> None:
-        self._images, self._beside = images, beside
+    def __init__(self, images: Sequence[str], beside: frozenset[str], respelled: Mapping[str, str]) -> None:
+        self._images, self._beside, self._respelled = images, beside, respelled
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return _LabelPaths(self._images[index], self._beside)
+            return _LabelPaths(self._images[index], self._beside, self._respelled)
         image = self._images[index]
-        if self._beside and image[: image.rfind(os.sep)] in self._beside:
-            return _stem(image) + ".txt"
-        return label_path(image)
+        is_beside = self._beside and image[: image.rfind(os.sep)] in self._beside
+        expected = _stem(image) + ".txt" if is_beside else label_path(image)
+        return self._respelled.get(expected, expected)
 
     def __iter__(self) -> Iterator[str]:
-        return map(self.__getitem__, range(len(self))) if self._beside else map(label_path, self._images)
+        by_rule = not self._beside and not self._respelled
+        return map(label_path, self._images) if by_rule else map(self.__getitem__, range(len(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +100,21 @@ class TextSource:
 
     images: Sequence[str]
     beside: frozenset[str] = frozenset()  # folders `images` that hold their labels themselves, against the rule
+    respelled: Mapping[str, str] = field(default_factory=dict)  # a/labels/x.txt: a/labels/x.TXT
     findings: tuple[Finding, ...] = ()
     category_ids: Sequence[int] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def label_files(self) -> Sequence[str]:
-        return _LabelPaths(self.images, self.beside)
+        return _LabelPaths(self.images, self.beside, self.respelled)
 
     def part(self, start: int, stop: int) -> TextSource:
-        return replace(self, images=self.images[start:stop], findings=())
+        part = replace(self, images=self.images[start:stop], findings=())
+        if not self.respelled:
+            return part
+        mine = set(part.label_files)
+        return replace(part, respelled={rule: path for rule, path in self.respelled.items() if path in mine})
 
     def chosen(self, keep: np.ndarray) -> TextSource:
         return replace(self, images=list(compress(self.images, keep.tolist())))
@@ -177,7 +183,8 @@ class _Parsed:
                 else:
                     self.finding(path, number, _not_numbers(fields))
             elif count:
-                self.finding(path, number, f"{count} values, expected 5 (class cx cy w h) or a polygon: dropped")
+                values = "1 value" if count == 1 else f"{count} values"
+                self.finding(path, number, f"{values}, expected 5 (class cx cy w h) or a polygon: dropped")
         try:
             self.values += list(map(float, tokens))
         except ValueError:

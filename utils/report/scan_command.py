@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.config import ScanOptions, parse_flags, run_command, validated
 from utils.data.findings import write_findings
-from utils.data.scan import DatasetScan, open_dataset, refuse_findings, scan_dataset
+from utils.data.scan import DatasetScan, open_dataset, refuse_findings, refuse_no_label, scan_dataset
 from utils.files import new_run_folder
 from utils.report.loggers import Console
 from utils.report.plots import plot_scan
@@ -33,6 +33,7 @@ def report(values: Mapping[str, Any]) -> DatasetScan:
     if not options.noplots:
         plot_scan(scan.stores, spec.names, folder / "scan.png")
     console.line(f"All findings{'' if options.noplots else ', and a picture'}: {folder}")
+    refuse_no_label(scan)
     if options.strict:
         refuse_findings(scan, listed=folder / "scan.csv")
     return scan

@@ -21,12 +21,10 @@ from utils.data import colours
 from utils.data.cache import NoRoom, cached_images, remove_abandoned, summary
 from utils.data.findings import write_findings
 from utils.data.images import BaseImages, ImageSource
-from utils.data.labels import shown_path
 from utils.data.loader import EvalBatches, TrainBatches, TrainStream
 from utils.data.pixels import check_transforms
 from utils.data.plan import repeat_factors
-from utils.data.scan import DatasetScan, open_dataset, refuse_findings, scan_dataset
-from utils.data.sources import open_split
+from utils.data.scan import DatasetScan, open_dataset, refuse_findings, refuse_no_label, scan_dataset
 from utils.data.store import single_class
 from utils.evaluate.evaluator import Evaluator, evaluated_at_once
 from utils.files import from_here, new_run_folder, write_yaml
@@ -279,8 +277,7 @@ def _scan(options: TrainOptions, spec: DatasetSpec, console: Console) -> Dataset
     scan = scan_dataset(spec, ("train", "val"), progress=console.bar, cache_dir=options.cache_dir)
     for line in scan.lines(most_classes=_CLASSES_SHOWN):
         console.line(line)
-    if not scan.reports["train"].boxes:
-        raise UserError(f"{spec.source}: no usable label for 'train'; {_why_no_label(scan)}")
+    refuse_no_label(scan)
     if options.strict:
         refuse_findings(scan)
     if not (scan.stores["val"].ignore == 0).any():
@@ -291,15 +288,6 @@ def _scan(options: TrainOptions, spec: DatasetSpec, console: Console) -> Dataset
 def _stores(options: TrainOptions, scan: DatasetScan) -> tuple[LabelStore, LabelStore]:
     train, val = scan.stores["train"], scan.stores["val"]
     return (single_class(train), single_class(val)) if options.single_cls else (train, val)
-
-
-def _why_no_label(scan: DatasetScan) -> str:
-    if scan.reports["train"].crowds:
-        return "all of its boxes are crowd regions (iscrowd: 1), which are no objects to train on"
-    if any(problem.endswith("dropped") for problem in scan.reports["train"].defects.problems()):
-        return "every row was dropped; YOLO text is `class cx cy width height` as fractions of the image, not pixels"
-    source = open_split(scan.spec, "train")[0]
-    return f"those of {shown_path(source.images[0])} should be in {shown_path(source.label_file(0))}"
 
 
 def _resolved(options: TrainOptions, spec: DatasetSpec, model: DetectionModel, console: Console) -> TrainOptions:
