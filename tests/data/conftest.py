@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.data.store import ImageLabels, build_store
+from tests.stores import ImageLabels, build_store
 from utils.structures import DatasetSpec, LabelStore
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.stores import ImageLabels, build_store
 from utils.data.findings import (
     MOST_KINDS,
     ScanReport,
@@ -21,7 +22,7 @@ from utils.data.findings import (
     write_findings,
 )
 from utils.data.labels import Finding
-from utils.data.store import ImageLabels, build_store, plain_store
+from utils.data.store import plain_store
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 findings = st.lists(st.builds(Finding, file=texts, line=st.integers(0, 2**40), problem=texts), max_size=20)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.stores import ImageLabels, build_store
 from utils.data.labels import (
     CLIPPED,
     DUPLICATE,
@@ -22,7 +23,7 @@ from utils.data.labels import (
     point_rows,
     taken,
 )
-from utils.data.store import ImageLabels, build_store, single_class
+from utils.data.store import single_class
 from utils.data.yolo_text import TextSource
 from utils.structures import CROWD, DIFFICULT
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.stores import ImageLabels, build_store
 from utils.data import render_torch
 from utils.data.plan import PADDING, generator, letterbox_plan, quad_plan, train_plan
 from utils.data.render import render, render_quad
 from utils.data.render_torch import pack, paint
-from utils.data.store import ImageLabels, build_store
 from utils.hyp import Hyperparameters
 from utils.structures import Cutout, Mix, PixelChange, PixelTransform, QuadPlan, SamplePlan, Tile, UserError
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.stores import ImageLabels, build_store
 from utils.boxes import box_area, pairwise_iou, transform_points
 from utils.data.images import base_scale, base_shape
 from utils.data.plan import generator, letterbox_plan, train_plan
 from utils.data.scene import covered_shares, letterboxed, mosaic_of_four, mosaic_of_nine
-from utils.data.store import ImageLabels, build_store
 from utils.hyp import Hyperparameters
 from utils.structures import CROWD, DIFFICULT
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.stores import ImageLabels, build_store
 from utils.data.labels import box_rows
-from utils.data.store import ImageLabels, build_store, joined, map_store, packed, plain_store, single_class
+from utils.data.store import joined, map_store, packed, plain_store, single_class
 from utils.files import read_arrays, write_arrays
 from utils.structures import CROWD, LabelStore, UserError
 

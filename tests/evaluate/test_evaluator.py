@@ -14,10 +14,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from models.yolo import DetectionModel, read_network
+from tests.stores import ImageLabels, build_store
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches
 from utils.data.plan import letterbox_plan, source_to_network
-from utils.data.store import ImageLabels, build_store
 from utils.evaluate.evaluator import Evaluator, to_source
 from utils.hyp import Hyperparameters
 from utils.loss import LossGains

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.stores import ImageLabels, build_store
 from utils.clock import PARTS, TimeSplit
-from utils.data.store import ImageLabels, build_store
 from utils.report import plots
 from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport, write_metrics
