@@ -13,10 +13,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -27,9 +25,10 @@ import numpy as np
 
 from utils.config import CacheKind
 from utils.data.images import BaseImages, base_shapes
+from utils.data.pool import by_threads
 from utils.data.probe import overheard
 from utils.files import array_layout, cache_folder, read_arrays
-from utils.runtime import usable_cores
+from utils.machine import usable_cores
 from utils.structures import DatasetSpec, UserError
 
 try:
@@ -41,7 +40,6 @@ _SCHEMA = 1  # raise it when the pixels of base images change, or the layout of 
 _MEMORY = Path("/dev/shm")  # Linux; elsewhere a temporary file is in the system's page cache, which is as good
 _CGROUPS = Path("/sys/fs/cgroup")
 _SHARE = {"ram": 0.8, "disk": 0.95}  # of what is free, that caches may take; training wants memory, too
-_AHEAD = 64  # images decoded or waiting to be, while a cache is built
 _WAIT_S = 0.2  # between looks at whether another run has built what this one wants
 
 # What posix_fallocate says of file systems that cannot
@@ -438,20 +436,9 @@ def _fill(handle: int, content: _Content, progress: Progress | None) -> None:
 
     numbers = range(len(content.starts))
     watched = progress(numbers, f"Caching {content.label}") if progress else numbers
-    with ThreadPoolExecutor(usable_cores()) as pool, overheard():
-        for _ in zip(watched, _in_parallel(pool, put, numbers)):
+    with closing(by_threads(put, numbers, usable_cores())) as written, overheard():
+        for _ in zip(watched, written):
             pass
-
-
-def _in_parallel(pool: ThreadPoolExecutor, work: Callable[[int], Any], items: Iterable[int]) -> Iterator[Any]:
-    """`pool.map` with a short queue: an error or Ctrl-C does not wait for a million images."""
-    waiting: deque = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) >= _AHEAD:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _reserve(handle: int, size: int) -> None:
