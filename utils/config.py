@@ -38,7 +38,7 @@ def _flag(default: Any, meaning: str, *, also: Sequence[str] = (), low: float | 
 
 
 # Flags that stand for a value of another
-_SHORT_FOR = {"adam": ("optimizer", "Adam"), "cache_images": ("cache", "ram")}
+_SHORT_FOR = {"adam": ("optimizer", "Adam"), "cache_images": ("cache", "ram"), "half": ("amp", "fp16")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,9 @@ class ValOptions:
     conf_thres: float = _flag(0.001, "least score of a detection", low=0)
     iou_thres: float = _flag(0.6, "IoU above which NMS drops the weaker detection of a class", low=0)
     max_det: int = _flag(300, "most detections per image", low=1)
-    task: Task = _flag("val", "split to evaluate; speed is not available yet")
+    agnostic: bool = _flag(False, "NMS drops the weaker of two overlapping detections whatever their classes")
+    augment: bool = _flag(False, "detect in enlarged, reduced and mirrored images as well, and merge what is found")
+    task: Task = _flag("val", "split to evaluate; speed: how long an image of val takes, without figures")
     device: str = _flag("", "cpu, 0 (the first GPU), mps; default: the best there is")
     amp: Amp = _flag("off", "mixed precision; off gives the exact figures")
     workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
@@ -128,10 +130,43 @@ class ValOptions:
     strict: bool = _flag(False, "stop at any finding in the data")
     single_cls: bool = _flag(False, "treat all classes as one; by itself for a checkpoint trained so")
     verbose: bool = _flag(False, "results per class, whatever the number of classes")
+    save_json: bool = _flag(False, "write the detections as COCO results, predictions.json")
+    save_txt: bool = _flag(False, "write the detections of each image to labels/IMAGE.txt, as YOLO labels")
+    save_conf: bool = _flag(False, "with --save-txt: the score at the end of each line")
+    save_hybrid: bool = _flag(False, "as --save-txt, with the true boxes, and the detections that overlap none")
     project: str = _flag("runs/val", "folder that holds the results")
     name: str = _flag("exp", "name of the results folder; exp2, exp3, ... when taken")
     exist_ok: bool = _flag(False, "write into an existing folder")
     noplots: bool = _flag(False, "draw no pictures")
+    quiet: bool = _flag(False, "no progress bars")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectOptions:
+    """Options of `python detect.py`."""
+
+    weights: str = _flag("", "checkpoint to detect with (best.pt or last.pt of a run)")
+    source: str = _flag("", "image, video, folder, glob such as 'photos/*.jpg' (in quotes), or a .txt list of these")
+    imgsz: int | None = _flag(
+        None, "network input size in px; default: that of the training run", also=["--img", "--img-size"], low=1
+    )
+    conf_thres: float = _flag(0.25, "least score of a detection", low=0)
+    iou_thres: float = _flag(0.45, "IoU above which NMS drops the weaker detection of a class", low=0)
+    max_det: int = _flag(1000, "most detections per image", low=1)
+    classes: tuple[int, ...] = _flag((), "only these classes, by number", low=0)
+    agnostic: bool = _flag(False, "NMS drops the weaker of two overlapping detections whatever their classes")
+    augment: bool = _flag(False, "detect in enlarged, reduced and mirrored images as well, and merge what is found")
+    batch_size: int = _flag(16, "images per forward", also=["--batch"], low=1)
+    device: str = _flag("", "cpu, 0 (the first GPU), mps; default: the best there is")
+    amp: Amp = _flag("off", "mixed precision; off gives the boxes of val.py")
+    save_txt: bool = _flag(False, "write the detections of each image to labels/IMAGE.txt, as YOLO labels")
+    save_conf: bool = _flag(False, "with --save-txt: the score at the end of each line")
+    save_crop: bool = _flag(False, "write what each box holds to crops/CLASS/")
+    nosave: bool = _flag(False, "draw no pictures and videos")
+    line_thickness: int = _flag(0, "of boxes, in px; 0: by the size of the image", low=0)
+    project: str = _flag("runs/detect", "folder that holds the results")
+    name: str = _flag("exp", "name of the results folder; exp2, exp3, ... when taken")
+    exist_ok: bool = _flag(False, "write into an existing folder")
     quiet: bool = _flag(False, "no progress bars")
 
 
@@ -149,7 +184,7 @@ class ScanOptions:
     quiet: bool = _flag(False, "no progress bars")
 
 
-Options = TypeVar("Options", TrainOptions, ValOptions, ScanOptions)
+Options = TypeVar("Options", TrainOptions, ValOptions, DetectOptions, ScanOptions)
 
 # Options that users of this family know and that are still to be built: a guess at a misspelling would mislead
 _NOT_YET = {
@@ -157,10 +192,8 @@ _NOT_YET = {
         *("evolve", "save_every", "nproc", "dist_timeout"),
         *("tb_histograms", "bucket", "entity", "upload_dataset", "bbox_interval", "artifact_alias"),
     ),
-    ValOptions: (
-        *("augment", "save_txt", "save_conf", "save_hybrid", "save_json", "half", "agnostic"),
-        *("nproc", "dist_timeout"),
-    ),
+    ValOptions: ("nproc", "dist_timeout"),
+    DetectOptions: (),
     ScanOptions: (),
 }
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,9 @@ class UserError(ValueError):
 
 class RunError(UserError):
     """A UserError that struck when work was under way: exit code 1 in place of 2."""
+
+
+Figures = TypeVar("Figures", float, np.ndarray)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,7 @@ class LabelStore:
     classes: np.ndarray  # (T,) i32
     ignore: np.ndarray  # (T,) u8: 0, DIFFICULT or CROWD
     area: np.ndarray  # (T,) f64 px^2
+    annotated: np.ndarray  # (T, 4) f64 xywh px as COCO files have them, not clipped; (0, 4) where no file is COCO's
     ring_offsets: np.ndarray  # (T + 1,) i64
     point_offsets: np.ndarray  # (R + 1,) i64
     points: np.ndarray  # (Q, 2) f32 xy px in the source image
@@ -243,16 +247,42 @@ class LossMeans:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CocoFigures:
+    """The twelve figures that COCO's own tool prints, by its rules; None where there are no labels to find.
+
+    Average precision over IoU .5:.05:.95, at .5, at .75, and over .5:.05:.95 for labels of up to 32^2 px, up to 96^2 px
+    and more; average recall with 1, 10 and 100 detections per image and class, and with 100 by size.
+    """
+
+    ap: float | None
+    ap50: float | None
+    ap75: float | None
+    ap_small: float | None
+    ap_medium: float | None
+    ap_large: float | None
+    ar1: float | None
+    ar10: float | None
+    ar100: float | None
+    ar_small: float | None
+    ar_medium: float | None
+    ar_large: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassMetrics:
-    """One class of an evaluation. Precision and recall at the confidence of the best mean F1, at IoU .5."""
+    """One class of an evaluation. Precision, recall and F1 at the confidence of the best mean F1, at IoU .5."""
 
     name: str
     images: int  # that hold the class
     labels: int
-    precision: float
+    precision: float  # 0 where the class makes no claim at that confidence
     recall: float
+    f1: float
     map50: float
     map50_95: float
+    best_f1: float  # of this class alone
+    best_confidence: float  # where it is reached
+    coco: CocoFigures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,30 +290,55 @@ class Curves:
     """Per-class curves at IoU .5, for classes that have labels, in the order of Metrics.per_class."""
 
     confidence: np.ndarray  # (1000,) 0..1, the x of the next three
-    precision: np.ndarray  # (C, 1000)
+    precision: np.ndarray  # (C, 1000), NaN where nothing is claimed
     recall: np.ndarray  # (C, 1000)
     f1: np.ndarray  # (C, 1000)
     recall_grid: np.ndarray  # (101,) 0..1
     precision_at_recall: np.ndarray  # (C, 101) interpolated
 
 
+def fitness(map50: Figures, map50_95: Figures) -> Figures:
+    """The one definition of better, of numbers or arrays: used for best.pt, early stopping and evolution."""
+    return 0.1 * map50 + 0.9 * map50_95
+
+
+HIT, FALSE_ALARM, MISSED = range(3)  # JudgedImage.verdicts
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedImage:
+    """What was found in an image, and what was not, at the confidence of the best mean F1 and IoU .5.
+
+    Detections that are hits or false alarms, then labels that nothing found; neither with what is ignored.
+    """
+
+    image: int  # index into the LabelStore
+    boxes: np.ndarray  # (J, 4) f32 xyxy px in the source image
+    classes: np.ndarray  # (J,) i64
+    scores: np.ndarray  # (J,) f32, NaN for labels
+    verdicts: np.ndarray  # (J,) u8: HIT, FALSE_ALARM or MISSED
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """The result of an evaluation. Class means leave out classes without labels."""
+    """The result of an evaluation. Class means leave out classes without labels; without any label all are 0."""
 
     precision: float
     recall: float
-    map50: float
-    map50_95: float
+    f1: float
+    map50: float  # as COCO has it
+    map50_95: float  # likewise
     images: int
     labels: int
     best_confidence: float  # where the mean F1 is best
     per_class: tuple[ClassMetrics, ...]
+    coco: CocoFigures
+    non_finite: int = 0  # images of which the network said something that is no finite number
     losses: LossMeans | None = None
+    worst: tuple[JudgedImage, ...] = field(default=(), repr=False)  # most mistakes first
     curves: Curves | None = field(default=None, repr=False)
     confusion: np.ndarray | None = field(default=None, repr=False)  # (C + 1, C + 1) predicted x true, last = background
 
     @property
     def fitness(self) -> float:
-        """The one definition of better: used for best.pt, early stopping and evolution."""
-        return 0.1 * self.map50 + 0.9 * self.map50_95
+        return fitness(self.map50, self.map50_95)

@@ -44,6 +44,7 @@ def packed(
         classes=rows.classes.astype(np.int32),
         ignore=rows.ignore.astype(np.uint8),
         area=np.where(np.isnan(rows.area), sides[:, 0] * sides[:, 1], rows.area),
+        annotated=np.empty((0, 4)),
         ring_offsets=rows.ring_offsets.astype(np.int64),
         point_offsets=rows.point_offsets.astype(np.int64),
         points=rows.points.astype(np.float32),

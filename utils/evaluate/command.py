@@ -13,6 +13,7 @@ from utils.data.loader import EvalBatches, faults_named
 from utils.data.scan import open_dataset, refuse_findings, scan_dataset
 from utils.data.store import single_class
 from utils.evaluate.evaluator import Evaluator
+from utils.evaluate.nms import NmsRules
 from utils.files import new_run_folder
 from utils.hyp import hyperparameters
 from utils.loss import LossGains
@@ -51,9 +52,13 @@ def evaluate(values: Mapping[str, Any]) -> Metrics:
         ),
         names=names,
         runtime=runtime,
-        confidence=options.conf_thres,
-        iou=options.iou_thres,
-        max_detections=options.max_det,
+        rules=NmsRules(
+            confidence=options.conf_thres,
+            iou=options.iou_thres,
+            max_detections=options.max_det,
+            agnostic=options.agnostic,
+        ),
+        augment=options.augment,
     )
     folder = new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
     pictures = Pictures() if options.noplots else PictureFiles(folder, names, val=store)

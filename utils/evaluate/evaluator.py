@@ -6,17 +6,17 @@ Works on a fused fp32 copy, so the model that is handed in, and the random state
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from models.yolo import DetectionModel, decode, fused
+from models.yolo import DetectionModel
 from utils.data.loader import EvalBatches, Stream
 from utils.evaluate.matching import Labels
 from utils.evaluate.metrics import Evidence, collect, compute_metrics, merge
-from utils.evaluate.nms import non_max_suppression
-from utils.loss import LossGains, detection_losses
+from utils.evaluate.nms import NmsRules, non_max_suppression
+from utils.evaluate.predict import for_evaluation, predicted, to_source
+from utils.loss import LossGains
 from utils.runtime import Runtime
 from utils.structures import Batch, Detections, Losses, LossMeans, Metrics
 
@@ -31,9 +31,8 @@ class Evaluator:
     batches: EvalBatches
     names: tuple[str, ...]
     runtime: Runtime
-    confidence: float = 0.001
-    iou: float = 0.6
-    max_detections: int = 300
+    rules: NmsRules = NmsRules()
+    augment: bool = False
     stream: Stream = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,11 +71,8 @@ class Evaluator:
     def _detect(
         self, network: DetectionModel, batch: Batch, gains: LossGains | None
     ) -> tuple[list[Detections], Losses | None]:
-        predictions, losses = predicted(network, batch, self.runtime, gains)
-        detections = non_max_suppression(
-            predictions, confidence=self.confidence, iou=self.iou, max_detections=self.max_detections
-        )
-        return detections, losses
+        predictions, losses = predicted(network, batch, self.runtime, gains=gains, augment=self.augment)
+        return non_max_suppression(predictions, self.rules), losses
 
     def _collect(self, batch: Batch, detections: list[Detections]) -> Evidence:
         store, images = self.batches.store, batch.indices.tolist()
@@ -87,39 +83,6 @@ class Evaluator:
         return collect(images, in_source, [Labels.of(store, image) for image in images], len(self.names))
 
 
-def for_evaluation(model: DetectionModel, runtime: Runtime) -> DetectionModel:
-    """A copy of `model` as it is evaluated, on the device of `runtime`."""
-    return fused(model).to(runtime.device, memory_format=torch.channels_last)
-
-
-def predicted(
-    network: DetectionModel, batch: Batch, runtime: Runtime, gains: LossGains | None
-) -> tuple[Tensor, Losses | None]:
-    """Decoded predictions (B, P, 5 + C) of a batch, and its losses where there are `gains`."""
-    batch = batch.to(runtime.device)
-    with runtime.autocast():
-        raw = network(runtime.network_input(batch.images))
-    losses = detection_losses(raw, batch, network.head, gains) if gains else None
-    return decode(raw, network.head), losses
-
-
 def evaluated_at_once(batch_size: int) -> int:
     """Images per batch of the evaluations in a run that trains on `batch_size`."""
     return 2 * batch_size
-
-
-def to_source(detections: Detections, placement: Tensor, size: tuple[int, int]) -> Detections:
-    """Detections in network px -> source px, cut to the image of `size` (height, width).
-
-    `placement` (3, 3) moves source px to network px by scale and shift alone.
-    """
-    scale, shift = placement.diagonal()[:2].repeat(2), placement[:2, 2].repeat(2)
-    boxes = (detections.boxes.cpu().double() - shift) / scale
-    height, width = size
-    limit = torch.tensor([width, height, width, height], dtype=boxes.dtype)
-    return replace(
-        detections,
-        boxes=boxes.clamp(min=0).minimum(limit).float(),
-        scores=detections.scores.cpu(),
-        classes=detections.classes.cpu(),
-    )

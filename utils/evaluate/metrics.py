@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.evaluate.matching import IOU_THRESHOLDS, Labels, confusion_matrix, match
-from utils.structures import ClassMetrics, Curves, Detections, LossMeans, Metrics
+from utils.structures import ClassMetrics, CocoFigures, Curves, Detections, LossMeans, Metrics
 
 CONFIDENCES = np.linspace(0, 1, 1000)
 RECALL_GRID = np.linspace(0, 1, 101)
@@ -23,6 +23,7 @@ class Evidence:
     """What was seen on some images: a row per detection, a count per class, C classes, T IoU thresholds."""
 
     image: np.ndarray  # (K,) i64 index of the detection's image in the split
+    boxes: np.ndarray  # (K, 4) f32 xyxy px in the source image
     scores: np.ndarray  # (K,) f32
     classes: np.ndarray  # (K,) i64
     hits: np.ndarray  # (K, T) bool
@@ -41,6 +42,7 @@ def collect(
     counted = [one.classes[~one.ignore] for one in labels]
     return Evidence(
         image=np.repeat(np.array(indices, np.int64), np.array([len(one.scores) for one in detections], np.int64)),
+        boxes=np.concatenate([np.empty((0, 4), np.float32), *(one.boxes.numpy(force=True) for one in detections)]),
         scores=np.concatenate([np.empty(0, np.float32), *(one.scores.numpy(force=True) for one in detections)]),
         classes=np.concatenate([np.empty(0, np.int64), *(one.classes.numpy(force=True) for one in detections)]),
         hits=matches.hits,
@@ -60,7 +62,7 @@ def merge(parts: Sequence[Evidence]) -> Evidence:
     """The evidence of several batches or ranks together, at least one."""
     rows = {
         name: np.concatenate([getattr(part, name) for part in parts])
-        for name in ("image", "scores", "classes", "hits", "ignored")
+        for name in ("image", "boxes", "scores", "classes", "hits", "ignored")
     }
     sums = {
         name: sum(getattr(part, name) for part in parts) for name in ("labels", "images_with", "images", "confusion")
@@ -92,6 +94,8 @@ def compute_metrics(evidence: Evidence, names: Sequence[str], *, losses: LossMea
     return Metrics(
         precision=_mean(precision[labelled]),
         recall=_mean(recall[labelled]),
+        f1=_mean(curves.f1[:, best]),
+        coco=_unknown(),
         map50=_mean(ap[labelled, 0]),
         map50_95=_mean(ap[labelled]),
         images=evidence.images,
@@ -106,6 +110,10 @@ def compute_metrics(evidence: Evidence, names: Sequence[str], *, losses: LossMea
                 recall=float(recall[index]),
                 map50=float(ap[index, 0]),
                 map50_95=float(ap[index].mean()),
+                f1=0.0,
+                best_f1=0.0,
+                best_confidence=0.0,
+                coco=_unknown(),
             )
             for index, name in enumerate(names)
         ),
@@ -113,6 +121,10 @@ def compute_metrics(evidence: Evidence, names: Sequence[str], *, losses: LossMea
         curves=curves,
         confusion=evidence.confusion,
     )
+
+
+def _unknown() -> CocoFigures:
+    return CocoFigures(**dict.fromkeys(CocoFigures.__annotations__))
 
 
 def _mean(values: np.ndarray) -> float:

@@ -7,6 +7,8 @@ untrained network, where nearly every anchor passes the confidence, as fast as a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,25 +18,28 @@ MAX_CANDIDATES = 30_000  # per image, the best by score; the only bound there is
 _CHUNK = 1024
 
 
+@dataclass(frozen=True, kw_only=True)
+class NmsRules:
+    """Which detections survive; the defaults are those of evaluation."""
+
+    confidence: float = 0.001  # a score must exceed it
+    iou: float = 0.6  # with a better survivor, above which a candidate falls
+    max_detections: int = 300  # per image
+    agnostic: bool = False  # candidates fall by survivors of other classes, too
+    classes: tuple[int, ...] = ()  # none: all of them
+
+
 @torch.no_grad()
-def non_max_suppression(
-    predictions: Tensor,
-    *,
-    confidence: float = 0.001,
-    iou: float = 0.6,
-    max_detections: int = 300,
-    multi_label: bool = True,
-) -> list[Detections]:
+def non_max_suppression(predictions: Tensor, rules: NmsRules) -> list[Detections]:
     """Greedy suppression within each class, best first; one Detections per image, empty where nothing was found.
 
     predictions: (B, P, 5 + C): xyxy px, objectness, class probabilities, on any device. The score of (anchor, class) is
-    objectness * probability and must exceed `confidence`; with `multi_label` an anchor may speak for several classes,
-    otherwise for its best one. A candidate falls when its IoU with a better survivor of its class exceeds `iou`.
+    objectness * probability, so an anchor may speak for several classes.
     Equal scores go by anchor, then class, so the result is the same every time. Only the MAX_CANDIDATES best of an
     image are considered; non-finite boxes and scores never are.
     """
     return [
-        _suppress_image(image, confidence, iou, max_detections, multi_label)
+        _suppress_image(image, rules.confidence, rules.iou, rules.max_detections, multi_label=True)
         for image in predictions.float()  # (P, 5 + C)
     ]
 

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from utils.files import write_atomic
-from utils.structures import CROWD, Curves, LabelStore, Metrics
+from utils.structures import CROWD, Curves, LabelStore, fitness
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -529,15 +529,8 @@ def _number(row: Sequence[str], at: int) -> float:
 def _best_row(columns: dict[str, np.ndarray]) -> int | None:
     if "metrics/mAP_0.5" not in columns or "metrics/mAP_0.5:0.95" not in columns:
         return None
-    fitness = np.array(
-        [_fitness(*pair) for pair in zip(columns["metrics/mAP_0.5"], columns["metrics/mAP_0.5:0.95"])], np.float64
-    )
-    return int(np.nanargmax(fitness)) if np.isfinite(fitness).any() else None
-
-
-def _fitness(map50: float, map50_95: float) -> float:
-    nothing = {"precision": 0, "recall": 0, "images": 0, "labels": 0, "best_confidence": 0, "per_class": ()}
-    return Metrics(map50=map50, map50_95=map50_95, **nothing).fitness
+    scored = fitness(columns["metrics/mAP_0.5"], columns["metrics/mAP_0.5:0.95"])
+    return int(np.nanargmax(scored)) if np.isfinite(scored).any() else None
 
 
 def _draw_lines(axes: Axes, x: np.ndarray, lines: dict[str, np.ndarray], best: int | None) -> None:

@@ -14,7 +14,8 @@ import torch
 
 from models.yolo import DetectionModel
 from utils.config import TrainOptions
-from utils.evaluate.evaluator import evaluated_at_once, for_evaluation, predicted
+from utils.evaluate.evaluator import evaluated_at_once
+from utils.evaluate.predict import for_evaluation, predicted
 from utils.hyp import Hyperparameters
 from utils.loss import LossGains
 from utils.runtime import Runtime, mendable_errors
@@ -158,7 +159,7 @@ class Rehearsal:
         runtime = replace(self.runtime, amp_dtype=None)
         side = self.options.imgsz + max(self.model.head.strides)  # of square images, with the padding they get
         batch = self._noise(images, side, sizes_of=self.val, labels=_densest(self.val, images))
-        predicted(for_evaluation(model, runtime), batch, runtime, self._gains)
+        predicted(for_evaluation(model, runtime), batch, runtime, gains=self._gains)
 
     def batch(self, batch_size: int) -> Batch:
         """Noise with as many labels as the densest images have, each in all the tiles of a sample.
