@@ -111,6 +111,11 @@ class LabelTable:
         """(N, A) bool: the area ranges in which each label is one to find."""
         return _in_ranges(self.area) & ~self.ignore[:, None]
 
+    def to_find(self, num_classes: int) -> np.ndarray:
+        """(C, A) i64 how many labels of each class count in each area range."""
+        counted = self.counted()
+        return np.stack([np.bincount(self.classes[counted[:, area]], minlength=num_classes) for area in range(_A)], 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdicts:
