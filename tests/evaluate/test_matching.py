@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -143,6 +145,14 @@ def test_labels_are_those_of_the_store():
     assert one.xywh.tolist() == [[0, 0, 40, 10], [40, 20, 40, 20], [0, 20, 40, 20]]
     assert (one.classes.tolist(), one.area.tolist()) == ([2, 0, 1], [400, 800, 800])
     assert (one.ignore.tolist(), one.crowd.tolist()) == ([False, True, True], [False, True, False])
+
+
+def test_labels_of_a_coco_file_are_as_annotated():
+    boxes = np.array([[0, 0, 0.5, 0.25], [0.5, 0.5, 1, 1], [0, 0.5, 0.5, 1]])
+    rows = ImageLabels(boxes=boxes, classes=np.array([2, 0, 1]))
+    store = build_store(["a.png", "b.png"], [(40, 80)] * 2, [rows, rows])
+    annotated = np.arange(24).reshape(6, 4) / 3
+    assert np.array_equal(Labels.of(replace(store, annotated=annotated), 1).xywh, annotated[3:])
 
 
 def slow_confusion(found: Detections, truth: Labels, num_classes: int) -> np.ndarray:

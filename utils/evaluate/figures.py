@@ -145,15 +145,15 @@ def _claimed(seen: Ranked, area: int) -> tuple[np.ndarray, np.ndarray]:
     rows = np.flatnonzero((hits != 0) | ((ignored != 0) & (ignored != _WHOLE)))
     counts_first = ignored & 1 == 0  # what counts at the first threshold does at all of them, but for the rows
     differs = (~verdict_bits(seen.ignored[rows], area)) - counts_first[rows, None].astype(np.int64)  # (S, T)
-    first = _sums_in_classes(counts_first[:, None], seen.classes)[rows]
-    return first + _sums_in_classes(differs, seen.classes[rows]), rows
+    of_first = _sums_in_classes(counts_first, seen.classes, rows)  # (S,)
+    return of_first[:, None] + _sums_in_classes(differs, seen.classes[rows], np.arange(len(rows))), rows
 
 
-def _sums_in_classes(values: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """(K, n) sums from the first row of the class down to each; classes (K,) ascending."""
-    sums = np.concatenate([np.zeros((1, values.shape[1]), np.int64), np.cumsum(values, axis=0, dtype=np.int64)])
-    first = np.searchsorted(classes, classes)
-    return sums[1:] - sums[first]
+def _sums_in_classes(values: np.ndarray, classes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """(n, ...) sums from the first row of its class down to each of n rows; classes (K,) ascending."""
+    sums = np.zeros((len(values) + 1, *values.shape[1:]), np.int64)
+    np.cumsum(values, axis=0, out=sums[1:])
+    return sums[rows + 1] - sums[starts_of(np.bincount(classes))[classes[rows]]]
 
 
 def _hits_needed(labels: np.ndarray) -> np.ndarray:
