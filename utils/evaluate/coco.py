@@ -7,9 +7,11 @@ need not be there.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -88,6 +90,23 @@ def report(options: CocoOptions) -> CocoFigures:
 
 def read_case(options: CocoOptions) -> CocoCase:
     """Both files. Raises UserError, naming file, entry and key."""
+    with _without_collector():
+        return _read_case(options)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Half a million entries that all stay: looking for cycles among them again and again is half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _read_case(options: CocoOptions) -> CocoCase:
     content = _read(options.annotations)
     if not isinstance(content, dict):
         hint = "; are the two files swapped?" if isinstance(content, list) else ""

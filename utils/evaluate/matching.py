@@ -200,26 +200,28 @@ def _settle_contested(
     pairs: _Pairs, truth: LabelTable, counted: np.ndarray, hits: np.ndarray, ignored: np.ndarray, taken: np.ndarray
 ) -> None:
     """Detection after detection, from pairs by preference."""
-    reached = _REACHED[_levels(pairs.iou)].tolist()
-    label, counts = pairs.label.tolist(), counted[pairs.label].tolist()
-    once = (~truth.ignore[pairs.label]).tolist()
+    levels, label = _levels(pairs.iou).tolist(), pairs.label.tolist()
+    reached, counts, any_number = _REACHED.tolist(), counted.tolist(), truth.ignore.tolist()
     gone = dict.fromkeys(label, 0)
     starts = np.flatnonzero(np.diff(pairs.detection, prepend=-1))
-    for detection, start, stop in zip(
-        pairs.detection[starts].tolist(), starts.tolist(), [*starts[1:].tolist(), len(label)]
-    ):
+    stops = [*starts[1:].tolist(), len(label)]
+    for detection, start, stop in zip(pairs.detection[starts].tolist(), starts.tolist(), stops):
         left, hit, out = _EVERYWHERE, 0, 0
         for at in range(start, stop):
-            new = left & reached[at] & counts[at] & ~gone[label[at]]
+            one = label[at]
+            new = left & reached[levels[at]] & counts[one] & ~gone[one]
+            gone[one] |= new
             hit |= new
             left ^= new
-            gone[label[at]] |= new
         for at in range(start, stop):
-            new = left & reached[at] & ~counts[at] & ~gone[label[at]]
+            if not left:
+                break
+            one = label[at]
+            new = left & reached[levels[at]] & ~counts[one] & ~gone[one]
+            if not any_number[one]:
+                gone[one] |= new
             out |= new
             left ^= new
-            if once[at]:
-                gone[label[at]] |= new
         hits[detection], ignored[detection] = hit, out
     taken[list(gone)] = list(gone.values())
 
