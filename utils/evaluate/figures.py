@@ -15,7 +15,6 @@ from utils.evaluate.matching import (
     IOU_THRESHOLDS,
     DetectionTable,
     LabelTable,
-    Verdicts,
     match,
     verdict_bits,
 )
@@ -31,17 +30,17 @@ _WHOLE = (1 << _T) - 1  # the bits of one area range
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranked:
-    """The detections of a split by class, the best of each first."""
+class Claims:
+    """Detections of a split and what became of them."""
 
     classes: np.ndarray  # (K,) integers
-    scores: np.ndarray  # (K,)
+    scores: np.ndarray  # (K,) f32 or f64
     ranks: np.ndarray  # (K,) within their image and class
     hits: np.ndarray  # (K,) i64, as Verdicts has them
     ignored: np.ndarray  # (K,) i64
 
-    def __getitem__(self, rows: np.ndarray) -> Ranked:
-        return Ranked(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
+    def __getitem__(self, rows: np.ndarray) -> Claims:
+        return Claims(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,27 +51,31 @@ class ClassFigures:
     precision_at_recall: np.ndarray  # (C, 101) interpolated, at IoU .5
 
 
-def ranked(places: np.ndarray, scores: np.ndarray, classes: np.ndarray, verdicts: Verdicts) -> Ranked:
-    """The detections by class and score; equal scores go by the place of their image, (K,) integers >= 0."""
-    order = row_order(classes, descending(scores), places, verdicts.ranks)
-    return Ranked(
-        classes=classes[order],
-        scores=scores[order],
-        ranks=verdicts.ranks[order],
-        hits=verdicts.hits[order],
-        ignored=verdicts.ignored[order],
-    )
+def best_first(claims: Claims, places: np.ndarray) -> Claims:
+    """By class, and in each by score; equal scores go by the place of their image, (K,) integers >= 0."""
+    return claims[row_order(claims.classes, descending(claims.scores), places, claims.ranks)]
 
 
 def coco_figures(found: DetectionTable, truth: LabelTable, num_classes: int) -> CocoFigures:
     """The twelve figures; equal scores of different images go by the tables' `image`."""
-    detections = ranked(found.image, found.scores, found.classes, match(found, truth))
-    return as_figures(mean_figures(class_figures(detections, truth.to_find(num_classes)).coco))
+    verdicts = match(found, truth)
+    claims = Claims(
+        classes=found.classes,
+        scores=found.scores,
+        ranks=verdicts.ranks,
+        hits=verdicts.hits,
+        ignored=verdicts.ignored,
+    )
+    figures = class_figures(best_first(claims, found.image), truth.to_find(num_classes))
+    return as_figures(mean_figures(figures.coco))
 
 
-def class_figures(detections: Ranked, labels: np.ndarray) -> ClassFigures:
-    """COCO's figures for every class. labels: (C, A) how many there are to find in each area range."""
-    seen = detections[detections.ranks < MOST_DETECTIONS]
+def class_figures(claims: Claims, labels: np.ndarray) -> ClassFigures:
+    """COCO's figures for every class, of claims that are `best_first`.
+
+    labels: (C, A) how many there are to find in each area range.
+    """
+    seen = claims[claims.ranks < MOST_DETECTIONS]
     sampled = [_precision_at_recall(seen, labels[:, area], area) for area in range(len(AREA_RANGES))]  # (C, T, 101)
     precision = [one.mean(2) for one in sampled]  # (C, T)
     recall = {1: _recall(seen[seen.ranks < 1], labels, _ALL), 10: _recall(seen[seen.ranks < 10], labels, _ALL)}
@@ -109,7 +112,7 @@ def mean_figures(rows: np.ndarray) -> np.ndarray:
     return np.divide(sums, known.sum(0), out=np.full(rows.shape[1], np.nan), where=known.any(0))
 
 
-def _precision_at_recall(seen: Ranked, labels: np.ndarray, area: int) -> np.ndarray:
+def _precision_at_recall(seen: Claims, labels: np.ndarray, area: int) -> np.ndarray:
     """(C, T, 101) for one area range; NaN without labels.
 
     The best precision at that recall or any higher one, 0 where the recall is never reached.
@@ -136,7 +139,7 @@ def _precision_at_recall(seen: Ranked, labels: np.ndarray, area: int) -> np.ndar
     return np.where(labels[:, None, None] > 0, best, np.nan)
 
 
-def _claimed(seen: Ranked, area: int) -> tuple[np.ndarray, np.ndarray]:
+def _claimed(seen: Claims, area: int) -> tuple[np.ndarray, np.ndarray]:
     """(S, T) how many detections of its class, down to each of S rows, count at each threshold; and the rows.
 
     Among the rows are all hits.
@@ -165,7 +168,7 @@ def _hits_needed(labels: np.ndarray) -> np.ndarray:
     return np.maximum(needed, 1).astype(np.int64)
 
 
-def _recall(seen: Ranked, labels: np.ndarray, area: int) -> np.ndarray:
+def _recall(seen: Claims, labels: np.ndarray, area: int) -> np.ndarray:
     """(C,) mean over thresholds; NaN without labels."""
     rows = np.flatnonzero(seen.hits)
     hits = verdict_bits(seen.hits[rows], area).sum(1)

@@ -6,16 +6,23 @@ How the images were dealt out does not change the result, because equal scores a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from utils.evaluate.figures import RECALL_GRID, ClassFigures, Ranked, as_figures, class_figures, mean_figures, ranked
+from utils.evaluate.figures import (
+    RECALL_GRID,
+    Claims,
+    ClassFigures,
+    as_figures,
+    best_first,
+    class_figures,
+    mean_figures,
+)
 from utils.evaluate.matching import (
     DetectionTable,
     Labels,
     LabelTable,
-    Verdicts,
     confusion_matrix,
     confusions,
     match,
@@ -97,11 +104,11 @@ def compute_metrics(
     label everything is 0.
     """
     places = evidence.image if image_ids is None else _places(image_ids)[evidence.image]
-    verdicts = Verdicts(hits=evidence.hits, ignored=evidence.ignored, ranks=evidence.ranks, taken=np.empty(0, np.int64))
-    detections = ranked(places, evidence.scores, evidence.classes, verdicts)
-    figures = class_figures(detections, evidence.labels)
+    claims = Claims(**{item.name: getattr(evidence, item.name) for item in fields(Claims)})
+    claims = best_first(claims, places)
+    figures = class_figures(claims, evidence.labels)
     labelled = np.flatnonzero(evidence.labels[:, 0])
-    curves = _curves(detections, evidence.labels[:, 0], figures, labelled)
+    curves = _curves(claims, evidence.labels[:, 0], figures, labelled)
     best = int(curves.f1.mean(0).argmax()) if len(labelled) else 0
     precision = np.nan_to_num(curves.precision[:, best])  # a class that makes no claim there has earned nothing
     coco = as_figures(mean_figures(figures.coco))
@@ -161,11 +168,11 @@ def _per_class(
     return tuple(result)
 
 
-def _curves(detections: Ranked, labels: np.ndarray, figures: ClassFigures, labelled: np.ndarray) -> Curves:
+def _curves(claims: Claims, labels: np.ndarray, figures: ClassFigures, labelled: np.ndarray) -> Curves:
     """Curves at IoU .5 of the classes `labelled`, of all detections there are; labels (C,)."""
-    reached = np.searchsorted(CONFIDENCES, detections.scores.astype(np.float64), "right")  # so many confidences
-    hits = _at_confidences(detections.classes, reached, detections.hits & 1 == 1, len(labels))[labelled]
-    claimed = _at_confidences(detections.classes, reached, detections.ignored & 1 == 0, len(labels))[labelled]
+    reached = np.searchsorted(CONFIDENCES, claims.scores.astype(np.float64), "right")  # so many confidences
+    hits = _at_confidences(claims.classes, reached, claims.hits & 1 == 1, len(labels))[labelled]
+    claimed = _at_confidences(claims.classes, reached, claims.ignored & 1 == 0, len(labels))[labelled]
     precision = np.divide(hits, claimed, out=np.full(hits.shape, np.nan), where=claimed > 0)
     recall = hits / labels[labelled, None]
     # 2 hits / (claimed + labels) is 2 P R / (P + R), and 0 where nothing is claimed
