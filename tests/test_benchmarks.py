@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import evaluation, first_step, loading, measuring, sample
+from benchmarks.coco_eval import summary
 from benchmarks.measuring import measure_steps, synthetic_batches
 from benchmarks.peer import contender, sampler
 from benchmarks.results import table
@@ -53,6 +54,34 @@ def test_an_unknown_measurement_is_named(tmp_path):
     assert "--only nothing names no measurement" in done.stderr
     assert "step: yolov5s 64 b2" in done.stderr
     assert not (tmp_path / "bench.json").exists()
+
+
+def test_the_figures_of_coco_are_compared_between_tools(tmp_path):
+    out = tmp_path / "coco.json"
+    missing = tmp_path / "no-python"
+    command = [sys.executable, "-m", "benchmarks.coco_eval", "--quick", "--peer-python", missing, "--out", out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr  # one of the tools is not there
+    assert f"faster-coco-eval: {missing} is missing" in done.stdout
+    ours, tool, _ = json.loads(out.read_text())["tools"]
+    assert tool["name"].startswith("pycocotools ")
+    assert 0 < ours["figures"][0] < ours["figures"][1] and tool["largest_difference"] < 1e-9
+    [row] = [line for line in done.stdout.splitlines() if line.startswith("ap50 ")]
+    assert row.split()[1:] == [f"{ours['figures'][1]:.12f}"] * 2
+
+
+def test_tools_are_compared_by_medians_of_what_they_need():
+    def turn(load: float, evaluate: float, ap: float) -> dict:
+        seconds = {"load": {"cpu": load, "wall": load}, "evaluate": {"cpu": evaluate, "wall": 2 * evaluate}}
+        return {"version": "1", "seconds": seconds, "figures": [ap] * 12}
+
+    ours = [turn(1, 1, 0.5), turn(1, 2, 0.5), turn(1, 9, 0.5)]
+    one = summary("tool", [turn(1, 6, 0.25), turn(3, 8, 0.25), turn(2, 40, 0.25)], ours)
+    assert one["seconds"] == {"evaluate": {"cpu": 8, "wall": 16}, "files": {"cpu": 11, "wall": 19}}
+    assert one["ratio"]["evaluate"] == {"cpu": 4, "wall": 4}
+    assert one["ratio"]["files"]["cpu"] == pytest.approx(11 / 3)
+    assert one["largest_difference"] == 0.25
+    assert summary("tool", [{"failed": "why"}], ours)["failed"] == "why"
 
 
 def test_a_worker_that_fails_says_why():
