@@ -35,6 +35,11 @@ def test_a_box_along_the_border_is_seen_on_all_four_sides():
     assert len(places(image, RED)) == 60 * 40 - 56 * 36
 
 
+def test_a_box_without_area_is_not_drawn():
+    boxes = np.array([[20, 10, 20, 30], [-9, 5, 0, 9], [60, 0, 70, 9], [30, 30, 20, 20]])
+    assert np.array_equal(annotated(grey(40, 60), boxes, ["a"] * 4, [RED] * 4), grey(40, 60))
+
+
 def test_sides_outside_the_image_are_not_drawn():
     image = annotated(grey(40, 60), np.array([[20, 10, 500, 30]]), [""], [RED], line_px=2)
     assert not len(places(image[:, 59:][15:25], RED)) and len(places(image[9:11, 59:], RED))

@@ -75,8 +75,8 @@ def annotated(
 ) -> np.ndarray:
     """A copy of `image`, (H, W, 3) u8 RGB, with boxes (K, 4) xyxy px and a text (K,) each, the most important first.
 
-    Text is as high as befits the lines; `line_px` 0 goes by the size of the image. What lies outside is cut off, and a
-    text that finds no free place is left out: its box still has its colour.
+    Text is as high as befits the lines; `line_px` 0 goes by the size of the image. What lies outside is cut off, boxes
+    without area are not drawn, and a text that finds no free place is left out: its box still has its colour.
     """
     painted = np.array(image, order="C")
     height, width, _ = painted.shape
@@ -101,7 +101,8 @@ def draw_boxes(
     """
     H, W, _ = image.shape
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-    seen = np.isfinite(boxes).all(1) & (boxes[:, :2] < (W, H)).all(1) & (boxes[:, 2:] > 0).all(1)
+    inside = boxes.clip(0, (W, H, W, H))
+    seen = np.isfinite(boxes).all(1) & (inside[:, :2] < inside[:, 2:]).all(1)
     rows = np.flatnonzero(seen).tolist()
     for row in reversed(rows):  # the first on top
         _draw_outline(image, boxes[row], _bytes(colours[row]), line_px, dashed=dashed is not None and dashed[row])
@@ -109,7 +110,7 @@ def draw_boxes(
     for px, most in ((text_px, _CROWDED), (round(0.75 * text_px), _BURIED)):
         masks = {row: _fitted(texts[row], min(px, H // 3), W - 4) for row in rows}
         if sum(mask.size for mask in masks.values()) <= most * H * W:
-            _draw_texts(image, boxes, colours, {row: mask for row, mask in masks.items() if mask.size})
+            _draw_texts(image, inside, colours, {row: mask for row, mask in masks.items() if mask.size})
             return
 
 
@@ -120,7 +121,7 @@ def _draw_texts(
     H, W, _ = image.shape
     taken = np.empty((0, 4))
     for row, mask in masks.items():
-        plate = _free_place(boxes[row].clip(0, (W, H, W, H)), mask.shape[1] + 4, mask.shape[0], (W, H), taken)
+        plate = _free_place(boxes[row], mask.shape[1] + 4, mask.shape[0], (W, H), taken)
         if plate is not None:
             taken = np.vstack([taken, plate])
             left, top, right, bottom = plate
@@ -129,7 +130,7 @@ def _draw_texts(
 
 
 def _draw_outline(image: np.ndarray, box: np.ndarray, colour: np.ndarray, line_px: int, *, dashed: bool) -> None:
-    """The sides of a box, but those that lie outside the image: there it goes on."""
+    """The sides of a box, but those that lie outside the image: there it goes on. White shows between dashes."""
     H, W, _ = image.shape
     left, right = (_stroke(side, line_px, W) for side in box[::2])
     top, bottom = (_stroke(side, line_px, H) for side in box[1::2])
@@ -137,9 +138,9 @@ def _draw_outline(image: np.ndarray, box: np.ndarray, colour: np.ndarray, line_p
     y = slice(top.start if top else 0, bottom.stop if bottom else H)
     dash_px = 3 * line_px + 2 if dashed else max(H, W)
     for rows in filter(None, (top, bottom)):
-        image[rows, x][:, _dashes(x, dash_px)] = colour
+        image[rows, x] = _dashes(colour, x, dash_px)
     for columns in filter(None, (left, right)):
-        image[y, columns][_dashes(y, dash_px)] = colour
+        image[y, columns] = _dashes(colour, y, dash_px)[:, None]
 
 
 def _stroke(side: float, line_px: int, room: int) -> slice | None:
@@ -150,8 +151,10 @@ def _stroke(side: float, line_px: int, room: int) -> slice | None:
     return slice(start, min(start + line_px, room))
 
 
-def _dashes(span: slice, dash_px: int) -> np.ndarray:
-    return np.arange(max(span.stop - span.start, 0)) // dash_px % 2 == 0
+def _dashes(colour: np.ndarray, span: slice, dash_px: int) -> np.ndarray:
+    """(n, 3) the colours along a line."""
+    drawn = np.arange(max(span.stop - span.start, 0)) // dash_px % 2 == 0
+    return np.where(drawn[:, None], colour, np.uint8(255))
 
 
 def _free_place(

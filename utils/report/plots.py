@@ -91,8 +91,9 @@ def _say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=10, color=GREY)
 
 
-def _shorten(name: str, longest: int = 24) -> str:
-    return name if len(name) <= longest else name[: longest - 1] + "…"
+def _shorten(name: str) -> str:
+    """At most 24 letters, with what tells long names apart: their beginning and their end."""
+    return name if len(name) <= 24 else f"{name[:15]}…{name[-8:]}"
 
 
 def _plain(name: str) -> str:
@@ -259,10 +260,10 @@ def _draw_judged(tile: _Tile, judged: JudgedImage, store: LabelStore, names: Seq
     try:
         image = decode_image(store.path(judged.image))
         if image.shape[:2] != tuple(store.sizes[judged.image]):
-            raise ImageError("not the image that was evaluated")
+            raise ImageError("no longer the image that was evaluated")
     except ImageError as error:
         tile.pixels[:] = 200
-        _write_centred(tile.pixels, str(error))
+        _write_centred(tile.pixels, f"cannot be shown: {error}")
         return
     room, (height, width) = tile.pixels.shape, image.shape[:2]
     scale = min(room[0] / height, room[1] / width)
@@ -582,7 +583,7 @@ def plot_curves(metrics: Metrics, folder: Path) -> None:
             colours,
             title=f"{title} over confidence at IoU .5; legend: {at}",
         )
-        if kind == "F1" and classes:
+        if kind == "F1" and metrics.f1 > 0:
             _mark(axes, metrics.best_confidence, metrics.f1, f"{metrics.f1:.2f} at {metrics.best_confidence:.3f}")
         _save(figure, folder / f"{kind}_curve.png")
     figure, _ = _plot_classes(
@@ -627,6 +628,8 @@ def _plot_classes(
     if not count:
         _say(axes, "no labels")
         return figure, axes
+    if not np.nan_to_num(y[0]).any():
+        _say(axes, "nothing found")
     axes.plot(x[0], _mean_of_known(y[0]), color=INK, linewidth=2.6, zorder=4, label=legend[0])
     ranked = np.argsort(-np.asarray(figures), kind="stable").tolist()
     many = count > MAX_NAMED_LINES
@@ -636,7 +639,7 @@ def _plot_classes(
     if others:
         fade = {"color": GREY, "alpha": float(np.clip(25 / len(others), 0.06, 0.5)), "linewidth": 1}
         axes.add_collection(LineCollection([np.stack([x[0], y[0][index]], 1) for index in others], **fade))
-        axes.plot([], [], color="#c6c6c6", linewidth=1, label=f"{len(others):,} others")
+        axes.plot([], [], color="#c6c6c6", linewidth=1, label=f"{len(others):,} others between")
     for index in bottom:
         axes.plot(x[0], y[0][index], linewidth=1, color=colours[index], label=legend[1 + index], zorder=3)
     axes.legend(
@@ -711,6 +714,7 @@ def _plot_matrix(
 ) -> None:
     """Cells in shades of blue, on a scale by the root up to the largest where there is no `top`, with their numbers."""
     from matplotlib.colors import Normalize, PowerNorm
+    from matplotlib.ticker import MaxNLocator
 
     count = len(labels)
     cell = float(np.clip(1100 / count, 22, 92))  # px
@@ -725,7 +729,7 @@ def _plot_matrix(
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     _number_cells(axes, values, norm, cell)
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=MaxNLocator(integer=True))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=INK, length=0)
     _save(figure, path)
