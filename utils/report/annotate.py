@@ -10,7 +10,7 @@ import colorsys
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -108,25 +108,25 @@ def draw_boxes(
         _draw_outline(image, boxes[row], _bytes(colours[row]), line_px, dashed=dashed is not None and dashed[row])
 
     for px, most in ((text_px, _CROWDED), (round(0.75 * text_px), _BURIED)):
-        masks = {row: _fitted(texts[row], min(px, H // 3), W - 4) for row in rows}
-        if sum(mask.size for mask in masks.values()) <= most * H * W:
-            _draw_texts(image, inside, colours, {row: mask for row, mask in masks.items() if mask.size})
+        masks = [_fitted(texts[row], min(px, H // 3), W - 4) for row in rows]
+        if sum(mask.size for mask in masks) <= most * H * W:
+            _draw_texts(image, inside[rows], masks, [colours[row] for row in rows])
             return
 
 
-def _draw_texts(
-    image: np.ndarray, boxes: np.ndarray, colours: Sequence[Colour], masks: Mapping[int, np.ndarray]
-) -> None:
-    """The texts of some boxes, by row, on plates in the colour of their box, each where there is room for it."""
+def _draw_texts(image: np.ndarray, boxes: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[Colour]) -> None:
+    """The text of each box inside the image, where it has one, on a plate of its colour, where there is room for it."""
     H, W, _ = image.shape
     taken = np.empty((0, 4))
-    for row, mask in masks.items():
-        plate = _free_place(boxes[row], mask.shape[1] + 4, mask.shape[0], (W, H), taken)
+    for box, mask, colour in zip(boxes, masks, colours):
+        if not mask.size:
+            continue
+        plate = _free_place(box, mask.shape[1] + 4, mask.shape[0], (W, H), taken, boxes)
         if plate is not None:
             taken = np.vstack([taken, plate])
             left, top, right, bottom = plate
-            image[top:bottom, left:right] = _bytes(colours[row])
-            _blend(image[top:bottom, left + 2 : right - 2], mask, ink_on(colours[row]))
+            image[top:bottom, left:right] = _bytes(colour)
+            _blend(image[top:bottom, left + 2 : right - 2], mask, ink_on(colour))
 
 
 def _draw_outline(image: np.ndarray, box: np.ndarray, colour: np.ndarray, line_px: int, *, dashed: bool) -> None:
@@ -158,11 +158,12 @@ def _dashes(colour: np.ndarray, span: slice, dash_px: int) -> np.ndarray:
 
 
 def _free_place(
-    box: np.ndarray, width: int, height: int, room: tuple[int, int], taken: np.ndarray
+    box: np.ndarray, width: int, height: int, room: tuple[int, int], taken: np.ndarray, boxes: np.ndarray
 ) -> np.ndarray | None:
     """Whole px (xyxy) for a text: above its box, inside at the top or bottom, or below; None when all is taken.
 
-    `room` is the width and height of the image, `taken` (n, 4) is where texts already are.
+    Of these the first that hides least of any box, in steps of a fifth. `room` is the width and height of the image,
+    `taken` (n, 4) is where texts already are, and `boxes` (K, 4) are those that are seen.
     """
     left, top, right, bottom = np.rint(box).astype(int)
     corners = np.array(
@@ -181,7 +182,12 @@ def _free_place(
     plates = np.concatenate([corners, corners + np.array([width, height])], 1)
     meets = (plates[:, None, :2] < taken[:, 2:]) & (plates[:, None, 2:] > taken[:, :2])  # (8, n, 2)
     free = ~meets.all(2).any(1) & (plates[:, 1] >= 0) & (plates[:, 3] <= room[1])
-    return plates[free.argmax()] if free.any() else None
+    if not free.any():
+        return None
+    sides = np.minimum(plates[:, None, 2:], boxes[:, 2:]) - np.maximum(plates[:, None, :2], boxes[:, :2])
+    shares = sides.clip(0).prod(2) / (boxes[:, 2:] - boxes[:, :2]).prod(1)  # (8, K)
+    hidden = np.rint(5 * shares).sum(1)
+    return plates[np.where(free, hidden, np.inf).argmin()]
 
 
 # ------------------------------------------------------------------------------------------------------------- text
