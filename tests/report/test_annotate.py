@@ -3,8 +3,10 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from utils.report.annotate import annotated, class_colour
+from utils.report.annotate import _free_place, annotated, class_colour
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -80,6 +82,36 @@ def test_texts_do_not_cover_each_other_and_stay_inside():
     image = annotated(grey(300, 300), np.array([[100, 100, 200, 200]] * 4), ["one 0.91"] * 4, colours, line_px=1)
     filled = [len(places(image, colour)) for colour in colours]
     assert min(filled) > 500 and max(filled) - min(filled) < 700  # the first has the outline too
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_places_for_texts_are_inside_and_apart(height, width, seed):
+    generator = np.random.default_rng(seed)
+    corner = generator.uniform(0, (width, height), (30, 2))
+    boxes = np.concatenate([corner, corner + generator.uniform(0.5, 100, (30, 2))], 1).clip(0, (width, height) * 2)
+    boxes = boxes[(boxes[:, :2] < boxes[:, 2:]).all(1)]
+    room = np.zeros((height, width), int)
+    taken = np.empty((0, 4))
+    for box in boxes:
+        w, h = generator.integers(1, (min(80, width) + 1, min(20, height) + 1))
+        plate = _free_place(box, int(w), int(h), (width, height), taken, boxes)
+        if plate is not None:
+            left, top, right, bottom = plate
+            assert left >= 0 and top >= 0 and right <= width and bottom <= height
+            assert (right - left, bottom - top) == (w, h)
+            room[top:bottom, left:right] += 1
+            taken = np.vstack([taken, plate])
+    assert room.max() <= 1
+
+
+def test_a_text_hides_no_other_box_where_it_need_not():
+    """Above its own box there is another one, below there is nothing."""
+    lower, upper = [50, 100, 150, 150], [50, 60, 150, 98]
+    alone = annotated(grey(300, 300), np.array([upper]), [""], [BLUE], line_px=1)
+    both = annotated(grey(300, 300), np.array([upper, lower]), ["", "lower"], [BLUE, RED], line_px=1)
+    assert np.array_equal(both[55:99], alone[55:99])
+    assert len(places(both[151:], RED)) > 100
 
 
 def test_a_score_survives_a_name_that_is_too_long():

@@ -333,6 +333,19 @@ def test_images_that_are_gone_or_others_are_grey_tiles(tmp_path):
     assert not has_colour(picture, plots._MISSED) and has_colour(picture, (200 / 255,) * 3)
 
 
+def test_a_damaged_image_is_shown_in_silence(tmp_path, capfd):
+    """libjpeg writes of it on the standard error of the process."""
+    store = pictured_store(tmp_path, [(600, 800)])
+    noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3)).astype(np.uint8)
+    whole = cv2.imencode(".jpg", noise)[1].tobytes()
+    middle = len(whole) // 2
+    damaged = whole[:middle] + b"\xff\xd0" * 40 + whole[middle + 80 :]
+    (tmp_path / "image 0.png").write_bytes(damaged)
+    plot_worst([judged(0, [MISSED])], store, ("cat",), tmp_path / "worst.png")
+    assert has_colour(read(tmp_path / "worst.png")[70:], plots._MISSED)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_hundreds_of_mistakes_leave_the_image_visible(tmp_path):
     store = pictured_store(tmp_path, [(700, 1000)])
     generator = np.random.default_rng(0)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from utils.data.images import ImageError, decode_image
+from utils.data.images import ImageError, decode_image, quiet_opencv
+from utils.data.probe import overheard
 from utils.files import write_atomic
 from utils.report.annotate import (
     Colour,
@@ -228,8 +229,9 @@ def plot_worst(
         head_px=_WORST_HEAD_PX,
     )
     _draw_head(mosaic[:_WORST_HEAD_PX, _GAP_PX:-_GAP_PX], confidence)
-    for one, tile in zip(judged, tiles):
-        _draw_judged(tile, one, store, names)
+    with quiet_opencv(), overheard():  # a damaged image has been told of by the scan
+        for one, tile in zip(judged, tiles):
+            _draw_judged(tile, one, store, names)
     if not judged:
         _write_centred(tiles[0].pixels, "Nothing missed, and nothing false")
     _write_image(mosaic, path)
