@@ -1,5 +1,8 @@
+import logging
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -141,6 +144,20 @@ def test_lines_and_text_grow_with_the_image():
 def test_letters_beyond_ascii_differ():
     images = [annotated(grey(99, 200), np.array([[20, 40, 90, 90]]), [text], [RED]) for text in ("Ä", "Ö", "A", "Ж")]
     assert len({image.tobytes() for image in images}) == 4
+
+
+def test_threads_draw_the_same_and_leave_warnings_as_they_were():
+    """Texts that nobody has rendered yet, by many threads at once."""
+    filters, level = list(warnings.filters), logging.getLogger("matplotlib").level
+    box = np.array([[10, 40, 190, 90]])
+
+    def draw(number: int) -> np.ndarray:
+        return annotated(grey(100, 200), box, [f"thread {number} 猫"], [RED])
+
+    with ThreadPoolExecutor(8) as threads:
+        drawn = list(threads.map(draw, [number % 50 for number in range(200)]))
+    assert all(np.array_equal(image, draw(number % 50)) for number, image in enumerate(drawn))
+    assert (list(warnings.filters), logging.getLogger("matplotlib").level) == (filters, level)
 
 
 def test_drawing_is_silent_and_leaves_matplotlib_as_it_was():

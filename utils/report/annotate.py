@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from threading import RLock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,7 @@ Colour = tuple[float, float, float]  # RGB, each 0..1
 
 _CROWDED, _BURIED = 0.12, 0.25  # share of an image that text would cover: it is written smaller, or not at all
 _LEAST_TEXT_PX = 7
+_SILENCE = RLock()
 _MOST_LETTERS = 200  # of a text; far more than fit
 _WIDER_FONTS = (  # asked in this order for what DejaVu Sans lacks, where they are installed
     "Noto Sans CJK SC,Noto Sans CJK JP,Source Han Sans SC,WenQuanYi Zen Hei,WenQuanYi Micro Hei,Droid Sans Fallback,"
@@ -277,13 +279,16 @@ def font_families() -> list[str]:
 
 @contextmanager
 def quiet_matplotlib() -> Iterator[None]:
-    """No notice while matplotlib builds its font cache, no warning about a glyph that its fonts lack."""
-    logger = logging.getLogger("matplotlib")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+    """No notice while matplotlib builds its font cache, no warning about a glyph that its fonts lack.
+
+    One thread at a time: what is silenced here belongs to the process.
+    """
+    with _SILENCE, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        logger = logging.getLogger("matplotlib")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
             yield
-    finally:
-        logger.setLevel(level)
+        finally:
+            logger.setLevel(level)
