@@ -24,7 +24,7 @@ from utils.report.loggers import (
     format_losses,
     result_row,
 )
-from utils.structures import CocoFigures, LossMeans, Metrics
+from utils.structures import LossMeans, Metrics
 
 TITLES = ["epoch", "box", "obj", "cls", "P", "R", "mAP@.5", "mAP@.5:.95", "images/s"]
 COLUMNS = ("epoch", "train/box_loss", "x/lr0")
@@ -32,14 +32,12 @@ LOSSES = LossMeans(box=0.0812345678, objectness=0.03, classification=1e-7)
 METRICS = Metrics(
     precision=0.5,
     recall=0.25,
-    f1=0.3,
     map50=0.75,
     map50_95=0.4,
     images=1,
     labels=1,
     best_confidence=0.3,
     per_class=(),
-    coco=CocoFigures(**dict.fromkeys(CocoFigures.__annotations__)),
     losses=LOSSES,
 )
 

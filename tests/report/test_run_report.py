@@ -28,7 +28,7 @@ from utils.structures import (
 )
 
 LOSSES = LossMeans(box=0.1, objectness=0.2, classification=0.3)
-UNKNOWN = CocoFigures(**dict.fromkeys(CocoFigures.__annotations__))
+COCO = CocoFigures(**{name: place / 100 for place, name in enumerate(CocoFigures.__annotations__)})
 METRICS = Metrics(
     precision=1 / 3,
     recall=0.5,
@@ -49,11 +49,11 @@ METRICS = Metrics(
             map50=2 / 3,
             map50_95=0.3,
             best_f1=0.45,
-            best_confidence=0.2,
-            coco=UNKNOWN,
+            best_confidence=0.7,
+            coco=replace(COCO, ap_small=None),
         ),
     ),
-    coco=UNKNOWN,
+    coco=COCO,
     losses=LOSSES,
 )
 
