@@ -271,8 +271,8 @@ def pictured_store(folder, sizes=((60, 80), (200, 100), (40, 40))) -> LabelStore
     paths = [folder / f"image {index}.png" for index in range(len(sizes))]
     for path, size in zip(paths, sizes):
         cv2.imwrite(str(path), np.full((*size, 3), 90, np.uint8))
-    none = ImageLabels(boxes=np.zeros((0, 4)), classes=np.zeros(0, int))
-    return build_store(paths, sizes, [none] * len(sizes))
+    one = ImageLabels(boxes=np.array([[0.2, 0.2, 0.8, 0.8]]), classes=np.zeros(1, int))
+    return build_store(paths, sizes, [one] * len(sizes))
 
 
 def judged(image: int, verdicts: Sequence[int], *, at: float = 10.0) -> JudgedImage:
@@ -312,6 +312,31 @@ def test_captions_count_and_boxes_name(tmp_path, monkeypatch):
     )
     assert {"image 0.png", "2 missed, 1 false, 1 found", "missed: cat", "false: cat 0.50"} <= set(said)
     assert any("0.123" in text for text in said)
+
+
+def test_of_very_many_false_alarms_the_surest_are_drawn(tmp_path, monkeypatch):
+    texts, captions = [], []
+    monkeypatch.setattr(plots, "write_line", lambda image, text, *args, **kwargs: captions.append(text))
+    monkeypatch.setattr(plots, "draw_boxes", lambda image, boxes, names, *args, **kwargs: texts.extend(names))
+    many = judged(0, [MISSED, *[FALSE_ALARM] * 250, HIT])
+    many = replace(many, scores=np.linspace(0.1, 0.9, 252).astype(np.float32))
+    plot_worst([many], pictured_store(tmp_path), ("cat",), tmp_path / "worst.png")
+    false = [float(text.split()[-1]) for text in texts if text.startswith("false")]
+    assert len(false) == 100 and min(false) > 0.57 and false == sorted(false, reverse=True)
+    assert "missed: cat" in texts
+    assert "1 missed, 250 false (100 surest shown), 1 found" in captions
+
+
+def test_without_labels_nothing_is_judged(tmp_path, monkeypatch):
+    """All that is found would be false, which says nothing about the network."""
+    said = []
+    monkeypatch.setattr(plots, "write_line", lambda image, text, *args, **kwargs: said.append(text))
+    plot_worst([judged(0, [FALSE_ALARM])], store_of(0, 1), ("cat",), tmp_path / "worst.png")
+    plot_worst([], pictured_store(tmp_path), ("cat",), tmp_path / "worst.png")
+    assert [text for text in said if text.startswith("No")] == [
+        "No labels to judge by",
+        "Nothing missed, and nothing false",
+    ]
 
 
 @pytest.mark.parametrize("count", range(9))

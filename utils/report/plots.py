@@ -203,6 +203,7 @@ def _line_px(boxes: np.ndarray) -> int:
 # Colours of Okabe and Ito, told apart by every kind of colour blindness; so are the lines
 _GOOD, _FALSE, _MISSED = ((0, 158 / 255, 115 / 255), (213 / 255, 94 / 255, 0), (0, 80 / 255, 200 / 255))
 _WORST_STRIP_PX, _WORST_HEAD_PX = 42, 64
+_MOST_FALSE = 100  # drawn in an image; a network that knows nothing yet says several hundred
 
 
 def plot_worst(
@@ -215,8 +216,10 @@ def plot_worst(
 ) -> None:
     """A mosaic of images with what was found, what is false, and what was missed in them, at this confidence.
 
-    An image whose file is gone or has changed is a grey tile that says so.
+    An image whose file is gone or has changed is a grey tile that says so. Without labels nothing can be judged.
     """
+    if not len(store.classes):
+        judged = ()
     columns = {0: 1, 1: 1, 2: 2, 3: 2, 4: 2}.get(len(judged), 3)
     width = (MAX_SIDE_PX - _GAP_PX) // max(columns, 2) - _GAP_PX
     sizes = np.array([store.sizes[one.image] for one in judged]).reshape(-1, 2)
@@ -233,7 +236,8 @@ def plot_worst(
         for one, tile in zip(judged, tiles):
             _draw_judged(tile, one, store, names)
     if not judged:
-        _write_centred(tiles[0].pixels, "Nothing missed, and nothing false")
+        nothing = "Nothing missed, and nothing false" if len(store.classes) else "No labels to judge by"
+        _write_centred(tiles[0].pixels, nothing)
     _write_image(mosaic, path)
 
 
@@ -258,7 +262,8 @@ def _draw_judged(tile: _Tile, judged: JudgedImage, store: LabelStore, names: Seq
     """An image with its boxes: the mistakes above the rest."""
     missed, false, hits = (int((judged.verdicts == verdict).sum()) for verdict in (MISSED, FALSE_ALARM, HIT))
     tile.caption(Path(store.path(judged.image)).name)
-    tile.caption(f"{missed:,} missed, {false:,} false, {hits:,} found", line=1)
+    surest = f" ({_MOST_FALSE} surest shown)" if false > _MOST_FALSE else ""
+    tile.caption(f"{missed:,} missed, {false:,} false{surest}, {hits:,} found", line=1)
     try:
         image = decode_image(store.path(judged.image))
         if image.shape[:2] != tuple(store.sizes[judged.image]):
@@ -280,6 +285,7 @@ def _draw_verdicts(pixels: np.ndarray, judged: JudgedImage, boxes: np.ndarray, n
     draw_boxes(pixels, boxes[good], [""] * good.sum(), [_GOOD] * good.sum(), line_px=1, text_px=0)
     rows = np.flatnonzero(~good)
     rows = rows[np.lexsort((-np.nan_to_num(judged.scores[rows]), judged.verdicts[rows]))]
+    rows = np.delete(rows, slice(_MOST_FALSE, max(np.sum(judged.verdicts == FALSE_ALARM), _MOST_FALSE)))
     false = judged.verdicts[rows] == FALSE_ALARM
     texts = [
         f"false: {_box_text(names, int(judged.classes[row]), judged.scores[row])}"
@@ -570,7 +576,7 @@ def plot_curves(metrics: Metrics, folder: Path) -> None:
     """
     curves, classes = metrics.curves, [one for one in metrics.per_class if one.labels]
     colours = [class_colour(index) for index, one in enumerate(metrics.per_class) if one.labels]
-    at = f"at confidence {metrics.best_confidence:.3f}, the best mean F1"
+    at = f"; legend: at confidence {metrics.best_confidence:.3f}, the best mean F1" if classes else ""
     for kind, title, values in (
         ("F1", "F1", curves.f1),
         ("P", "Precision", curves.precision),
@@ -583,7 +589,7 @@ def plot_curves(metrics: Metrics, folder: Path) -> None:
             _legend(classes, [f"{value:.2f}" for value in figures]),
             figures[1:],
             colours,
-            title=f"{title} over confidence at IoU .5; legend: {at}",
+            title=f"{title} over confidence at IoU .5{at}",
         )
         if kind == "F1" and metrics.f1 > 0:
             _mark(axes, metrics.best_confidence, metrics.f1, f"{metrics.f1:.2f} at {metrics.best_confidence:.3f}")
