@@ -203,7 +203,7 @@ def _line_px(boxes: np.ndarray) -> int:
 # Colours of Okabe and Ito, told apart by every kind of colour blindness; so are the lines
 _GOOD, _FALSE, _MISSED = ((0, 158 / 255, 115 / 255), (213 / 255, 94 / 255, 0), (0, 80 / 255, 200 / 255))
 _WORST_STRIP_PX, _WORST_HEAD_PX = 42, 64
-_MOST_FALSE = 100  # drawn in an image; a network that knows nothing yet says several hundred
+_MOST_FALSE = 30  # drawn in an image; a network that knows nothing yet says several hundred
 
 
 def plot_worst(
