@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,18 +15,45 @@ from utils.clock import PARTS, TimeSplit
 from utils.report import plots
 from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport, write_metrics
-from utils.structures import Batch, ClassMetrics, Detections, LossMeans, Metrics
+from utils.structures import (
+    MISSED,
+    Batch,
+    ClassMetrics,
+    CocoFigures,
+    Curves,
+    Detections,
+    JudgedImage,
+    LossMeans,
+    Metrics,
+)
 
 LOSSES = LossMeans(box=0.1, objectness=0.2, classification=0.3)
+COCO = CocoFigures(**{name: place / 100 for place, name in enumerate(CocoFigures.__annotations__)})
 METRICS = Metrics(
     precision=1 / 3,
     recall=0.5,
+    f1=0.4,
     map50=2 / 3,
     map50_95=0.1 + 0.2,
     images=3,
     labels=4,
     best_confidence=0.25,
-    per_class=(ClassMetrics(name="größe", images=3, labels=4, precision=1 / 3, recall=0.5, map50=2 / 3, map50_95=0.3),),
+    per_class=(
+        ClassMetrics(
+            name="größe",
+            images=3,
+            labels=4,
+            precision=1 / 3,
+            recall=0.5,
+            f1=0.4,
+            map50=2 / 3,
+            map50_95=0.3,
+            best_f1=0.45,
+            best_confidence=0.7,
+            coco=replace(COCO, ap_small=None),
+        ),
+    ),
+    coco=COCO,
     losses=LOSSES,
 )
 
@@ -243,6 +271,47 @@ def test_a_batch_without_any_detection(tmp_path, store):
     nothing = Detections(boxes=torch.empty(0, 4), scores=torch.empty(0), classes=torch.empty(0, dtype=torch.int64))
     PictureFiles(tmp_path, ("thing",), val=store).evaluated_batch(0, batch_of(store), [nothing, nothing])
     assert (tmp_path / "val_batch0_pred.jpg").exists()
+
+
+def test_boxes_end_where_their_image_does(tmp_path, store, monkeypatch):
+    """The padding of a letterbox is no part of the image: boxes are cut there, and go where they lie there alone."""
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_batch", lambda images, boxes, *args, **kwargs: drawn.update(boxes=boxes.tolist()))
+    placement = torch.tensor([[0.5, 0, 4], [0, 0.5, 10], [0, 0, 1]], dtype=torch.float64)  # (4, 10) to (36, 42)
+    letterboxed = replace(batch_of(store), placements=placement.repeat(2, 1, 1))
+    found = [
+        Detections(
+            boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            scores=torch.full((len(boxes),), 0.9),
+            classes=torch.zeros(len(boxes), dtype=torch.int64),
+        )
+        for boxes in ([[0, 0, 64, 64], [6, 12, 20, 30]], [[2, 20, 30, 60]])
+    ]
+    PictureFiles(tmp_path, ("thing",), val=store).evaluated_batch(0, letterboxed, found)
+    assert drawn["boxes"] == [[4, 10, 36, 42], [6, 12, 20, 30], [4, 20, 30, 42]]
+
+
+def test_pictures_of_a_finished_evaluation(tmp_path, store):
+    line = np.linspace(0, 1, 1000)
+    curves = Curves(
+        confidence=line,
+        **dict.fromkeys(("precision", "recall", "f1"), line[None]),
+        recall_grid=np.linspace(0, 1, 101),
+        precision_at_recall=np.zeros((1, 101)),
+    )
+    missed = JudgedImage(
+        image=1,
+        boxes=np.array([[5.0, 5, 30, 30]]),
+        classes=np.zeros(1, int),
+        scores=np.full(1, np.nan),
+        verdicts=np.array([MISSED], np.uint8),
+    )
+    metrics = replace(METRICS, curves=curves, confusion=np.ones((2, 2), int), worst=(missed,))
+    PictureFiles(tmp_path, ("größe",), val=store).finished(metrics)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(f"{kind}_curve.png" for kind in ("F1", "P", "R", "PR")),
+        *("confusion_matrix.png", "confusion_matrix_counts.png", "worst_images.jpg"),
+    }
 
 
 def test_the_null_object_draws_nothing(tmp_path, store):
