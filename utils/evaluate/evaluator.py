@@ -72,7 +72,7 @@ class Evaluator:
         self, network: DetectionModel, batch: Batch, gains: LossGains | None
     ) -> tuple[list[Detections], Losses | None]:
         predictions, losses = predicted(network, batch, self.runtime, gains=gains, augment=self.augment)
-        return non_max_suppression(predictions, self.rules), losses
+        return non_max_suppression(predictions, self.rules).detections, losses
 
     def _collect(self, batch: Batch, detections: list[Detections]) -> Evidence:
         store, images = self.batches.store, batch.indices.tolist()

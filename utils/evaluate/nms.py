@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,19 +30,30 @@ class NmsRules:
     classes: tuple[int, ...] = ()  # none: all of them
 
 
+@dataclass(frozen=True, kw_only=True)
+class Suppressed:
+    """What is left of the predictions of B images, and what to know about them."""
+
+    detections: list[Detections]  # (B,) one per image, best first, empty where nothing was found
+    cut: np.ndarray  # (B,) bool: more candidates than MAX_CANDIDATES, the best of which left room for detections
+    non_finite: np.ndarray  # (B,) bool: the network said something that is no finite number; detections are without
+
+
 @torch.no_grad()
-def non_max_suppression(predictions: Tensor, rules: NmsRules) -> list[Detections]:
-    """Greedy suppression within each class, best first; one Detections per image, empty where nothing was found.
+def non_max_suppression(predictions: Tensor, rules: NmsRules) -> Suppressed:
+    """Greedy suppression within each class, best first.
 
     predictions: (B, P, 5 + C): xyxy px, objectness, class probabilities, on any device. The score of (anchor, class) is
     objectness * probability, so an anchor may speak for several classes.
     Equal scores go by anchor, then class, so the result is the same every time. Only the MAX_CANDIDATES best of an
     image are considered; non-finite boxes and scores never are.
     """
-    return [
+    detections = [
         _suppress_image(image, rules.confidence, rules.iou, rules.max_detections, multi_label=True)
         for image in predictions.float()  # (P, 5 + C)
     ]
+    finite = predictions.isfinite().flatten(1).all(1).numpy(force=True)
+    return Suppressed(detections=detections, cut=np.zeros(len(finite), bool), non_finite=~finite)
 
 
 def _suppress_image(image: Tensor, confidence: float, iou: float, max_detections: int, multi_label: bool) -> Detections:
