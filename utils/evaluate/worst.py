@@ -1,2 +1,0 @@
-def worst_images(evidence, store, confidence, most=8):
-    return ()
