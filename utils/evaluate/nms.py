@@ -88,9 +88,7 @@ class _Candidates:
         return Detections(boxes=self.boxes[rows], scores=self.scores[rows], classes=self.classes[rows])
 
 
-def _detections(
-    predictions: Tensor, best: Tensor, rules: NmsRules, *, most: int
-) -> tuple[list[Detections], list[int]]:
+def _detections(predictions: Tensor, best: Tensor, rules: NmsRules, *, most: int) -> tuple[list[Detections], list[int]]:
     """What survives of the `most` best candidates of each image, and the images where others might survive as well."""
     candidates = _candidates(predictions, best, rules, most)
     detections = [candidates[rows] for rows in _kept(candidates, rules)]
