@@ -1,8 +1,8 @@
 """Non-maximum suppression: raw predictions of a batch in, the detections of each image out.
 
-The surprise: only the best candidates of an image are looked at, and the others not even sorted, unless these leave room
-for more detections. That is exact, because greedy suppression only ever flows from better candidates to worse ones; it
-keeps an untrained network, where nearly every anchor passes the confidence, as fast as a trained one.
+The surprise: only the best candidates of an image are looked at, and the others not even sorted, unless these leave
+room for more detections. That is exact, because greedy suppression only ever flows from better candidates to worse
+ones; it keeps an untrained network, where nearly every anchor passes the confidence, as fast as a trained one.
 """
 
 from __future__ import annotations
