@@ -1,8 +1,8 @@
 """Non-maximum suppression: raw predictions of a batch in, the detections of each image out.
 
-The surprise: only the best candidates of an image are looked at, and the others not even sorted, unless these leave room
-for more detections. That is exact, because greedy suppression only ever flows from better candidates to worse ones; it
-keeps an untrained network, where nearly every anchor passes the confidence, as fast as a trained one.
+The surprise: only the best candidates of an image are looked at, and the others not even sorted, unless these leave
+room for more detections. That is exact, because greedy suppression only ever flows from better candidates to worse
+ones; it keeps an untrained network, where nearly every anchor passes the confidence, as fast as a trained one.
 """
 
 from __future__ import annotations
@@ -77,7 +77,6 @@ def non_max_suppression(predictions: Tensor, rules: NmsRules) -> Suppressed:
 class _Candidates:
     """Candidates of several images in one table: image after image, and best first."""
 
-    image: Tensor  # (n,) i64
     boxes: Tensor  # (n, 4) f32
     scores: Tensor  # (n,) f32
     classes: Tensor  # (n,) i64
@@ -119,30 +118,32 @@ def _asked(rules: NmsRules) -> list[int]:
 
 def _candidates(predictions: Tensor, best: Tensor, rules: NmsRules, most: int) -> _Candidates:
     """The `most` best of each image. They are among its `most` best anchors, so nothing is sorted but these."""
-    B = len(predictions)
-    image, anchor = ((best > rules.confidence) & (best < torch.inf)).nonzero(as_tuple=True)
-    anchors = _Cut.of(best[image, anchor], anchor, _counts(image, B), most, floor=rules.confidence)
-    chosen = anchors.holds(best[image, anchor], anchor, image) if anchors.any else slice(None)
-    image, anchor = image[chosen], anchor[chosen]
+    B, P = best.shape
+    anchor = ((best > rules.confidence) & (best < torch.inf)).flatten().nonzero().squeeze(1)  # of the batch
+    image = anchor // max(P, 1)
+    anchors = _Cut.of(best.flatten()[anchor], anchor, _counts(image, B), most, floor=rules.confidence)
+    if anchors.any:
+        anchor = anchor[anchors.holds(best.flatten()[anchor], anchor, image)]
+        image = anchor // P
 
-    rows = predictions[image, anchor]
+    rows = predictions.flatten(0, 1).index_select(0, anchor)
     scores = rows[:, 4:5] * _probabilities(rows, rules)  # (n, C')
-    row, index = anchors.holds(scores, anchor[:, None], image[:, None]).nonzero(as_tuple=True)
-    scores, image = scores[row, index], image[row]
-    place = torch.arange(len(row), device=row.device)
-    pairs = _Cut.of(scores, place, _counts(image, B), most, floor=rules.confidence)
+    num_classes = scores.shape[1]
+    pair = anchors.holds(scores, anchor[:, None], image[:, None]).flatten().nonzero().squeeze(1)  # row * C' + class
+    scores, image = scores.flatten()[pair], image[pair // num_classes]
+    pairs = _Cut.of(scores, pair, _counts(image, B), most, floor=rules.confidence)
     if pairs.any:
-        chosen = pairs.holds(scores, place, image)
-        row, index, scores, image = row[chosen], index[chosen], scores[chosen], image[chosen]
+        chosen = pairs.holds(scores, pair, image).nonzero().squeeze(1)
+        pair, scores, image = pair[chosen], scores[chosen], image[chosen]
 
-    order = scores.argsort(descending=True, stable=True)
-    order = order[image[order].argsort(stable=True)]
-    classes = torch.tensor(_asked(rules), device=index.device)[index] if rules.classes else index
+    # One stable sort by image, then score: the bits of positive floats, taken for whole numbers, rise as they do
+    order = (image * 2**32 - scores.view(torch.int32)).argsort(stable=True)
+    pair = pair[order]
+    index = pair % num_classes
     return _Candidates(
-        image=image[order],
-        boxes=rows[row[order], :4],
+        boxes=rows[:, :4].index_select(0, pair // num_classes),
         scores=scores[order],
-        classes=classes[order],
+        classes=torch.tensor(_asked(rules), device=index.device)[index] if rules.classes else index,
         counts=_counts(image, B),
         complete=[not (one or other) for one, other in zip(anchors.cuts, pairs.cuts)],
     )
