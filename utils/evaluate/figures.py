@@ -10,7 +10,15 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from utils.evaluate.matching import AREA_RANGES, IOU_THRESHOLDS, Verdicts, verdict_bits
+from utils.evaluate.matching import (
+    AREA_RANGES,
+    IOU_THRESHOLDS,
+    DetectionTable,
+    LabelTable,
+    Verdicts,
+    match,
+    verdict_bits,
+)
 from utils.evaluate.ordering import descending, row_order, starts_of
 from utils.structures import CocoFigures
 
@@ -54,6 +62,12 @@ def ranked(places: np.ndarray, scores: np.ndarray, classes: np.ndarray, verdicts
         hits=verdicts.hits[order],
         ignored=verdicts.ignored[order],
     )
+
+
+def coco_figures(found: DetectionTable, truth: LabelTable, num_classes: int) -> CocoFigures:
+    """The twelve figures; equal scores of different images go by the tables' `image`."""
+    detections = ranked(found.image, found.scores, found.classes, match(found, truth))
+    return as_figures(mean_figures(class_figures(detections, truth.to_find(num_classes)).coco))
 
 
 def class_figures(detections: Ranked, labels: np.ndarray) -> ClassFigures:

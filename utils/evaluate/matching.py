@@ -29,6 +29,7 @@ _OF_RANGE = (1 << _T) - 1  # the bits of the first range
 _EVERYWHERE = (1 << _T * _A) - 1
 _IN_ALL_RANGES = sum(1 << _T * area for area in range(_A))
 _REACHED = np.array([((1 << level) - 1) * _IN_ALL_RANGES for level in range(_T + 1)])  # by number of thresholds reached
+_HIGHER = 16  # than any level: levels of one label end where those of the next begin
 _PAIRS_AT_ONCE = 1 << 18  # what bounds the memory of the search for overlaps
 
 
@@ -111,6 +112,11 @@ class LabelTable:
         """(N, A) bool: the area ranges in which each label is one to find."""
         return _in_ranges(self.area) & ~self.ignore[:, None]
 
+    def to_find(self, num_classes: int) -> np.ndarray:
+        """(C, A) i64 how many labels of each class count in each area range."""
+        counted = self.counted()
+        return np.stack([np.bincount(self.classes[counted[:, area]], minlength=num_classes) for area in range(_A)], 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdicts:
@@ -156,30 +162,71 @@ def match(found: DetectionTable, truth: LabelTable) -> Verdicts:
 
 
 def _settled(num_detections: int, truth: LabelTable, pairs: _Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Verdicts on detections and labels, from pairs in the order of their detections."""
-    pairs = _by_preference(pairs)
-    counted = _bits_of_ranges(truth.counted()).tolist()
-    excused = truth.ignore.tolist()
-    hits, ignored, taken = [0] * num_detections, [0] * num_detections, [0] * len(truth)
-    reached = _REACHED[np.searchsorted(IOU_THRESHOLDS, pairs.iou, "right")].tolist()
-    detection, label = pairs.detection.tolist(), pairs.label.tolist()
-    starts = np.flatnonzero(np.diff(pairs.detection, prepend=-1)).tolist()
-    for start, stop in zip(starts, [*starts[1:], len(label)]):
-        left = _EVERYWHERE
+    """Verdicts on detections and labels, from pairs in the order of their detections.
+
+    Most detections could only take one label, which nothing else wants that could take another: those are settled all
+    at once, and what is left one after the other.
+    """
+    hits, ignored = np.zeros((2, num_detections), np.int64)
+    taken = np.zeros(len(truth), np.int64)
+    counted = _bits_of_ranges(truth.counted())
+    has_choice = np.bincount(pairs.detection, minlength=num_detections)[pairs.detection] > 1
+    contested = np.zeros(len(truth), bool)
+    contested[pairs.label[has_choice]] = True
+    contested = contested[pairs.label]
+    _settle_plain(pairs[~contested], truth, counted, hits, ignored, taken)
+    _settle_contested(_by_preference(pairs[contested]), truth, counted, hits, ignored, taken)
+    return hits, ignored, taken
+
+
+def _settle_plain(
+    pairs: _Pairs, truth: LabelTable, counted: np.ndarray, hits: np.ndarray, ignored: np.ndarray, taken: np.ndarray
+) -> None:
+    """A label goes to its first detection at all thresholds that this one reaches, to a later one at higher ones."""
+    pairs = pairs[row_order(pairs.label)]
+    label, detection = pairs.label, pairs.detection
+    first = np.diff(label, prepend=-1) != 0
+    level = _levels(pairs.iou)
+    highest = np.maximum.accumulate(label * _HIGHER + level) - label * _HIGHER  # of the label's detections so far
+    before = np.where(first | truth.ignore[label], 0, np.roll(highest, 1))
+    new = _REACHED[level] & ~_REACHED[before]
+    hits[detection] = new & counted[label]
+    ignored[detection] = new & ~counted[label]
+    last = np.roll(first, -1)
+    taken[label[last]] = np.where(truth.ignore[label[last]], 0, _REACHED[highest[last]])
+
+
+def _settle_contested(
+    pairs: _Pairs, truth: LabelTable, counted: np.ndarray, hits: np.ndarray, ignored: np.ndarray, taken: np.ndarray
+) -> None:
+    """Detection after detection, from pairs by preference."""
+    reached = _REACHED[_levels(pairs.iou)].tolist()
+    label, counts = pairs.label.tolist(), counted[pairs.label].tolist()
+    once = (~truth.ignore[pairs.label]).tolist()
+    gone = dict.fromkeys(label, 0)
+    starts = np.flatnonzero(np.diff(pairs.detection, prepend=-1))
+    for detection, start, stop in zip(
+        pairs.detection[starts].tolist(), starts.tolist(), [*starts[1:].tolist(), len(label)]
+    ):
+        left, hit, out = _EVERYWHERE, 0, 0
         for at in range(start, stop):
-            one = label[at]
-            new = left & reached[at] & counted[one] & ~taken[one]
-            hits[detection[at]] |= new
-            taken[one] |= new
-            left &= ~new
+            new = left & reached[at] & counts[at] & ~gone[label[at]]
+            hit |= new
+            left ^= new
+            gone[label[at]] |= new
         for at in range(start, stop):
-            one = label[at]
-            new = left & reached[at] & ~counted[one] & ~taken[one]
-            ignored[detection[at]] |= new
-            left &= ~new
-            if not excused[one]:
-                taken[one] |= new
-    return np.array(hits, np.int64), np.array(ignored, np.int64), np.array(taken, np.int64)
+            new = left & reached[at] & ~counts[at] & ~gone[label[at]]
+            out |= new
+            left ^= new
+            if once[at]:
+                gone[label[at]] |= new
+        hits[detection], ignored[detection] = hit, out
+    taken[list(gone)] = list(gone.values())
+
+
+def _levels(iou: np.ndarray) -> np.ndarray:
+    """(M,) how many thresholds each IoU reaches."""
+    return np.searchsorted(IOU_THRESHOLDS, iou, "right")
 
 
 def _by_preference(pairs: _Pairs) -> _Pairs:

@@ -12,7 +12,6 @@ import numpy as np
 
 from utils.evaluate.figures import RECALL_GRID, ClassFigures, Ranked, as_figures, class_figures, mean_figures, ranked
 from utils.evaluate.matching import (
-    AREA_RANGES,
     DetectionTable,
     Labels,
     LabelTable,
@@ -66,17 +65,10 @@ def collect(
         hits=verdicts.hits,
         ignored=verdicts.ignored,
         confusions=confusions(found, truth, num_classes),
-        labels=labels_to_find(truth, num_classes),
+        labels=truth.to_find(num_classes),
         images_with=_images_with(truth, num_classes),
         images=len(labels),
     )
-
-
-def labels_to_find(truth: LabelTable, num_classes: int) -> np.ndarray:
-    """(C, A) i64 how many labels of each class count in each area range."""
-    counted = truth.counted()
-    each = [np.bincount(truth.classes[counted[:, area]], minlength=num_classes) for area in range(len(AREA_RANGES))]
-    return np.stack(each, 1)
 
 
 def _images_with(truth: LabelTable, num_classes: int) -> np.ndarray:
