@@ -26,7 +26,10 @@ from utils.train.trainer import RunState, Trainer
 
 RUNS = Path("runs/train")
 LAST = RUNS / "exp/weights/last.pt"
-CLASS = {"images": 1, "labels": 1, "precision": 0.0, "recall": 0.0, "map50": 0.0}
+NO_FIGURES = CocoFigures(**dict.fromkeys(CocoFigures.__annotations__))
+CLASS = {"images": 1, "labels": 1, "coco": NO_FIGURES} | dict.fromkeys(
+    ("precision", "recall", "f1", "map50", "best_f1", "best_confidence"), 0.0
+)
 
 
 def tensors(value, name="") -> dict[str, torch.Tensor]:
@@ -499,8 +502,7 @@ def test_the_summary_covers_the_run_to_its_end_and_the_table_each_epoch(tiny, sl
 
 def metrics_of(fitness: float) -> Metrics:
     figures = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "best_confidence": 0.0}
-    coco = CocoFigures(**dict.fromkeys(CocoFigures.__annotations__))
-    return Metrics(**figures, coco=coco, map50=fitness, map50_95=fitness, images=1, labels=1, per_class=())
+    return Metrics(**figures, coco=NO_FIGURES, map50=fitness, map50_95=fitness, images=1, labels=1, per_class=())
 
 
 def test_an_input_is_resized_as_the_schedule_says(tiny):
