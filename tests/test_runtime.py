@@ -367,3 +367,9 @@ def test_laps_on_cuda_fit_into_the_time_on_the_wall():
         clock.lap("forward")
     split = clock.split()
     assert 0 < split.parts["forward"] <= split.wall
+
+
+def test_alone_there_is_nothing_to_gather():
+    runtime = Runtime(device=torch.device("cpu"), amp_dtype=None, workers=0)
+    assert (runtime.rank, runtime.ranks) == (0, 1)
+    assert runtime.gather({"a": 1}) == [{"a": 1}]

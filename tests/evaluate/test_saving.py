@@ -224,8 +224,8 @@ def test_label_files_are_those_of_images_with_something_in_them(tmp_path):
         "0.txt": "1 0.25 0.25 0.5 0.5\n",
         "2.txt": "0 0.5 0.5 0.5 0.5\n",
     }
-    write_labels(tmp_path, evidence, store, scores=True)
-    assert (tmp_path / "labels/2.txt").read_text() == "0 0.5 0.5 0.5 0.5 0.25\n"
+    write_labels(made(tmp_path / "other"), evidence, store, scores=True)
+    assert (tmp_path / "other/labels/2.txt").read_text() == "0 0.5 0.5 0.5 0.5 0.25\n"
 
 
 def test_hybrid_labels_are_the_truth_and_what_else_was_found(tmp_path):
@@ -292,6 +292,9 @@ def test_a_full_disk_leaves_no_half_a_file(tmp_path):
     try:
         with pytest.raises(OSError, match=r"predictions\.json"):
             write_predictions(tmp_path, evidence, store, NAMES)
+        with pytest.raises(OSError, match=r"0\.txt"):
+            write_labels(tmp_path, evidence, store)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == []
+    assert write_labels(tmp_path, evidence, store) == 1  # what was left is not in the way

@@ -216,7 +216,6 @@ def _measure(parts: _Parts) -> None:
                 parts.model.to(parts.runtime.device),
                 watch=lambda batches: console.bar(batches, "Measuring", images_each=batches.batch_size),
             )
-        evaluator.stream.end()  # its processes would take time from the next
         each = _ms_per_image(times)
         cells = "".join(f"{ms:>10.2f}" for ms in (*each, sum(each)))
         lines.append(f"{f'batches of {size}':>14}{cells}{1000 / max(sum(each), 1e-9):>11.1f}")

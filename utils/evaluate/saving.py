@@ -174,22 +174,27 @@ def write_labels(
 ) -> int:
     """Write `labels/IMAGE.txt` below `folder` for each image with something in it; how many these are.
 
+    There must be no such folder yet.
+
     With `hybrid_iou` the true boxes come first, with score 1, and detections that overlap one of their class by more
     are left out.
     """
     by_image = np.argsort(evidence.image, kind="stable")
     of_image = np.split(by_image, np.searchsorted(evidence.image[by_image], np.arange(1, len(store))))
-    (folder / LABELS_FOLDER).mkdir(exist_ok=True)
+    unfinished = folder / f".{LABELS_FOLDER}"  # what is killed half-way leaves no folder that looks whole
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
     written = 0
     for image, (name, rows) in enumerate(zip(label_names(store), of_image)):
         boxes, classes, confidences = evidence.boxes[rows], evidence.classes[rows], evidence.scores[rows]
         if hybrid_iou is not None:
             boxes, classes, confidences = _with_truth(store, image, boxes, classes, confidences, hybrid_iou)
         if len(boxes):
-            path = folder / LABELS_FOLDER / name
+            path = unfinished / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_txt(path, boxes, classes, confidences if scores else None, tuple(store.sizes[image]))
             written += 1
+    unfinished.rename(folder / LABELS_FOLDER)
     return written
 
 
