@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from utils.boxes import cxcywh_from_xyxy, pairwise_iou
-from utils.checkpoint import METRICS_FILE
+from utils.checkpoint import METRICS_FILE, WEIGHTS_FOLDER
 from utils.evaluate.matching import Labels
 from utils.evaluate.metrics import Evidence
 from utils.files import write_atomic, write_text
@@ -37,8 +37,14 @@ _AT_ONCE = 100_000  # detections turned into text in one go
 def clear_results(folder: Path) -> None:
     """Remove what an earlier evaluation left in a folder, so that none of it passes for the results of a new one.
 
-    Raises UserError where there are files of such names in a folder that no evaluation wrote to, as in a data set's.
+    Raises UserError for the folder of a training run, and where there are files of such names that no evaluation wrote,
+    as there may be in a data set's.
     """
+    if (folder / WEIGHTS_FOLDER).exists():
+        raise UserError(
+            f"--exist-ok: {folder} is the folder of a training run, whose results would be replaced; choose another "
+            "--name or --project"
+        )
     saved = [path for path in map(folder.joinpath, _SAVED) if os.path.lexists(path)]
     if saved and not (folder / METRICS_FILE).exists():
         raise UserError(
