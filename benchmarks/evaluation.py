@@ -38,7 +38,7 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     options = {"data": flags.data, "imgsz": flags.imgsz, "batch_size": flags.batch_size, "device": flags.device}
-    weights = _newest(flags.data) if flags.weights == "newest" else flags.weights
+    weights = newest_weights(flags.data) if flags.weights == "newest" else flags.weights
     if weights is None:
         print(json.dumps({"skipped": f"no finished run on {Path(flags.data).name} in runs/"}))
         return
@@ -47,7 +47,7 @@ def main() -> None:
         print(json.dumps(_figures(trainer, flags.repeats) | {"weights": options.get("weights")}), flush=True)
 
 
-def _newest(data: str) -> Path | None:
+def newest_weights(data: str) -> Path | None:
     """The newest best.pt in runs/ whose classes are those of the data set."""
     names = list(open_dataset(data, note=lambda line: None).names)
     for path in sorted(ROOT.glob("runs/**/best.pt"), key=lambda path: path.stat().st_mtime, reverse=True):

@@ -1,9 +1,10 @@
-"""`make bench-peer`: our training step and samples and those of the published yolov5 package in turn, A B A B; ratios.
+"""`make bench-peer`: our training step, samples and val.py and those of the published yolov5 package in turn, A B A B.
 
-    python -m benchmarks.peer [--quick] [--only step|loading] [--rounds 3] [--relaxed] [--out FILE]
+    python -m benchmarks.peer [--quick] [--only step|loading|val] [--rounds 3] [--relaxed] [--out FILE]
 
 Steps work on the same synthetic batches, with as many threads; samples are made of the same data set on one core, and
-CPU time counts. Each turn is a process of its own; the peer's in its own environment, which `make bench-peer` fills
+CPU time counts; val.py of both has the same weights (`--weights`, or the newest of a run on BCCD), and what they detect is
+scored by pycocotools as well. Each turn is a process of its own; the peer's in its own environment, which `make bench-peer` fills
 from requirements-peer.txt. It is measured as published (see peer_step.py and peer_loading.py).
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 from benchmarks.cases import BCCD, CPU_STEPS, CUDA_STEPS, StepSize, step_measurement
 from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
+from benchmarks.val_case import val_case, validation_table, validator
 from benchmarks.workers import ROOT, Measurement, run_worker
 from utils.machine import usable_cores
 
@@ -50,6 +52,8 @@ def main() -> int:
             rounds = _play(contenders, turns, 1, Path(scratch) / "compiled")
             cases.append({"case": name, "contenders": [sampler(one, rounds) for one in contenders]})
             print("\n" + _loading_table(cases[-1]), flush=True)
+        if flags.only in (None, "val"):
+            cases += _validation(flags, peer_python, environment, Path(scratch))
     out = Path(flags.out) if flags.out else FOLDER / ("peer-quick.json" if flags.quick else "peer.json")
     write_json(out, {"machine": machine, "quick": flags.quick, "rounds": flags.rounds, "cases": cases})
     print(f"\nAll figures: {out}")
@@ -61,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="toy sizes, one round: shows that it runs")
-    parser.add_argument("--only", choices=("step", "loading"), help="default: both")
+    parser.add_argument("--only", choices=("step", "loading", "val"), help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--weights", default="", help="for val.py; default: of the newest run on BCCD")
     parser.add_argument("--relaxed", action="store_true", help="also the peer without deterministic algorithms")
     parser.add_argument("--device", default="cpu", help="cpu, or 0: the first GPU")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="default: as many as there are cores")
@@ -102,14 +107,14 @@ def _contenders(
 
 def _steps(flags: argparse.Namespace) -> list[StepSize]:
     sizes = CPU_STEPS if flags.device == "cpu" else CUDA_STEPS
-    return [size.toy if flags.quick else size for size in sizes if flags.only != "loading"]
+    return [size.toy if flags.quick else size for size in sizes if flags.only in (None, "step")]
 
 
 def _loading(
     flags: argparse.Namespace, peer_python: Path, environment: dict[str, str], scratch: Path
 ) -> dict[str, list[Measurement]]:
     """By case, the peer's measurement and ours, on copies of a real data set: the peer writes beside it."""
-    if flags.only == "step":
+    if flags.only not in (None, "loading"):
         return {}
     if not BCCD.is_file():
         print(f"no samples are measured: {BCCD} is missing", file=sys.stderr)
@@ -132,6 +137,23 @@ def _loading(
                 Measurement(section="loading", name="ours", module="sample", flags=given),
             ]
     return cases
+
+
+def _validation(
+    flags: argparse.Namespace, peer_python: Path, environment: dict[str, str], scratch: Path
+) -> list[dict[str, Any]]:
+    """The comparison of val.py, told; none where there is nothing to compare with."""
+    given = {"peer_python": peer_python, "environment": environment, "scratch": scratch, "threads": flags.threads}
+    case = val_case(flags.weights, imgsz=64 if flags.quick else 320, **given)
+    if isinstance(case, str):
+        print(f"val.py is not compared: {case}", file=sys.stderr)
+        return []
+    contenders = [case.peer, case.ours]
+    rounds = _play(contenders, 1 if flags.quick else flags.rounds, flags.threads, scratch / "compiled")
+    judged = case.measured_aps()
+    told = {"case": case.name, "contenders": [validator(one, rounds, judged) for one in contenders]}
+    print("\n" + validation_table(told), flush=True)
+    return [told]
 
 
 def _peer_environment(peer_python: Path, folder: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.clock import PARTS, EventClock, StepClock, TimeSplit
+from utils.clock import EVALUATION_PARTS, PARTS, EventClock, StepClock, TimeSplit
 
 
 @pytest.fixture
@@ -55,6 +55,13 @@ def test_a_split_begins_where_the_last_one_ended(seconds):
 def test_what_is_no_part_is_refused():
     with pytest.raises(KeyError):
         StepClock().lap("lunch")
+
+
+def test_a_clock_may_have_parts_of_its_own(seconds):
+    clock = StepClock(EVALUATION_PARTS)
+    with clock.part("nms"):
+        seconds[0] += 2
+    assert clock.split().parts == {"load": 0, "network": 0, "nms": 2}
 
 
 def test_speed_leaves_evaluation_and_saving_out():

@@ -21,6 +21,7 @@ from utils.structures import UserError
 
 SCHEMA = 1
 METRICS_FILE = "metrics.json"
+WEIGHTS_FOLDER = "weights"  # of a training run
 
 Checkpoint = dict[str, Any]
 
@@ -34,11 +35,11 @@ class RunFolder:
 
     @property
     def last(self) -> Path:
-        return self.path / "weights" / "last.pt"
+        return self.path / WEIGHTS_FOLDER / "last.pt"
 
     @property
     def best(self) -> Path:
-        return self.path / "weights" / "best.pt"
+        return self.path / WEIGHTS_FOLDER / "best.pt"
 
     @property
     def finished(self) -> bool:

@@ -2,6 +2,8 @@
 
 import io
 from contextlib import redirect_stdout
+from dataclasses import is_dataclass, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,22 +13,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import nn
+from torch import distributed, multiprocessing, nn
 
 from models.yolo import DetectionModel, read_network
 from tests.stores import ImageLabels, build_store
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches
 from utils.data.plan import letterbox_plan, source_to_network
-from utils.evaluate.evaluator import Evaluator, to_source
+from utils.evaluate.evaluator import Evaluator
+from utils.evaluate.nms import NmsRules
+from utils.evaluate.predict import to_source
 from utils.hyp import Hyperparameters
 from utils.loss import LossGains
 from utils.runtime import Runtime
-from utils.structures import Detections, HeadSpec
+from utils.structures import HIT, Detections, HeadSpec
 
 SIZES = ((101, 67), (64, 97), (33, 130), (80, 80), (121, 59), (55, 90), (90, 55))  # height, width
 IMGSZ, STRIDE = 96, 32
 NAMES = ("a", "b", "c")
+NOTHING = ImageLabels(boxes=np.empty((0, 4)), classes=np.empty(0, np.int64))
 CPU = Runtime(device=torch.device("cpu"), amp_dtype=None, workers=0)
 
 
@@ -84,7 +89,7 @@ def evaluator(store, batch_size, **changes):
         batch_size=batch_size,
         stride=STRIDE,
     )
-    return Evaluator(batches=batches, names=NAMES, runtime=CPU, **changes)
+    return Evaluator(**{"batches": batches, "names": NAMES, "runtime": CPU, **changes})
 
 
 def coco_ap(store, claims) -> tuple[float, float]:
@@ -159,8 +164,87 @@ def test_every_image_is_seen_once_and_boxes_land_on_the_picture(scene):
 def test_watch_sees_every_batch(scene):
     store, claims = scene
     seen = []
-    evaluator(store, 2)(Oracle(store, claims), watch=lambda batches: [seen.append(len(batches)), *batches][1:])
-    assert seen == [4]
+    mine = evaluator(store, 2)
+    mine(Oracle(store, claims), watch=lambda batches: [seen.append(len(batches)), *batches][1:])
+    assert seen == [len(mine.batches.numbers())]
+
+
+def sharded(rank: int, ranks: int, threads: int, folder: Path, cases, network, gains) -> None:
+    """What a rank of several finds out; in a process of its own."""
+    torch.set_num_threads(threads)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    runtime = replace(CPU, rank=rank, ranks=ranks)
+    for number, (store, claims, size) in enumerate(cases):
+        mine = evaluator(store, size, runtime=runtime)
+        found = mine.evaluation(Oracle(store, claims)), mine.evaluation(network, gains=gains)
+        torch.save(found, folder / f"{number}-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def plain(value):
+    """Dataclasses as dicts, for numpy to compare."""
+    if is_dataclass(value):
+        return {name: plain(item) for name, item in vars(value).items()}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def test_figures_of_several_ranks_are_those_of_one_to_the_last_bit(scene, network, tmp_path):
+    """Batches of unequal size, and a single one for two ranks."""
+    store, claims = scene
+    one_image = build_store([store.path(0)], SIZES[:1], [NOTHING])
+    cases = [(store, claims, 1), (store, claims, 2), (store, claims, 50), (one_image, claims, 2)]
+    gains = LossGains.for_head(Hyperparameters(), network.head, IMGSZ)
+    multiprocessing.spawn(sharded, (2, torch.get_num_threads(), tmp_path, cases, network, gains), nprocs=2)
+    for number, (images, told, size) in enumerate(cases):
+        alone = evaluator(images, size)
+        expected = alone.evaluation(Oracle(images, told)), alone.evaluation(network, gains=gains)
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=False)
+            for one, other in zip(found, expected):
+                np.testing.assert_equal(plain(one.metrics), plain(other.metrics))
+                np.testing.assert_equal(plain(one.evidence), plain(other.evidence))
+                assert (one.cut, one.times.images) == (other.cut, other.times.images) == (0, len(images))
+        assert expected[0].metrics.map50 > 0 or images is one_image
+        assert expected[1].metrics.losses.objectness > 0
+
+
+def test_parts_of_the_time_are_told(scene):
+    store, claims = scene
+    mine = evaluator(store, 3)
+    times = mine.evaluation(Oracle(store, claims)).times
+    assert times.images == len(SIZES)
+    assert set(times.parts) == {"load", "network", "nms"} and all(
+        0 < each < times.wall for each in times.parts.values()
+    )
+    first = len(mine.batches.batch(0).images)  # in which everything gets going
+    assert mine.measured(Oracle(store, claims)).images == len(SIZES) - first
+    one_image = build_store([store.path(0)], SIZES[:1], [NOTHING])
+    assert evaluator(one_image, 3).measured(Oracle(one_image, claims)).images == 1
+
+
+class Broken(Oracle):
+    """Says something senseless beside its claims, but of the first image."""
+
+    def forward(self, images):
+        (raw,) = super().forward(images)
+        _, _, H, W = images.shape
+        greys = (images[:, 0, H // 2, W // 2] * 255).round()
+        raw[greys > 1, -1, 0, 0, 4] = torch.nan  # no image has as many claims as there are anchors
+        return [raw]
+
+
+def test_images_of_which_the_network_says_nan_are_counted(scene):
+    store, claims = scene
+    metrics = evaluator(store, 3)(Broken(store, claims))
+    assert metrics.non_finite == len(SIZES) - 1
+    assert metrics.map50 == evaluator(store, 3)(Oracle(store, claims)).map50 > 0
+    assert evaluator(store, 3)(Oracle(store, claims)).non_finite == 0
+
+
+def test_worst_images_come_with_the_metrics(scene):
+    store, claims = scene
+    worst = evaluator(store, 3)(Oracle(store, claims)).worst
+    assert worst and all((one.verdicts != HIT).any() for one in worst)
 
 
 def test_nothing_claimed_is_all_zero(scene):
@@ -173,10 +257,10 @@ def test_nothing_claimed_is_all_zero(scene):
 def test_confidence_and_max_detections_drop_the_weakest(scene):
     store, claims = scene
     kept = [[claim for claim in listed if claim[2] > 0.5] for listed in claims]
-    fewer = evaluator(store, 4, confidence=0.5)(Oracle(store, claims))
+    fewer = evaluator(store, 4, rules=NmsRules(confidence=0.5))(Oracle(store, claims))
     assert (fewer.map50, fewer.map50_95) == pytest.approx(coco_ap(store, kept), abs=1e-9)
     best = [sorted(listed, key=lambda claim: -claim[2])[:1] for listed in claims]
-    one_each = evaluator(store, 4, max_detections=1)(Oracle(store, claims))
+    one_each = evaluator(store, 4, rules=NmsRules(max_detections=1))(Oracle(store, claims))
     assert (one_each.map50, one_each.map50_95) == pytest.approx(coco_ap(store, best), abs=1e-9)
 
 
@@ -190,7 +274,7 @@ def test_confidence_and_max_detections_drop_the_weakest(scene):
 def test_to_source_inverts_the_letterbox(size, imgsz, spare, seed):
     """Any size, odd ones too: a box that went to the network comes back, but for the rounding of f32."""
     height, width = size
-    store = build_store(["x.png"], [size], [ImageLabels(boxes=np.empty((0, 4)), classes=np.empty(0, np.int64))])
+    store = build_store(["x.png"], [size], [NOTHING])
     shape = tuple(imgsz + 32 * extra for extra in spare)
     placement = source_to_network(store, letterbox_plan(store, 0, shape=shape, imgsz=imgsz), imgsz)
     corners = np.random.default_rng(seed).uniform(0, 1, (5, 2, 2)) * [width, height]

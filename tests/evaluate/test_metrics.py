@@ -285,7 +285,7 @@ def test_ignored_labels_are_neither_counted_nor_missed(random_scene):
 def test_table_is_aligned_with_all_first(random_scene):
     metrics = compute_metrics(evidence_of(*scenes_of(random_scene, 4)), NAMES)
     lines = table(metrics, verbose=True).splitlines()
-    assert lines[0].split() == ["Class", "Images", "Labels", "P", "R", "mAP@.5", "mAP@.5:.95"]
+    assert lines[0].split() == ["Class", "Images", "Labels", "P", "R", "F1", "mAP@.5", "mAP@.5:.95"]
     assert [line.split()[0] for line in lines[1:]] == ["all", *NAMES]
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split()[-1] == f"{metrics.map50_95:.3f}"

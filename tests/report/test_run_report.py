@@ -115,7 +115,12 @@ def test_metrics_file_keeps_every_digit(tmp_path):
     assert figures["mAP_0.5:0.95"] == 0.1 + 0.2
     assert figures["fitness"] == METRICS.fitness
     assert figures["losses"] == {"box": 0.1, "objectness": 0.2, "classification": 0.3}
-    assert figures["per_class"][0]["precision"] == 1 / 3
+    assert (figures["f1"], figures["best_confidence"]) == (0.4, 0.25)
+    assert list(figures["coco"]) == "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+    assert list(figures["coco"].values()) == list(vars(COCO).values())
+    (one,) = figures["per_class"]
+    assert (one["precision"], one["f1"], one["best_f1"], one["best_confidence"]) == (1 / 3, 0.4, 0.45, 0.7)
+    assert one["coco"] == figures["coco"] | {"APs": None}  # no small labels
 
 
 def test_metrics_file_without_losses(tmp_path):
