@@ -48,6 +48,7 @@ def build_store(
         boxes=np.concatenate([np.empty((0, 4)), *(item.boxes for item in labels)]) * scale,
         ignore=np.concatenate([np.empty(0, np.uint8), *ignore]),
         area=np.full(sum(counts), np.nan),
+        annotated=np.empty((0, 4)),
         ring_offsets=offsets_of([len(polygon) for polygon in polygons]),
         point_offsets=offsets_of([len(ring) for ring in rings]),
         points=np.concatenate([np.empty((0, 2)), *rings]),

@@ -28,6 +28,11 @@ def xyxy_from_cxcywh(boxes: Array) -> Array:
     return _joined(centre - half, centre + half)
 
 
+def xywh_from_xyxy(boxes: Array) -> Array:
+    """(..., 4) corners -> (..., 4) top-left corner, width, height, as COCO files have boxes."""
+    return _joined(boxes[..., :2], boxes[..., 2:] - boxes[..., :2])
+
+
 def _joined(first: Array, second: Array) -> Array:
     if isinstance(first, np.ndarray):
         return np.concatenate([first, second], axis=-1)

@@ -64,6 +64,24 @@ def test_annotations_go_to_their_images_whatever_the_ids(opened):
     assert labels.findings == source.findings == ()
 
 
+def test_boxes_are_kept_as_annotated_beside_what_lies_in_the_image(opened):
+    """To the last bit and not clipped, since COCO's own tool scores against these."""
+    inside, outside = [0.1, 20.3, 30.7, 40.9], [90.1, 70, 33.3, 20.7]
+    source = opened(content(annotations=[annotation(bbox=outside), annotation(bbox=inside, image_id=5)]))
+    labels = source.read(NAMES)
+    rows, _ = checked(source, labels, np.array([[80, 100], [10, 10], [80, 100]]), np.ones(3, int))
+    assert rows.annotated.tolist() == [outside, inside]
+    assert rows.boxes[0].tolist() == [90.1, 70, 100, 80]
+    part = source.part(2, 3).read(NAMES)
+    assert part.rows.annotated.tolist() == [inside]
+
+
+def test_an_area_is_what_the_file_says_also_0(opened):
+    areas = opened(content(annotations=[annotation(area=0), annotation(area=-1)])).read(NAMES).rows.area
+    assert areas[0] == 0
+    assert math.isnan(areas[1])
+
+
 def test_parts_read_what_the_whole_reads(opened):
     ring = [1, 1, 9, 1, 9, 9]
     annotations = [

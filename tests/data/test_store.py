@@ -92,6 +92,15 @@ def test_a_class_has_the_category_id_of_the_first_part_that_gives_one():
     assert joined(parts).category_ids.tolist() == [3, 5, -1]
 
 
+def test_boxes_as_annotated_are_there_for_all_boxes_or_none():
+    plain = plain_store(np.full((1, 2), 50), boxes=np.array([[1.5, 2, 11, 22]]), offsets=[0, 1])
+    coco = replace(plain, annotated=np.array([[-7.1, 2.3, 9.25, 88]]))
+    empty = plain_store(np.full((2, 2), 50))
+    assert joined([plain, empty]).annotated.shape == (0, 4)
+    found = joined([plain, empty, coco])
+    assert found.annotated.tolist() == [[1.5, 2, 9.5, 20], [-7.1, 2.3, 9.25, 88]]
+
+
 def test_a_mapped_store_travels_as_a_path_and_keeps_its_single_class(tmp_path):
     plain, _ = random_store(0, 6)
     store = written(plain, tmp_path / "x.cache")
@@ -110,6 +119,7 @@ def test_a_mapped_store_travels_as_a_path_and_keeps_its_single_class(tmp_path):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "category_ids"])
 def test_a_file_whose_arrays_do_not_fit_together_is_refused(name, tmp_path):
     store, _ = random_store(1, 6)
+    store = replace(store, annotated=store.boxes.astype(np.float64))
     arrays = {one: getattr(store, one) for one in NAMES}
     for wrong in (arrays[name][:-1], arrays[name][:, None]):
         with pytest.raises(ValueError, match="damaged"):

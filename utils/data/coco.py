@@ -279,7 +279,7 @@ class _Packed:
 
     images: list[int] = field(default_factory=list)
     classes: list[int] = field(default_factory=list)
-    boxes: list[Sequence[float]] = field(default_factory=list)
+    annotated: list[Sequence[float]] = field(default_factory=list)  # xywh
     area: list[float] = field(default_factory=list)
     crowd: list[bool] = field(default_factory=list)
     ring_counts: list[int] = field(default_factory=list)
@@ -292,10 +292,14 @@ class _Packed:
 
     def finish(self, num_images: int) -> None:
         images = np.array(self.images, np.int64)
+        annotated = np.array(self.annotated, np.float64).reshape(-1, 4)
+        with np.errstate(over="ignore"):  # 1e308 is finite
+            boxes = np.concatenate([annotated[:, :2], annotated[:, :2] + annotated[:, 2:]], 1)
         rows = replace(
-            box_rows(np.zeros(len(images)), self.classes, self.boxes),
+            box_rows(np.zeros(len(images)), self.classes, boxes),
             ignore=np.array(self.crowd, np.uint8) * np.uint8(CROWD),
             area=np.array(self.area, np.float64),
+            annotated=annotated,
             ring_offsets=offsets_of(self.ring_counts),
             point_offsets=offsets_of(self.point_counts),
             points=np.array(self.values, np.float64).reshape(-1, 2),
@@ -319,7 +323,7 @@ def _pack(file: _File, listed: dict, classes: dict, num_images: int) -> _Packed:
             continue
         packed.images.append(image)
         packed.classes.append(classes[item["category_id"]])
-        packed.boxes.append(box)
+        packed.annotated.append(box)
         packed.area.append(_area(item.get("area")))
         packed.crowd.append(item.get("iscrowd") in (1, True))
         packed.ring_counts.append(len(rings))
@@ -331,12 +335,12 @@ def _pack(file: _File, listed: dict, classes: dict, num_images: int) -> _Packed:
 
 
 def _box(value: Any, rings: list[list[float]]) -> tuple[Sequence[float] | None, str]:
-    """xyxy and no problem, or None and a problem."""
+    """xywh and no problem, or None and a problem."""
     if value is None or value == []:
         if not rings:
             return None, NO_BOX
         xs, ys = ([value for ring in rings for value in ring[axis::2]] for axis in (0, 1))
-        return (min(xs), min(ys), max(xs), max(ys)), ""
+        return (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)), ""
     if type(value) is not list or len(value) != 4:
         return None, BAD_BOX
     numbers = _numbers(value)
@@ -344,8 +348,7 @@ def _box(value: Any, rings: list[list[float]]) -> tuple[Sequence[float] | None, 
         return None, NOT_A_NUMBER
     if not all(map(math.isfinite, numbers)):
         return None, NOT_FINITE
-    x, y, width, height = numbers
-    return (x, y, x + width, y + height), ""
+    return numbers, ""
 
 
 def _numbers(values: list) -> list[float] | None:
@@ -375,4 +378,4 @@ def _rings(segmentation: Any) -> list[list[float]]:
 def _area(value: Any) -> float:
     """px^2, NaN where there is no sensible number."""
     numbers = _numbers([value])
-    return numbers[0] if numbers and 0 < numbers[0] < math.inf else math.nan
+    return numbers[0] if numbers and 0 <= numbers[0] < math.inf else math.nan

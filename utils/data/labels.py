@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from utils.boxes import xywh_from_xyxy
 from utils.structures import CROWD
 
 NEGATIVE = "negative width or height: dropped"
@@ -52,6 +53,7 @@ class LabelRows:
     boxes: np.ndarray  # (R, 4) f64 xyxy
     ignore: np.ndarray  # (R,) u8: 0, DIFFICULT or CROWD
     area: np.ndarray  # (R,) f64 px^2; NaN: that of the box
+    annotated: np.ndarray  # (R, 4) f64 xywh px as a COCO file says, never clipped; (0, 4) from other formats
     ring_offsets: np.ndarray  # (R + 1,) i64
     point_offsets: np.ndarray  # (rings + 1,) i64
     points: np.ndarray  # (Q, 2) f64 xy, of boxes that were drawn as polygons
@@ -112,6 +114,7 @@ def box_rows(
         boxes=np.asarray(boxes, np.float64).reshape(-1, 4),
         ignore=np.zeros(count, np.uint8),
         area=np.full(count, np.nan),
+        annotated=np.empty((0, 4)),
         ring_offsets=np.zeros(count + 1, np.int64),
         point_offsets=np.zeros(1, np.int64),
         points=np.empty((0, 2)),
@@ -128,6 +131,7 @@ def taken(rows: LabelRows, index: np.ndarray) -> LabelRows:
         boxes=rows.boxes[index],
         ignore=rows.ignore[index],
         area=rows.area[index],
+        annotated=rows.annotated[index] if len(rows.annotated) else rows.annotated,
         ring_offsets=ring_offsets,
         point_offsets=point_offsets,
         points=rows.points[points],
@@ -138,12 +142,12 @@ def rows_between(rows: LabelRows, first: int, last: int) -> LabelRows:
     """The rows first:last, as views where that can be."""
     first_ring, last_ring = rows.ring_offsets[first], rows.ring_offsets[last]
     first_point, last_point = rows.point_offsets[first_ring], rows.point_offsets[last_ring]
-    flat = {name: getattr(rows, name)[first:last] for name in ("image_of", "classes", "boxes", "ignore", "area")}
+    flat = ("image_of", "classes", "boxes", "ignore", "area", "annotated")  # a slice of nothing is nothing
     return LabelRows(
         ring_offsets=rows.ring_offsets[first : last + 1] - first_ring,
         point_offsets=rows.point_offsets[first_ring : last_ring + 1] - first_point,
         points=rows.points[first_point:last_point],
-        **flat,
+        **{name: getattr(rows, name)[first:last] for name in flat},
     )
 
 
@@ -228,7 +232,10 @@ def _turned(labels: FileLabels, sizes: np.ndarray, orientations: np.ndarray) -> 
     boxes = np.concatenate([np.where(sign < 0, high, low), np.where(sign < 0, low, high)], 1)
     of = point_rows(rows)
     points = _turned_points(rows.points, how[of], height[of], width[of])
-    return replace(rows, boxes=np.where(how[:, None] > 1, boxes, rows.boxes), points=points)
+    boxes, annotated = np.where(how[:, None] > 1, boxes, rows.boxes), rows.annotated
+    if len(annotated):
+        annotated = np.where(how[:, None] > 1, xywh_from_xyxy(boxes), annotated)
+    return replace(rows, boxes=boxes, points=points, annotated=annotated)
 
 
 def _is_stored_size(labels: FileLabels, sizes: np.ndarray, orientations: np.ndarray) -> np.ndarray:

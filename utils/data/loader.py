@@ -154,7 +154,10 @@ class TrainBatches:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalBatches:
-    """Every image of a split once, letterboxed. Images of like aspect share a batch and its shape."""
+    """Every image of a split once, letterboxed. A batch is of images that have one shape, each by itself.
+
+    So what a network sees of an image does not depend on its company, nor on the size of batches.
+    """
 
     store: LabelStore
     images: ImageSource  # averaged by area
@@ -168,16 +171,19 @@ class EvalBatches:
         return self.batch_size * 3 * (self.imgsz + 2 * self.stride) ** 2
 
     def numbers(self) -> range:
-        return range(-(-len(self.store) // self.batch_size))
+        return range(len(self._cuts))
 
     @functools.cached_property
-    def _order(self) -> np.ndarray:
-        """(I,) images by their ratio of height to width."""
-        return np.argsort(_aspects(self.store, slice(None)), kind="stable")
+    def _cuts(self) -> list[np.ndarray]:
+        """The images of each batch."""
+        shapes = _rect_shapes(_aspects(self.store, slice(None)), self.imgsz, self.stride)  # (I, 2)
+        order = np.lexsort(shapes[:, ::-1].T)
+        alike = np.split(order, np.flatnonzero(np.diff(shapes[order], axis=0).any(1)) + 1) if len(order) else []
+        return [images[at : at + self.batch_size] for images in alike for at in range(0, len(images), self.batch_size)]
 
     def batch(self, number: int, allocate: Allocate | None = None) -> Batch:
         """Its images are painted into what `allocate` yields."""
-        images = self._order[number * self.batch_size : (number + 1) * self.batch_size]
+        images = self._cuts[number]
         shape = _rect_shape(_aspects(self.store, images), self.imgsz, self.stride)
         plans = [letterbox_plan(self.store, int(image), shape=shape, imgsz=self.imgsz) for image in images]
         batch = _assemble(plans, images, self.images, allocate)
@@ -193,9 +199,14 @@ def _aspects(store: LabelStore, images: np.ndarray | slice) -> np.ndarray:
 
 def _rect_shape(aspects: np.ndarray, imgsz: int, stride: int) -> tuple[int, int]:
     """Height and width that hold images of these ratios height / width, with half a stride or more to spare."""
-    ratios = (min(aspects.max(), 1.0), min(1 / aspects.min(), 1.0))
-    height, width = (int(np.ceil(imgsz * ratio / stride + 0.5)) * stride for ratio in ratios)
+    height, width = _rect_shapes(aspects, imgsz, stride).max(0).tolist()
     return height, width
+
+
+def _rect_shapes(aspects: np.ndarray, imgsz: int, stride: int) -> np.ndarray:
+    """(n, 2) i64 height and width for each image by itself."""
+    ratios = np.stack([np.minimum(aspects, 1.0), np.minimum(1 / aspects, 1.0)], 1)
+    return np.ceil(imgsz * ratios / stride + 0.5).astype(np.int64) * stride
 
 
 _Plan = TypeVar("_Plan", SamplePlan, QuadPlan)

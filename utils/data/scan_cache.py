@@ -29,7 +29,7 @@ from utils.data.store import map_store
 from utils.files import cache_folder, read_arrays, write_arrays
 from utils.structures import DatasetSpec, LabelStore, UserError
 
-_SCHEMA = 6  # raise it when LabelStore, the probe or the checks change
+_SCHEMA = 7  # raise it when LabelStore, the probe or the checks change
 _AT_ONCE = 4096  # files digested in one go
 _TICK_S = 2.0  # of the coarsest clock of a file system
 _OF_FINDINGS = tuple(item.name for item in fields(Findings))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.boxes import xywh_from_xyxy
 from utils.data.labels import LabelRows, box_rows, offsets_of
 from utils.files import read_arrays
 from utils.structures import LabelStore, UserError
@@ -44,7 +45,7 @@ def packed(
         classes=rows.classes.astype(np.int32),
         ignore=rows.ignore.astype(np.uint8),
         area=np.where(np.isnan(rows.area), sides[:, 0] * sides[:, 1], rows.area),
-        annotated=np.empty((0, 4)),
+        annotated=rows.annotated,
         ring_offsets=rows.ring_offsets.astype(np.int64),
         point_offsets=rows.point_offsets.astype(np.int64),
         points=rows.points.astype(np.float32),
@@ -65,11 +66,21 @@ def joined(parts: Sequence[LabelStore]) -> LabelStore:
         each = [getattr(part, name) for part in parts]
         if name in _OFFSETS:
             arrays[name] = joined_offsets(each)
+        elif name == "annotated":
+            arrays[name] = _annotated(parts)
         elif name in _OF_CLASSES:
             arrays[name] = _first_known(each)
         else:
             arrays[name] = np.concatenate(each)
     return LabelStore(**arrays)
+
+
+def _annotated(parts: Sequence[LabelStore]) -> np.ndarray:
+    """For all boxes or none; a part without has them from its boxes."""
+    if not any(len(part.annotated) for part in parts):
+        return np.empty((0, 4))
+    each = [part.annotated if len(part.annotated) else xywh_from_xyxy(part.boxes.astype(np.float64)) for part in parts]
+    return np.concatenate(each)
 
 
 def joined_offsets(parts: Iterable[np.ndarray]) -> np.ndarray:
@@ -125,6 +136,7 @@ def _is_whole(store: LabelStore) -> bool:
         "classes": (boxes,),
         "ignore": (boxes,),
         "area": (boxes,),
+        "annotated": (boxes if len(store.annotated) else 0, 4),
         "ring_offsets": (boxes + 1,),
         "point_offsets": (rings + 1,),
         "points": (len(store.points), 2),
