@@ -88,6 +88,7 @@ VAL_DEFAULTS = {
     "strict": False,
     "single_cls": False,
     "augment": False,
+    "agnostic": False,
     "verbose": False,
     "save_txt": False,
     "save_conf": False,

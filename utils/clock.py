@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 TRAINING_PARTS = ("data_wait", "transfer", "forward", "loss", "backward", "optimizer")
 PARTS = (*TRAINING_PARTS, "evaluate", "save")
+EVALUATION_PARTS = ("load", "network", "nms")  # of a clock of its own
 
 _READ_AFTER = 64  # marks, some eight batches of them: by then the device has passed the first ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSplit:
-    """A stretch of time in seconds, and of these what each of PARTS took."""
+    """A stretch of time in seconds, and of these what each part took."""
 
     wall: float
     parts: Mapping[str, float]
-    images: int  # trained on meanwhile
+    images: int  # trained on, or evaluated, meanwhile
 
     @property
     def rest(self) -> float:
@@ -34,7 +35,7 @@ class TimeSplit:
 
     @property
     def images_per_s(self) -> float:
-        """The speed of training, evaluation and saving left out."""
+        """The speed of training, evaluation and saving left out; of PARTS alone."""
         return self.images / max(sum(self.parts[part] for part in TRAINING_PARTS), 1e-9)
 
     def __add__(self, other: TimeSplit) -> TimeSplit:
@@ -48,7 +49,8 @@ class TimeSplit:
 class StepClock:
     """Adds up laps by the host's clock. Exact where work is done when its call returns, as on the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Sequence[str] = PARTS) -> None:
+        self._parts = parts
         self._begin()
         self.skip()
 
@@ -57,18 +59,18 @@ class StepClock:
         self._mark(None)
 
     def lap(self, part: str) -> None:
-        """What came since the last mark was this one of PARTS."""
+        """What came since the last mark was this one of the parts."""
         self._mark(part)
 
     @contextmanager
     def part(self, part: str) -> Iterator[None]:
-        """The block, and nothing before it, is this one of PARTS."""
+        """The block, and nothing before it, is this one of the parts."""
         self.skip()
         yield
         self.lap(part)
 
     def count(self, images: int) -> None:
-        """So many more images were trained on."""
+        """So many more images were trained on, or evaluated."""
         self._images += images
 
     def split(self) -> TimeSplit:
@@ -81,7 +83,7 @@ class StepClock:
 
     def _begin(self) -> None:
         self._started = time.perf_counter()
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds = dict.fromkeys(self._parts, 0.0)
         self._images = 0
 
     def _mark(self, part: str | None) -> None:
@@ -113,11 +115,13 @@ class EventClock(StepClock):
     So waiting for data is what the device had to wait, and laps still add up to the time on the wall.
     """
 
-    def __init__(self, make_event: Callable[[], Event], current_stream: Callable[[], Any]) -> None:
+    def __init__(
+        self, make_event: Callable[[], Event], current_stream: Callable[[], Any], parts: Sequence[str] = PARTS
+    ) -> None:
         self._make_event, self._current_stream = make_event, current_stream
         self._marks: deque[tuple[str | None, Event]] = deque()  # not read yet, but for the first: the end of a read one
         self._spare: list[Event] = []  # read, to be recorded anew
-        super().__init__()
+        super().__init__(parts)
 
     def _mark(self, part: str | None) -> None:
         event = self._spare.pop() if self._spare else self._make_event()

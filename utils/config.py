@@ -122,7 +122,10 @@ class ValOptions:
     max_det: int = _flag(300, "most detections per image", low=1)
     agnostic: bool = _flag(False, "NMS drops the weaker of two overlapping detections whatever their classes")
     augment: bool = _flag(False, "detect in enlarged, reduced and mirrored images as well, and merge what is found")
-    task: Task = _flag("val", "split to evaluate; speed: how long an image of val takes, without figures")
+    task: Task = _flag(
+        "val",
+        "split to evaluate; speed: how long an image of val takes (at confidence 0.25, IoU 0.45), without figures",
+    )
     device: str = _flag("", "cpu, 0 (the first GPU), mps; default: the best there is")
     amp: Amp = _flag("off", "mixed precision; off gives the exact figures")
     workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
@@ -430,8 +433,11 @@ def _check_train(options: TrainOptions) -> None:
 def _check_val(options: ValOptions) -> None:
     if not options.weights:
         raise UserError("--weights is missing: name the checkpoint to evaluate, e.g. runs/train/exp/weights/best.pt")
-    if options.task == "speed":
-        raise UserError("--task speed: not available yet; use train, val or test")
+    asked = [spelling(name) for name in ("save_json", "save_txt", "save_hybrid") if getattr(options, name)]
+    if options.task == "speed" and asked:
+        raise UserError(f"--task speed and {asked[0]}: it measures time and keeps no detections; choose one")
+    if options.save_conf and not (options.save_txt or options.save_hybrid):
+        raise UserError("--save-conf adds scores to label files; ask for these with --save-txt or --save-hybrid")
     for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
         if value > 1:
             raise UserError(f"{flag} {value:g}: should be between 0 and 1")

@@ -5,28 +5,43 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from utils.clock import EventClock, StepClock
+from utils.clock import PARTS, EventClock, StepClock
 from utils.machine import usable_cores
 from utils.structures import RunError, UserError
 
 Note = Callable[[str], object]  # takes a line for the user
 
+_Value = TypeVar("_Value")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """The device of a run and how to compute on it."""
+    """The device of a run and how to compute on it, and this process's place among those that share the work."""
 
     device: torch.device
     amp_dtype: torch.dtype | None  # None: everything in fp32
     workers: int
     compile: bool = False
+    rank: int = 0  # of this process among `ranks`
+    ranks: int = 1
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """What all ranks call this with, in their order, on every rank. All of them must call it."""
+        if self.ranks == 1:
+            return [value]
+        from torch import distributed
+
+        gathered = [value] * self.ranks
+        distributed.all_gather_object(gathered, value)
+        return gathered
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.amp_dtype is None:
@@ -84,17 +99,23 @@ class Runtime:
         except torch.OutOfMemoryError:
             peak.bytes = None
 
-    def step_clock(self) -> StepClock:
+    def step_clock(self, parts: Sequence[str] = PARTS) -> StepClock:
         """Tells where the time goes, by the device's clock on CUDA. MPS is timed as it is queued, by the host's."""
         if self.device.type != "cuda":
-            return StepClock()
+            return StepClock(parts)
         return EventClock(
-            partial(torch.cuda.Event, enable_timing=True), partial(torch.cuda.current_stream, self.device)
+            partial(torch.cuda.Event, enable_timing=True), partial(torch.cuda.current_stream, self.device), parts
         )
 
     @property
     def description(self) -> str:
         """One phrase for the first line of a run, e.g. `CPU (2 threads), bf16, 2 loader processes`."""
+        processes = f"{self.workers} loader process{'es' * (self.workers != 1)}" if self.workers else "loading in place"
+        return f"{self.device_description}{', compiled' * self.compile}, {processes}"
+
+    @property
+    def device_description(self) -> str:
+        """What computes, and how exactly, e.g. `CPU (2 threads), bf16`."""
         if self.device.type == "cuda":
             properties = torch.cuda.get_device_properties(self.device)
             where = f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
@@ -104,8 +125,7 @@ class Runtime:
             threads = torch.get_num_threads()
             where = f"CPU ({threads} thread{'s' * (threads > 1)})"
         precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.amp_dtype]
-        processes = f"{self.workers} loader process{'es' * (self.workers != 1)}" if self.workers else "loading in place"
-        return f"{where}, {precision}{', compiled' * self.compile}, {processes}"
+        return f"{where}, {precision}"
 
 
 @dataclass

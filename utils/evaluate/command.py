@@ -1,79 +1,129 @@
-"""`val.py`: a checkpoint and a data set in, tables and pictures out."""
+"""`val.py`: a checkpoint and a data set in; tables, pictures and results for other tools out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.yolo import DetectionModel
 from utils.checkpoint import METRICS_FILE, Checkpoint, averaged_model, load_checkpoint
+from utils.clock import TimeSplit
 from utils.config import ValOptions, validated, whole_strides
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches, faults_named
 from utils.data.scan import open_dataset, refuse_findings, scan_dataset
 from utils.data.store import single_class
-from utils.evaluate.evaluator import Evaluator
-from utils.evaluate.nms import NmsRules
+from utils.evaluate.evaluator import Evaluation, Evaluator
+from utils.evaluate.nms import MAX_CANDIDATES, NmsRules
+from utils.evaluate.saving import LABELS_FOLDER, clear_results, write_labels, write_predictions
 from utils.files import new_run_folder
 from utils.hyp import hyperparameters
 from utils.loss import LossGains
-from utils.report.loggers import Console, table
+from utils.report.loggers import Console, result, strange_outputs
 from utils.report.run_report import PictureFiles, Pictures, write_metrics
-from utils.runtime import choose_runtime, mendable_errors
-from utils.structures import DatasetSpec, HeadSpec, Metrics, UserError
+from utils.runtime import Runtime, choose_runtime, mendable_errors
+from utils.structures import DatasetSpec, HeadSpec, LabelStore, Metrics, UserError
 
 _CLASSES_SHOWN = 30  # more, and only --verbose lists them
+_IN_USE = {"conf_thres": 0.25, "iou_thres": 0.45}  # the rules of `--task speed`, those of detect.py, unless given
 
 
-def evaluate(values: Mapping[str, Any]) -> Metrics:
-    """Evaluate for options by name. Raises UserError for what a user can mend."""
-    options = validated(ValOptions, dict(values))
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What has been found out before anything is evaluated."""
+
+    options: ValOptions
+    checkpoint: Checkpoint
+    spec: DatasetSpec
+    names: tuple[str, ...]
+    runtime: Runtime
+    model: DetectionModel
+    store: LabelStore
+    imgsz: int
+    console: Console
+
+    def evaluator(self, batch_size: int) -> Evaluator:
+        stride = max(self.model.head.strides)
+        return Evaluator(
+            batches=EvalBatches(
+                store=self.store,
+                images=BaseImages(store=self.store, imgsz=self.imgsz, area=True),
+                imgsz=self.imgsz,
+                batch_size=batch_size,
+                stride=stride,
+            ),
+            names=self.names,
+            runtime=self.runtime,
+            rules=NmsRules(
+                confidence=self.options.conf_thres,
+                iou=self.options.iou_thres,
+                max_detections=self.options.max_det,
+                agnostic=self.options.agnostic,
+            ),
+            augment=self.options.augment,
+        )
+
+
+def evaluate(values: Mapping[str, Any]) -> Metrics | None:
+    """Evaluate for options by name; without a result for `task="speed"`. Raises UserError for what a user can mend."""
+    parts = _parts(values)
+    if parts.options.task == "speed":
+        _measure(parts)
+        return None
+    options = parts.options
+    folder = new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
+    clear_results(folder)
+    pictures = Pictures() if options.noplots else PictureFiles(folder, parts.names, val=parts.store)
+    evaluator = parts.evaluator(options.batch_size)
+    with mendable_errors(batch_size=options.batch_size, imgsz=parts.imgsz), faults_named(evaluator.stream):
+        evaluation = evaluator.evaluation(
+            parts.model.to(parts.runtime.device),
+            gains=_gains(parts.checkpoint, parts.model.head, parts.imgsz),
+            on_batch=pictures.evaluated_batch,
+            watch=lambda batches: parts.console.bar(batches, "Evaluating", images_each=batches.batch_size),
+        )
+        _tell(parts, evaluation)
+        _save(parts, evaluation, folder)
+        pictures.finished(evaluation.metrics)
+    parts.console.line(f"Results: {folder}")
+    return evaluation.metrics
+
+
+def _parts(values: Mapping[str, Any]) -> _Parts:
+    options = _options(values)
     console = Console(quiet=options.quiet)
     runtime = choose_runtime(device=options.device, amp=options.amp, workers=options.workers)
     checkpoint = load_checkpoint(Path(options.weights))
     spec = open_dataset(options.data or checkpoint["options"]["data"], note=console.note, bar=console.download_bar)
     single = options.single_cls or checkpoint["options"].get("single_cls", False)
     names = _names(options, spec, checkpoint, single=single, console=console)
-    scan = scan_dataset(spec, (options.task,), progress=console.bar, cache_dir=options.cache_dir)
-    for line in scan.reports[options.task].lines():
+    split = "val" if options.task == "speed" else options.task
+    scan = scan_dataset(spec, (split,), progress=console.bar, cache_dir=options.cache_dir)
+    for line in scan.reports[split].lines():
         console.line(line)
     if options.strict:
         refuse_findings(scan)
-    store = single_class(scan.stores[options.task]) if single else scan.stores[options.task]
     model = averaged_model(checkpoint)
-    imgsz = whole_strides(options.imgsz or checkpoint["options"]["imgsz"], max(model.head.strides), note=console.note)
-    evaluator = Evaluator(
-        batches=EvalBatches(
-            store=store,
-            images=BaseImages(store=store, imgsz=imgsz, area=True),
-            imgsz=imgsz,
-            batch_size=options.batch_size,
-            stride=max(model.head.strides),
-        ),
+    return _Parts(
+        options=options,
+        checkpoint=checkpoint,
+        spec=spec,
         names=names,
         runtime=runtime,
-        rules=NmsRules(
-            confidence=options.conf_thres,
-            iou=options.iou_thres,
-            max_detections=options.max_det,
-            agnostic=options.agnostic,
+        model=model,
+        store=single_class(scan.stores[split]) if single else scan.stores[split],
+        imgsz=whole_strides(
+            options.imgsz or checkpoint["options"]["imgsz"], max(model.head.strides), note=console.note
         ),
-        augment=options.augment,
+        console=console,
     )
-    folder = new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
-    pictures = Pictures() if options.noplots else PictureFiles(folder, names, val=store)
-    with mendable_errors(batch_size=options.batch_size, imgsz=imgsz), faults_named(evaluator.stream):
-        metrics = evaluator(
-            model.to(runtime.device),
-            gains=_gains(checkpoint, model.head, imgsz),
-            on_batch=pictures.evaluated_batch,
-            watch=lambda batches: console.bar(batches, "Evaluating", images_each=batches.batch_size),
-        )
-        write_metrics(folder / METRICS_FILE, metrics)
-        pictures.finished(metrics)
-    console.line(table(metrics, verbose=options.verbose or len(names) <= _CLASSES_SHOWN))
-    console.line(f"Tables and pictures: {folder}")
-    return metrics
+
+
+def _options(values: Mapping[str, Any]) -> ValOptions:
+    given = {name: value for name, value in values.items() if value is not None}
+    return validated(ValOptions, {**_IN_USE, **given} if given.get("task") == "speed" else given)
 
 
 def _names(
@@ -99,3 +149,84 @@ def _gains(checkpoint: Checkpoint, head: HeadSpec, imgsz: int) -> LossGains:
     """The losses as the training run counted them."""
     hyp = hyperparameters(checkpoint["hyp"], source="checkpoint")
     return LossGains.for_head(hyp, head, imgsz, label_smoothing=checkpoint["options"]["label_smoothing"])
+
+
+# ---- what is said and written -------------------------------------------------------------------------------------
+
+
+def _tell(parts: _Parts, evaluation: Evaluation) -> None:
+    options, console, metrics = parts.options, parts.console, evaluation.metrics
+    if strange := strange_outputs(metrics):
+        console.warn(strange)
+    if evaluation.cut:
+        console.note(
+            f"in {evaluation.cut:,} of {metrics.images:,} images there were more than {MAX_CANDIDATES:,} candidates "
+            "for a detection: NMS took the best of them"
+        )
+    if metrics.labels:
+        console.line(
+            result(metrics, verbose=options.verbose or len(parts.names) <= _CLASSES_SHOWN, best=options.verbose)
+        )
+    else:
+        console.line(
+            f"{parts.spec.source}: no usable label in '{options.task}', so there is nothing to score; "
+            f"{len(evaluation.evidence.scores):,} detections in {metrics.images:,} images"
+        )
+    console.line(_speeds(parts, evaluation.times))
+
+
+def _save(parts: _Parts, evaluation: Evaluation, folder: Path) -> None:
+    options, evidence = parts.options, evaluation.evidence
+    write_metrics(folder / METRICS_FILE, evaluation.metrics)  # first: it says whose the other files are
+    if options.save_json:
+        for line in write_predictions(folder, evidence, parts.store, parts.names):
+            parts.console.note(line)
+    if options.save_txt or options.save_hybrid:
+        files = write_labels(
+            folder,
+            evidence,
+            parts.store,
+            scores=options.save_conf,
+            hybrid_iou=options.iou_thres if options.save_hybrid else None,
+        )
+        parts.console.line(f"Label files of {files:,} of {len(parts.store):,} images: {folder / LABELS_FOLDER}")
+
+
+# ---- speed --------------------------------------------------------------------------------------------------------
+
+
+def _speeds(parts: _Parts, times: TimeSplit) -> str:
+    load, network, nms = _ms_per_image(times)
+    size = parts.options.batch_size
+    return (
+        f"Per image: {load:.1f} ms waiting for data, {network:.1f} ms network, {nms:.1f} ms NMS "
+        f"at {parts.imgsz} px in batches of {size} on {parts.runtime.description}"
+    )
+
+
+def _measure(parts: _Parts) -> None:
+    """A table of times, image by image and at --batch-size."""
+    options, console = parts.options, parts.console
+    sizes = sorted({1, min(options.batch_size, len(parts.store))})
+    lines = [f"{'ms per image':>14}{'waiting':>10}{'network':>10}{'NMS':>10}{'all':>10}{'images/s':>11}"]
+    for size in sizes:
+        evaluator = parts.evaluator(size)
+        with mendable_errors(batch_size=size, imgsz=parts.imgsz), faults_named(evaluator.stream):
+            times = evaluator.measured(
+                parts.model.to(parts.runtime.device),
+                watch=lambda batches: console.bar(batches, "Measuring", images_each=batches.batch_size),
+            )
+        evaluator.stream.end()  # its processes would take time from the next
+        each = _ms_per_image(times)
+        cells = "".join(f"{ms:>10.2f}" for ms in (*each, sum(each)))
+        lines.append(f"{f'batches of {size}':>14}{cells}{1000 / max(sum(each), 1e-9):>11.1f}")
+    console.line("\n".join(lines))
+    console.line(
+        f"At {parts.imgsz} px, confidence {options.conf_thres:g}, IoU {options.iou_thres:g} on "
+        f"{parts.runtime.description}; waiting is for data, which is loaded meanwhile where there are processes for it"
+    )
+
+
+def _ms_per_image(times: TimeSplit) -> tuple[float, float, float]:
+    load, network, nms = (1000 * times.parts[part] / max(times.images, 1) for part in ("load", "network", "nms"))
+    return load, network, nms

@@ -1,27 +1,56 @@
 """Evaluates a model on a split: network, NMS, back to source pixels, matching, metrics.
 
-Works on a fused fp32 copy, so the model that is handed in, and the random state, are the same bytes afterwards.
+Works on a fused fp32 copy, so the model that is handed in, and the random state, are the same bytes afterwards. Of
+several ranks each takes its share of the batches; what they saw is put together in the order of the batches, so that
+all of them end with the very figures of a single one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 
+import numpy as np
 import torch
 
 from models.yolo import DetectionModel
+from utils.clock import EVALUATION_PARTS, StepClock, TimeSplit
 from utils.data.loader import EvalBatches, Stream
 from utils.evaluate.matching import Labels
 from utils.evaluate.metrics import Evidence, collect, compute_metrics, merge
-from utils.evaluate.nms import NmsRules, non_max_suppression
+from utils.evaluate.nms import NmsRules, Suppressed, non_max_suppression
 from utils.evaluate.predict import for_evaluation, predicted, to_source
+from utils.evaluate.saving import coco_ids
+from utils.evaluate.worst import worst_images
 from utils.loss import LossGains
 from utils.runtime import Runtime
 from utils.structures import Batch, Detections, Losses, LossMeans, Metrics
 
-OnBatch = Callable[[int, Batch, list[Detections]], None]  # index, batch, detections in network px
+OnBatch = Callable[[int, Batch, list[Detections]], None]  # number of the batch, batch, detections in network px
 Watch = Callable[[Stream], Iterable[Batch]]  # wraps the batches, as a progress bar does
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found out, of all ranks together."""
+
+    metrics: Metrics
+    evidence: Evidence
+    times: TimeSplit  # split into EVALUATION_PARTS; of several ranks the sum
+    cut: int  # images with more candidates than NMS looks at
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What one batch showed."""
+
+    number: int  # of the batch
+    evidence: Evidence
+    losses: np.ndarray  # (3,) f64 box, objectness, classification, times the images; 0 where nobody asked
+    cut: int  # images
+    non_finite: int  # images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +67,17 @@ class Evaluator:
     def __post_init__(self) -> None:
         stream = Stream(
             self.batches,
-            self.batches.numbers(),
-            workers=min(self.runtime.workers, len(self.batches.numbers())),
+            self._numbers,
+            workers=min(self.runtime.workers, len(self._numbers)),
             pin_memory=self.runtime.pin_memory,
         )
         object.__setattr__(self, "stream", stream)
 
-    @torch.no_grad()
+    @property
+    def _numbers(self) -> range:
+        """The batches of this rank."""
+        return self.batches.numbers()[self.runtime.rank :: self.runtime.ranks]
+
     def __call__(
         self,
         model: DetectionModel,
@@ -53,34 +86,96 @@ class Evaluator:
         on_batch: OnBatch | None = None,
         watch: Watch | None = None,
     ) -> Metrics:
-        """Metrics on the split; with `gains` the losses too. `on_batch` sees each batch, for pictures."""
-        network = for_evaluation(model, self.runtime)
-        evidence: list[Evidence] = []
-        losses = torch.zeros(3, dtype=torch.float64)
-        for index, batch in enumerate(watch(self.stream) if watch else self.stream):
-            detections, part = self._detect(network, batch, gains)
-            if part:
-                losses += len(batch.images) * torch.stack([part.box, part.objectness, part.classification]).cpu()
+        """Metrics on the split; see `evaluation`."""
+        return self.evaluation(model, gains=gains, on_batch=on_batch, watch=watch).metrics
+
+    @torch.no_grad()
+    def evaluation(
+        self,
+        model: DetectionModel,
+        *,
+        gains: LossGains | None = None,
+        on_batch: OnBatch | None = None,
+        watch: Watch | None = None,
+    ) -> Evaluation:
+        """All that is found out on the split; with `gains` the losses too. `on_batch` sees each batch, for pictures."""
+        network, seen = for_evaluation(model, self.runtime), []
+        clock = self.runtime.step_clock(EVALUATION_PARTS)
+        for number, batch in self._loaded(clock, watch):
+            suppressed, losses = self._detect(network, batch, clock, gains)
             if on_batch:
-                on_batch(index, batch, detections)
-            evidence.append(self._collect(batch, detections))
-        box, objectness, classification = (losses / len(self.batches.store)).tolist()
-        means = LossMeans(box=box, objectness=objectness, classification=classification) if gains else None
-        return compute_metrics(merge(evidence), self.names, losses=means)
+                on_batch(number, batch, suppressed.detections)
+            seen.append(self._seen(number, batch, suppressed, losses))
+        return self._concluded(seen, clock.split(), with_losses=gains is not None)
+
+    @torch.no_grad()
+    def measured(self, model: DetectionModel, *, watch: Watch | None = None) -> TimeSplit:
+        """How long the images take, without figures; the first batch, in which all gets going, unless it is alone."""
+        network = for_evaluation(model, self.runtime)
+        clock = self.runtime.step_clock(EVALUATION_PARTS)
+        for number, batch in self._loaded(clock, watch):
+            self._detect(network, batch, clock, None)
+            if number == self._numbers[0] and len(self._numbers) > 1:
+                clock.split()
+        return clock.split()
+
+    def _loaded(self, clock: StepClock, watch: Watch | None) -> Iterator[tuple[int, Batch]]:
+        """The batches of this rank with their numbers, and the wait for each on the clock."""
+        batches = iter(watch(self.stream) if watch else self.stream)
+        numbers = iter(self._numbers)
+        while True:
+            with clock.part("load"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            clock.count(len(batch.images))
+            yield next(numbers), batch
 
     def _detect(
-        self, network: DetectionModel, batch: Batch, gains: LossGains | None
-    ) -> tuple[list[Detections], Losses | None]:
-        predictions, losses = predicted(network, batch, self.runtime, gains=gains, augment=self.augment)
-        return non_max_suppression(predictions, self.rules).detections, losses
+        self, network: DetectionModel, batch: Batch, clock: StepClock, gains: LossGains | None
+    ) -> tuple[Suppressed, Losses | None]:
+        with clock.part("network"):
+            predictions, losses = predicted(network, batch, self.runtime, gains=gains, augment=self.augment)
+        with clock.part("nms"):
+            return non_max_suppression(predictions, self.rules), losses
 
-    def _collect(self, batch: Batch, detections: list[Detections]) -> Evidence:
+    def _seen(self, number: int, batch: Batch, suppressed: Suppressed, losses: Losses | None) -> _Seen:
         store, images = self.batches.store, batch.indices.tolist()
         in_source = [
             to_source(one, placement, tuple(store.sizes[image]))
-            for one, placement, image in zip(detections, batch.placements, images)
+            for one, placement, image in zip(suppressed.detections, batch.placements, images)
         ]
-        return collect(images, in_source, [Labels.of(store, image) for image in images], len(self.names))
+        parts = [losses.box, losses.objectness, losses.classification] if losses else [torch.zeros(())] * 3
+        return _Seen(
+            number=number,
+            evidence=collect(images, in_source, [Labels.of(store, image) for image in images], len(self.names)),
+            losses=len(images) * torch.stack(parts).double().numpy(force=True),
+            cut=int(suppressed.cut.sum()),
+            non_finite=int(suppressed.non_finite.sum()),
+        )
+
+    def _concluded(self, seen: list[_Seen], times: TimeSplit, *, with_losses: bool) -> Evaluation:
+        """What all ranks saw, put together on each of them."""
+        store, gathered = self.batches.store, self.runtime.gather((seen, times))
+        everything = sorted((one for seen, _ in gathered for one in seen), key=lambda one: one.number)
+        evidence = merge([one.evidence for one in everything])
+        box, objectness, classification = (sum(one.losses for one in everything) / len(store)).tolist()
+        metrics = compute_metrics(
+            evidence,
+            self.names,
+            losses=LossMeans(box=box, objectness=objectness, classification=classification) if with_losses else None,
+            image_ids=coco_ids(store, len(self.names)).images,
+        )
+        return Evaluation(
+            metrics=replace(
+                metrics,
+                non_finite=sum(one.non_finite for one in everything),
+                worst=worst_images(evidence, store, metrics.best_confidence),
+            ),
+            evidence=evidence,
+            times=reduce(add, (times for _, times in gathered)),
+            cut=sum(one.cut for one in everything),
+        )
 
 
 def evaluated_at_once(batch_size: int) -> int:

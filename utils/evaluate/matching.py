@@ -1,71 +1,128 @@
 """Which detections found a label: COCO's greedy matching by score, and the one-to-one pairs of a confusion matrix.
 
-All images and thresholds go in step: step k settles the k-th best detection of every (image, class) at once. Only
-detections that overlap some label enough to matter take part, so there are few steps.
+What happens to a detection at the ten IoU thresholds and in the four area ranges is a number of 40 bits, so that all of
+them are settled at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.boxes import box_area
+from utils.evaluate.ordering import descending, positions_in, row_order, starts_of
 from utils.structures import CROWD, Detections, LabelStore
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # .5:.05:.95, to the last bit as pycocotools has them
+AREA_RANGES = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # all, small, medium, large: px^2, limits included
 CONFUSION_CONFIDENCE = 0.25
 CONFUSION_IOU = 0.45
+
+_T, _A = len(IOU_THRESHOLDS), len(AREA_RANGES)
+_OF_RANGE = (1 << _T) - 1  # the bits of the first range
+_EVERYWHERE = (1 << _T * _A) - 1
+_IN_ALL_RANGES = sum(1 << _T * area for area in range(_A))
+_REACHED = np.array([((1 << level) - 1) * _IN_ALL_RANGES for level in range(_T + 1)])  # by number of thresholds reached
+_PAIRS_AT_ONCE = 1 << 18  # what bounds the memory of the search for overlaps
+
+
+def verdict_bits(verdicts: np.ndarray, area: int) -> np.ndarray:
+    """(K,) verdicts -> (K, T) bool at the IoU thresholds, for one area range."""
+    return (verdicts[:, None] >> np.arange(area * _T, (area + 1) * _T) & 1).astype(bool)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
     """The true boxes of one image."""
 
-    boxes: np.ndarray  # (N, 4) xyxy px in the source image
+    xywh: np.ndarray  # (N, 4) f64 px in the source image
     classes: np.ndarray  # (N,) integers
+    area: np.ndarray  # (N,) f64 px^2, which says in what area ranges a label counts
     ignore: np.ndarray  # (N,) bool: neither hit nor miss, whatever finds it and however often
-    crowd: np.ndarray | None = None  # (N,) bool, part of `ignore`: IoU becomes overlap / detection area, as in COCO
+    crowd: np.ndarray  # (N,) bool, part of `ignore`: IoU becomes overlap / detection area, as in COCO
 
     @classmethod
     def of(cls, store: LabelStore, image: int) -> Labels:
         rows = store.rows(image)
         ignore = store.ignore[rows]
-        return cls(boxes=store.boxes[rows], classes=store.classes[rows], ignore=ignore != 0, crowd=ignore == CROWD)
+        return cls(
+            xywh=store.annotated[rows] if len(store.annotated) else xywh_from_xyxy(store.boxes[rows]),
+            classes=store.classes[rows],
+            area=store.area[rows],
+            ignore=ignore != 0,
+            crowd=ignore == CROWD,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Matches:
-    """What became of K detections at T thresholds. A detection that is neither hit nor ignored is a false alarm."""
+class DetectionTable:
+    """The detections of several images, one after another."""
 
-    hits: np.ndarray  # (K, T) bool
-    ignored: np.ndarray  # (K, T) bool: to be left out of the count
+    image: np.ndarray  # (K,) integers >= 0
+    xywh: np.ndarray  # (K, 4) f64 px in the source image
+    scores: np.ndarray  # (K,) f32 or f64
+    classes: np.ndarray  # (K,) integers >= 0
+
+    @classmethod
+    def of(cls, detections: Sequence[Detections]) -> DetectionTable:
+        return cls(
+            image=_owners([len(one.scores) for one in detections]),
+            xywh=xywh_from_xyxy(_stack([_numpy(one.boxes) for one in detections], (0, 4), np.float32)),
+            scores=_stack([_numpy(one.scores) for one in detections], (0,), np.float32),
+            classes=_stack([_numpy(one.classes) for one in detections], (0,), np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.scores)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Detected:
-    """The detections of several images in one table."""
+class LabelTable:
+    """The labels of several images, one after another."""
 
-    image: np.ndarray  # (K,) position in the sequence
-    boxes: np.ndarray  # (K, 4) f64
-    scores: np.ndarray  # (K,)
-    classes: np.ndarray  # (K,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Labelled:
-    """The labels of several images in one table."""
-
-    image: np.ndarray  # (N,)
-    boxes: np.ndarray  # (N, 4) f64
-    classes: np.ndarray  # (N,)
+    image: np.ndarray  # (N,) integers >= 0
+    xywh: np.ndarray  # (N, 4) f64
+    classes: np.ndarray  # (N,) integers >= 0
+    area: np.ndarray  # (N,) f64
     ignore: np.ndarray  # (N,) bool
     crowd: np.ndarray  # (N,) bool
+
+    @classmethod
+    def of(cls, labels: Sequence[Labels]) -> LabelTable:
+        return cls(
+            image=_owners([len(one.classes) for one in labels]),
+            xywh=_stack([one.xywh for one in labels], (0, 4), np.float64),
+            classes=_stack([one.classes for one in labels], (0,), np.int64),
+            area=_stack([one.area for one in labels], (0,), np.float64),
+            ignore=_stack([one.ignore for one in labels], (0,), bool),
+            crowd=_stack([one.crowd for one in labels], (0,), bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def counted(self) -> np.ndarray:
+        """(N, A) bool: the area ranges in which each label is one to find."""
+        return _in_ranges(self.area) & ~self.ignore[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdicts:
+    """What became of K detections and N labels; bit `a * 10 + t` is that of area range a and IoU threshold t.
+
+    A detection that is neither hit nor ignored is a false alarm.
+    """
+
+    hits: np.ndarray  # (K,) i64
+    ignored: np.ndarray  # (K,) i64: to be left out of the count
+    ranks: np.ndarray  # (K,) i32: how many detections of the same image and class come before it
+    taken: np.ndarray  # (N,) i64: what was found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,144 +133,176 @@ class _Pairs:
     label: np.ndarray  # (M,)
     iou: np.ndarray  # (M,) f64
 
-    def sorted(self, *keys: np.ndarray) -> _Pairs:
-        """By the first key, then the second, and so on."""
-        return self[np.lexsort(keys[::-1])]
-
     def __getitem__(self, rows: np.ndarray) -> _Pairs:
         return _Pairs(detection=self.detection[rows], label=self.label[rows], iou=self.iou[rows])
 
 
-def match(
-    detections: Sequence[Detections], labels: Sequence[Labels], *, thresholds: np.ndarray = IOU_THRESHOLDS
-) -> Matches:
-    """Match the detections of each image to its labels; rows follow the detections, image after image.
+def match(found: DetectionTable, truth: LabelTable) -> Verdicts:
+    """Match the detections of each image to its labels.
 
-    As pycocotools: detections by descending score (equal scores: in the given order) each take, at every threshold,
-    the free label of their class with the highest IoU at or above it; labels that count go before ignored ones, and of
-    equal IoUs the last label wins. Boxes of both in px of the same frame. Memory grows with the detection-label pairs
-    of the call, so feed batch after batch.
+    As COCO's tool: detections by descending score (equal scores: in the given order) each take, at every threshold,
+    the free label of their class with the highest IoU at or above it; labels that count go before those that do not,
+    and of equal IoUs the last label wins. A label that does not count because of its area is taken once, one of
+    `ignore` any number of times. What takes no label and lies outside an area range is ignored there.
     """
-    found, truth = _detected(detections), _labelled(labels)
-    pairs = _overlaps(found, truth, at_least=thresholds[0], same_class=True)
-    by_score = np.empty(len(found.scores), np.int64)
-    by_score[np.argsort(-found.scores, kind="stable")] = np.arange(len(found.scores))
-    preference = (truth.ignore[pairs.label], -pairs.iou, -pairs.label)
-    pairs = pairs.sorted(by_score[pairs.detection], *preference)
-    return _match_in_steps(found, truth, pairs, thresholds)
+    order = row_order(found.image, found.classes, descending(found.scores))
+    group = _group(found.image, found.classes)[order]
+    ranks = np.empty(len(order), np.int32)
+    ranks[order] = positions_in(_run_lengths(group))
+    pairs = _overlaps(found, truth, order, group, _group(truth.image, truth.classes), at_least=IOU_THRESHOLDS[0])
+    hits, ignored, taken = _settled(len(found), truth, pairs)
+    outside = _EVERYWHERE & ~_bits_of_ranges(_in_ranges(found.xywh[:, 2] * found.xywh[:, 3]))
+    return Verdicts(hits=hits, ignored=ignored | outside & ~hits, ranks=ranks, taken=taken)
 
 
-def _match_in_steps(found: _Detected, truth: _Labelled, pairs: _Pairs, thresholds: np.ndarray) -> Matches:
-    """Greedy matching from pairs that lie detection by detection, best score first, and by preference within."""
-    hits = np.zeros((len(found.scores), len(thresholds)), bool)
-    ignored = np.zeros_like(hits)
-    taken = np.zeros((len(truth.classes), len(thresholds)), bool)
-    for first, count in _steps(found, pairs):
-        position = np.arange(count.max())
-        listed = position < count[:, None]  # (n, W): n detections of different groups, each with up to W labels
-        rows = first[:, None] + np.where(listed, position, 0)
-        label = pairs.label[rows]
-        free = listed[..., None] & (pairs.iou[rows][..., None] >= thresholds) & ~taken[label]  # (n, W, T)
-        detection, at = np.nonzero(free.any(1))
-        chosen = label[detection, free.argmax(1)[detection, at]]  # the first free one is the preferred one
-        excused = truth.ignore[chosen]
-        hits[pairs.detection[first[detection]], at] = ~excused
-        ignored[pairs.detection[first[detection]], at] = excused
-        taken[chosen, at] = ~excused  # an ignored label takes any number
-    return Matches(hits=hits, ignored=ignored)
+def _settled(num_detections: int, truth: LabelTable, pairs: _Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Verdicts on detections and labels, from pairs in the order of their detections."""
+    pairs = _by_preference(pairs)
+    counted = _bits_of_ranges(truth.counted()).tolist()
+    excused = truth.ignore.tolist()
+    hits, ignored, taken = [0] * num_detections, [0] * num_detections, [0] * len(truth)
+    reached = _REACHED[np.searchsorted(IOU_THRESHOLDS, pairs.iou, "right")].tolist()
+    detection, label = pairs.detection.tolist(), pairs.label.tolist()
+    starts = np.flatnonzero(np.diff(pairs.detection, prepend=-1)).tolist()
+    for start, stop in zip(starts, [*starts[1:], len(label)]):
+        left = _EVERYWHERE
+        for at in range(start, stop):
+            one = label[at]
+            new = left & reached[at] & counted[one] & ~taken[one]
+            hits[detection[at]] |= new
+            taken[one] |= new
+            left &= ~new
+        for at in range(start, stop):
+            one = label[at]
+            new = left & reached[at] & ~counted[one] & ~taken[one]
+            ignored[detection[at]] |= new
+            left &= ~new
+            if not excused[one]:
+                taken[one] |= new
+    return np.array(hits, np.int64), np.array(ignored, np.int64), np.array(taken, np.int64)
 
 
-def _steps(found: _Detected, pairs: _Pairs) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For k = 0, 1, ...: first pair and number of pairs of the k-th best detection of every (image, class)."""
-    if not len(pairs.label):
-        return []
-    first = np.flatnonzero(np.diff(pairs.detection, prepend=-1))
-    count = np.diff(first, append=len(pairs.label))
-    detection = pairs.detection[first]
-    group = _group(found.image[detection], found.classes[detection])
-    by_group = np.argsort(group, kind="stable")
-    starts = np.flatnonzero(np.diff(group[by_group], prepend=-1))
-    rank = np.empty(len(group), np.int64)
-    rank[by_group] = np.arange(len(group)) - np.repeat(starts, np.diff(starts, append=len(group)))
-    by_rank = np.argsort(rank, kind="stable")
-    cuts = np.flatnonzero(np.diff(rank[by_rank])) + 1
-    return [(first[rows], count[rows]) for rows in np.split(by_rank, cuts)]
+def _by_preference(pairs: _Pairs) -> _Pairs:
+    """Within each detection the highest IoU first, and of equal ones the last label."""
+    place = np.cumsum(np.diff(pairs.detection, prepend=-1) != 0)
+    return pairs[np.lexsort((-pairs.label, -pairs.iou, place))]
 
 
-def _overlaps(found: _Detected, truth: _Labelled, *, at_least: float, same_class: bool) -> _Pairs:
-    """Every detection with every label of its image (and class) where their IoU reaches `at_least`."""
-    if same_class:
-        key, label_key = _group(found.image, found.classes), _group(truth.image, truth.classes)
-    else:
-        key, label_key = found.image, truth.image
-    by_key = np.argsort(label_key, kind="stable")
-    start = np.searchsorted(label_key[by_key], key, "left")
-    count = np.searchsorted(label_key[by_key], key, "right") - start
-    detection = np.repeat(np.arange(len(key)), count)
-    within = np.arange(len(detection)) - np.repeat(np.cumsum(count) - count, count)
-    label = by_key[np.repeat(start, count) + within]
-    iou = _paired_iou(found.boxes[detection], truth.boxes[label], truth.crowd[label])
-    enough = iou >= at_least
-    return _Pairs(detection=detection[enough], label=label[enough], iou=iou[enough])
+def _overlaps(
+    found: DetectionTable,
+    truth: LabelTable,
+    order: np.ndarray,
+    group: np.ndarray,
+    label_group: np.ndarray,
+    *,
+    at_least: float,
+) -> _Pairs:
+    """Every detection with every label of its group where their IoU reaches `at_least`, in the order of detections.
+
+    order: (K',) rows of detections, by group; group: (K',) that of each; label_group: (N,).
+    """
+    by_group = np.argsort(label_group, kind="stable")
+    known, counts = np.unique(label_group[by_group], return_counts=True)
+    if not len(known):
+        return _Pairs(detection=order[:0], label=by_group[:0], iou=np.empty(0))
+    at = np.minimum(np.searchsorted(known, group), len(known) - 1)
+    matching = known[at] == group
+    order, first, count = order[matching], starts_of(counts)[at[matching]], counts[at[matching]]
+    parts = []
+    for part in _parts(count):
+        label = by_group[np.repeat(first[part], count[part]) + positions_in(count[part])]
+        parts.append(_overlapping(found, truth, np.repeat(order[part], count[part]), label, at_least))
+    return _Pairs(
+        detection=np.concatenate([order[:0], *(part.detection for part in parts)]),
+        label=np.concatenate([by_group[:0], *(part.label for part in parts)]),
+        iou=np.concatenate([np.empty(0), *(part.iou for part in parts)]),
+    )
 
 
-def _paired_iou(boxes: np.ndarray, label_boxes: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """(M,) IoU of paired (M, 4) xyxy; over the detection's area alone where the label is a crowd."""
-    sides = np.minimum(boxes[:, 2:], label_boxes[:, 2:]) - np.maximum(boxes[:, :2], label_boxes[:, :2])
-    overlap = sides.clip(0).prod(1)
-    area = box_area(boxes)
-    union = np.where(crowd, area, area + box_area(label_boxes) - overlap)
-    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+def _parts(counts: np.ndarray) -> Iterator[slice]:
+    """Runs of rows whose counts sum up to some _PAIRS_AT_ONCE each."""
+    number = np.cumsum(counts) // _PAIRS_AT_ONCE
+    cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(counts)]
+    return (slice(start, stop) for start, stop in pairwise(cuts))
+
+
+def _overlapping(
+    found: DetectionTable, truth: LabelTable, detection: np.ndarray, label: np.ndarray, at_least: float
+) -> _Pairs:
+    """Those of the pairs whose IoU reaches `at_least`, to the last bit as COCO's tool computes it."""
+    width = _shared(found.xywh, detection, truth.xywh, label, 0)
+    near = width > 0
+    detection, label, width = detection[near], label[near], width[near]
+    height = _shared(found.xywh, detection, truth.xywh, label, 1)
+    near = height > 0
+    detection, label = detection[near], label[near]
+    overlap = width[near] * height[near]
+    area, label_area = (xywh[rows, 2] * xywh[rows, 3] for xywh, rows in ((found.xywh, detection), (truth.xywh, label)))
+    iou = overlap / np.where(truth.crowd[label], area, area + label_area - overlap)
+    return _Pairs(detection=detection, label=label, iou=iou)[iou >= at_least]
+
+
+def _shared(boxes: np.ndarray, rows: np.ndarray, others: np.ndarray, other_rows: np.ndarray, axis: int) -> np.ndarray:
+    """How far paired boxes xywh overlap along an axis; negative where they lie apart."""
+    high, other_high = boxes[:, axis] + boxes[:, axis + 2], others[:, axis] + others[:, axis + 2]
+    low, other_low = boxes[rows, axis], others[other_rows, axis]
+    return np.minimum(high[rows], other_high[other_rows]) - np.maximum(low, other_low)
+
+
+def _in_ranges(area: np.ndarray) -> np.ndarray:
+    """(N,) px^2 -> (N, A) bool."""
+    return np.stack([(area >= low) & (area <= high) for low, high in AREA_RANGES], 1)
+
+
+def _bits_of_ranges(ranges: np.ndarray) -> np.ndarray:
+    """(N, A) bool -> (N,) i64 with the bits of all thresholds of these ranges."""
+    return ranges @ np.array([_OF_RANGE << area * _T for area in range(_A)])
 
 
 def _group(image: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return image.astype(np.int64) << 32 | classes.astype(np.int64)
 
 
-def confusion_matrix(detections: Sequence[Detections], labels: Sequence[Labels], num_classes: int) -> np.ndarray:
-    """(C + 1, C + 1) i64 counts, predicted x true, last = background; sums over batches are those of the whole.
+def _run_lengths(sorted_values: np.ndarray) -> np.ndarray:
+    starts = np.flatnonzero(np.diff(sorted_values, prepend=-1))
+    return np.diff(starts, append=len(sorted_values))
+
+
+def confusions(found: DetectionTable, truth: LabelTable, num_classes: int) -> np.ndarray:
+    """(P, 2) i32 predicted and true class, `num_classes` for background; the rows of several batches add up.
 
     Detections above confidence 0.25 and labels of any class pair up one to one from IoU 0.45, highest IoU first. What
     is left over stands against the background, except detections on ignored labels, which are left out.
     """
-    found, truth = _detected(detections), _labelled(labels)
-    pairs = _overlaps(found, truth, at_least=CONFUSION_IOU, same_class=False)
-    pairs = pairs[found.scores[pairs.detection] > CONFUSION_CONFIDENCE]
-    pairs = pairs.sorted(truth.ignore[pairs.label], -pairs.iou, -found.scores[pairs.detection])
+    confident = np.flatnonzero(found.scores > CONFUSION_CONFIDENCE)
+    order = confident[np.argsort(found.image[confident], kind="stable")]
+    pairs = _overlaps(found, truth, order, found.image[order], truth.image, at_least=CONFUSION_IOU)
+    pairs = pairs[np.lexsort((-found.scores[pairs.detection], -pairs.iou, truth.ignore[pairs.label]))]
 
-    predicted_as = np.full(len(truth.classes), num_classes)
-    unpaired = found.scores > CONFUSION_CONFIDENCE
+    predicted_as = np.full(len(truth), num_classes)
+    unpaired = np.zeros(len(found), bool)
+    unpaired[confident] = True
     for detection, label in zip(pairs.detection.tolist(), pairs.label.tolist()):
         if unpaired[detection] and predicted_as[label] == num_classes:
             unpaired[detection] = False
             if not truth.ignore[label]:
                 predicted_as[label] = found.classes[detection]
 
-    matrix = np.zeros((num_classes + 1, num_classes + 1), np.int64)
-    counted = ~truth.ignore
-    np.add.at(matrix, (predicted_as[counted], truth.classes[counted]), 1)
-    np.add.at(matrix, (found.classes[unpaired], num_classes), 1)
-    return matrix
+    on_labels = np.stack([predicted_as, truth.classes], 1)[~truth.ignore]
+    alone = found.classes[unpaired]
+    return np.concatenate([on_labels, np.stack([alone, np.full(len(alone), num_classes)], 1)]).astype(np.int32)
 
 
-def _detected(detections: Sequence[Detections]) -> _Detected:
-    return _Detected(
-        image=_owners([len(one.scores) for one in detections]),
-        boxes=_stack([_numpy(one.boxes) for one in detections], (0, 4), np.float64),
-        scores=_stack([_numpy(one.scores) for one in detections], (0,), np.float64),
-        classes=_stack([_numpy(one.classes) for one in detections], (0,), np.int64),
-    )
+def confusion_matrix(pairs: np.ndarray, num_classes: int) -> np.ndarray:
+    """(P, 2) predicted and true class -> (C + 1, C + 1) i64 counts, predicted x true, last = background."""
+    side = num_classes + 1
+    return np.bincount(pairs[:, 0].astype(np.int64) * side + pairs[:, 1], minlength=side * side).reshape(side, side)
 
 
-def _labelled(labels: Sequence[Labels]) -> _Labelled:
-    crowds = [np.zeros(len(one.classes), bool) if one.crowd is None else one.crowd for one in labels]
-    return _Labelled(
-        image=_owners([len(one.classes) for one in labels]),
-        boxes=_stack([one.boxes for one in labels], (0, 4), np.float64),
-        classes=_stack([one.classes for one in labels], (0,), np.int64),
-        ignore=_stack([one.ignore for one in labels], (0,), bool),
-        crowd=_stack(crowds, (0,), bool),
-    )
+def xywh_from_xyxy(boxes: np.ndarray) -> np.ndarray:
+    """(N, 4) corners -> (N, 4) f64 low corner, width and height."""
+    boxes = boxes.astype(np.float64)
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
 
 
 def _owners(counts: list[int]) -> np.ndarray:

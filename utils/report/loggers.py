@@ -20,7 +20,7 @@ from tqdm import tqdm
 from utils.clock import PARTS
 from utils.data.findings import shortened
 from utils.files import printable, write_text
-from utils.structures import LossMeans, Metrics
+from utils.structures import CocoFigures, LossMeans, Metrics
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -255,17 +255,50 @@ def _metric(name: str) -> Callable[[EpochSummary], str]:
     return lambda summary: "-" if summary.metrics is None else f"{getattr(summary.metrics, name):.4f}"
 
 
-def table(metrics: Metrics, verbose: bool) -> str:
-    """The result as aligned text: header, the row 'all' and, with `verbose`, every class that has labels."""
-    rows = [("all", metrics.images, metrics.labels, metrics)]
-    if verbose:
-        rows += [(shortened(one.name), one.images, one.labels, one) for one in metrics.per_class if one.labels]
-    width = max(20, *(len(name) for name, *_ in rows))
-    lines = [f"{'Class':>{width}}{'Images':>11}{'Labels':>11}{'P':>11}{'R':>11}{'mAP@.5':>11}{'mAP@.5:.95':>12}"]
-    for name, images, labels, row in rows:
-        figures = f"{row.precision:>11.3f}{row.recall:>11.3f}{row.map50:>11.3f}{row.map50_95:>12.3f}"
-        lines.append(f"{name:>{width}}{images:>11}{labels:>11}{figures}")
+def table(metrics: Metrics, verbose: bool, *, best: bool = False) -> str:
+    """The result as aligned text: header, the row 'all' and, with `verbose`, every class that has labels.
+
+    With `best` these also have the best F1 of their own, and the confidence where it is.
+    """
+    listed = [one for one in metrics.per_class if one.labels] if verbose else []
+    names = ["all", *(shortened(one.name) for one in listed)]
+    width = max(12, *(len(name) + 2 for name in names))
+    title = f"{'Class':>{width}}{'Images':>9}{'Labels':>9}{'P':>8}{'R':>8}{'F1':>8}{'mAP@.5':>9}{'mAP@.5:.95':>12}"
+    lines = [title + f"{'best F1':>9}{'at conf':>9}" * best]
+    for name, row in zip(names, [metrics, *listed]):
+        figures = f"{row.precision:>8.3f}{row.recall:>8.3f}{row.f1:>8.3f}{row.map50:>9.3f}{row.map50_95:>12.3f}"
+        own = f"{row.best_f1:>9.3f}{row.best_confidence:>9.3f}" if best and row is not metrics else ""
+        lines.append(f"{name:>{width}}{row.images:>9}{row.labels:>9}{figures}{own}")
     return "\n".join(lines)
+
+
+def result(metrics: Metrics, verbose: bool, *, best: bool = False) -> str:
+    """`table`, and below it the twelve figures of COCO in two lines, and what P, R and F1 are read at."""
+    figures = [
+        f"  {name:>5} {'-' if value is None else f'{value:.3f}':>5}" for name, value in coco_names(metrics.coco).items()
+    ]
+    lines = (
+        "",
+        "COCO" + "".join(figures[:6]),
+        "    " + "".join(figures[6:]),
+        f"P, R and F1 are those at confidence {metrics.best_confidence:.3f}, where the mean F1 is best",
+    )
+    return table(metrics, verbose, best=best) + "\n".join(lines)
+
+
+def coco_names(figures: CocoFigures) -> dict[str, float | None]:
+    """The twelve by the names that they have for people and in files."""
+    return {name: getattr(figures, field) for name, field in _COCO_NAMES.items()}
+
+
+def strange_outputs(metrics: Metrics) -> str:
+    """A line for the user where the network said something that is no number; else empty."""
+    if not metrics.non_finite:
+        return ""
+    return (
+        f"for {metrics.non_finite:,} of {metrics.images:,} images the network said something that is no finite number "
+        "(NaN or infinity): left out of the detections"
+    )
 
 
 _BAR = "{desc}  {percentage:3.0f}% {bar} {rate_noinv_fmt}  {remaining} left{postfix}"
@@ -346,6 +379,21 @@ EPOCH_LINE: dict[str, Callable[[EpochSummary], str]] = {  # title: text of the c
     "mAP@.5:.95": _metric("map50_95"),
     "images/s": lambda summary: f"{summary.images_per_s:.1f}",
     "time left": lambda summary: format_duration(summary.seconds_left),
+}
+
+_COCO_NAMES = {  # shown: the field of CocoFigures
+    "AP": "ap",
+    "AP50": "ap50",
+    "AP75": "ap75",
+    "APs": "ap_small",
+    "APm": "ap_medium",
+    "APl": "ap_large",
+    "AR1": "ar1",
+    "AR10": "ar10",
+    "AR100": "ar100",
+    "ARs": "ar_small",
+    "ARm": "ar_medium",
+    "ARl": "ar_large",
 }
 
 LOGGERS = {"csv": CsvLogger, "tensorboard": TensorBoardLogger}

@@ -20,7 +20,16 @@ from utils.clock import TimeSplit
 from utils.data.loader import Stream, UnpaintedBatch
 from utils.files import this_python, write_text
 from utils.report import plots
-from utils.report.loggers import LOGGERS, Console, EpochSummary, Logger, format_duration, result_row, table
+from utils.report.loggers import (
+    LOGGERS,
+    Console,
+    EpochSummary,
+    Logger,
+    coco_names,
+    format_duration,
+    result,
+    result_row,
+)
 from utils.report.timing import bottleneck, time_table, timing_row
 from utils.structures import Batch, Detections, LabelStore, LossMeans, Metrics
 
@@ -173,7 +182,7 @@ class RunReport:
         first = self._start_epoch + 1
         trained = f"Epochs {first} to {epochs}" if epochs > first else f"Epoch {epochs}"
         self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
-        self.console.line(table(metrics, verbose=True))
+        self.console.line(result(metrics, verbose=True))
         self._account_for_time(last_times())
         self.console.line(f"Weights, tables and pictures: {self.folder}")
         logdir = shlex.quote(str(self.folder.parent))
@@ -187,17 +196,20 @@ class RunReport:
 
 
 def write_metrics(path: Path, metrics: Metrics) -> None:
-    """The figures of an evaluation as JSON, at full precision."""
+    """The figures of an evaluation as JSON, at full precision; nothing that an identical run would not repeat."""
     figures = {
         "fitness": metrics.fitness,
         "precision": metrics.precision,
         "recall": metrics.recall,
+        "f1": metrics.f1,
         "mAP_0.5": metrics.map50,
         "mAP_0.5:0.95": metrics.map50_95,
         "best_confidence": metrics.best_confidence,
         "images": metrics.images,
         "labels": metrics.labels,
+        "non_finite": metrics.non_finite,
+        "coco": coco_names(metrics.coco),
         "losses": asdict(metrics.losses) if metrics.losses else None,
-        "per_class": [asdict(one) for one in metrics.per_class],
+        "per_class": [{**asdict(one), "coco": coco_names(one.coco)} for one in metrics.per_class],
     }
     write_text(path, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
