@@ -6,13 +6,9 @@ display, so a picture can be made anywhere, also from a thread. Nothing to show 
 
 from __future__ import annotations
 
-import colorsys
 import csv
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +16,7 @@ import cv2
 import numpy as np
 
 from utils.files import write_atomic
+from utils.report.annotate import class_colour, ink_on, quiet_matplotlib
 from utils.structures import CROWD, Curves, LabelStore, fitness
 
 if TYPE_CHECKING:
@@ -41,34 +38,11 @@ MAX_BARS = 40  # classes, in the picture of a data set
 _TEXT_PX, _STRIP_PX, _GAP_PX = 13, 22, 8  # of a mosaic: label text, caption strip, space between tiles
 
 
-def class_colour(index: int) -> tuple[float, float, float]:
-    """RGB in 0..1, always the same for a class: hues a golden ratio apart, so that neighbours never look alike.
-
-    Yellows and greens are darkened until a thin line of them shows on white.
-    """
-    saturation, value = ((0.85, 0.9), (0.6, 0.95), (0.95, 0.65))[index // 7 % 3]
-    colour = colorsys.hsv_to_rgb((0.58 + index * 0.618034) % 1, saturation, value)
-    dim = min(1.0, 0.4 / _luminance(colour)) ** (1 / 2.2)
-    return tuple(dim * c for c in colour)
-
-
-def _luminance(colour: tuple[float, float, float]) -> float:
-    """Relative luminance of WCAG 2.1, 0..1."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
-    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
-
-
-def _ink_on(colour: tuple[float, float, float]) -> str:
-    """Black or white, whichever has more contrast by WCAG 2.1."""
-    luminance = _luminance(colour)
-    return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
-
-
 # ---------------------------------------------------------------------------------------------------------- figures
 
 
 def _figure(width_px: float, height_px: float, *, layout: str | None = "constrained") -> Figure:
-    with _quiet():
+    with quiet_matplotlib():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -79,22 +53,8 @@ def _figure(width_px: float, height_px: float, *, layout: str | None = "constrai
     return figure
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No notice while matplotlib builds its font cache, no warning about a glyph that its fonts lack."""
-    logger = logging.getLogger("matplotlib")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def _save(figure: Figure, path: Path) -> None:
-    with _quiet():
+    with quiet_matplotlib():
         figure.canvas.draw()
     _write_image(np.asarray(figure.canvas.buffer_rgba())[..., :3], path)
 
@@ -242,7 +202,7 @@ def _draw_boxes(
             plate[3] - 5,
             text,
             fontsize=_points(_TEXT_PX),
-            color=_ink_on(colour),
+            color=ink_on(colour),
             va="baseline",
             zorder=4,
             parse_math=False,
@@ -281,7 +241,7 @@ def _points(px: float) -> float:
 def _text_width(renderer: RendererAgg, text: str) -> float:
     from matplotlib.font_manager import FontProperties
 
-    with _quiet():
+    with quiet_matplotlib():
         width, _, _ = renderer.get_text_width_height_descent(text, FontProperties(size=_points(_TEXT_PX)), ismath=False)
     return width
 

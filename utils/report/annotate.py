@@ -1,0 +1,252 @@
+"""Boxes and texts painted onto the pixels of images, and the colours that classes have in every picture.
+
+Text comes from matplotlib's font renderer, as OpenCV writes ASCII alone; what it rendered is kept, so that the frames
+of a video cost little.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import numpy as np
+
+Colour = tuple[float, float, float]  # RGB, each 0..1
+
+MOST_COVERED = 0.4  # of an image by text; where there is more to say, nothing is written
+_LEAST_TEXT_PX = 7
+_MOST_LETTERS = 200  # of a text; far more than fit
+_WIDER_FONTS = (  # asked in this order for what DejaVu Sans lacks, where they are installed
+    "Noto Sans CJK SC,Noto Sans CJK JP,Source Han Sans SC,WenQuanYi Zen Hei,WenQuanYi Micro Hei,Droid Sans Fallback,"
+    "PingFang SC,Hiragino Sans,Microsoft YaHei,Yu Gothic,Malgun Gothic,Noto Sans Arabic,Noto Sans Devanagari,"
+    "Noto Sans Thai,Nirmala UI,Leelawadee UI,Arial Unicode MS"
+).split(",")
+
+
+# ---------------------------------------------------------------------------------------------------------- colours
+
+
+def class_colour(index: int) -> Colour:
+    """Always the same for a class: hues a golden ratio apart, so that neighbours never look alike.
+
+    Yellows and greens are darkened until a thin line of them shows on white.
+    """
+    saturation, value = ((0.85, 0.9), (0.6, 0.95), (0.95, 0.65))[index // 7 % 3]
+    colour = colorsys.hsv_to_rgb((0.58 + index * 0.618034) % 1, saturation, value)
+    dim = min(1.0, 0.4 / _luminance(colour)) ** (1 / 2.2)
+    return tuple(dim * c for c in colour)
+
+
+def _luminance(colour: Colour) -> float:
+    """Relative luminance of WCAG 2.1, 0..1."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def ink_on(colour: Colour) -> Colour:
+    """Black or white, whichever has more contrast by WCAG 2.1."""
+    luminance = _luminance(colour)
+    return (1.0, 1.0, 1.0) if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else (0.0, 0.0, 0.0)
+
+
+def _bytes(colour: Colour) -> np.ndarray:
+    return np.rint(np.multiply(colour, 255)).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------ boxes
+
+
+def annotated(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    texts: Sequence[str],
+    colours: Sequence[Colour],
+    *,
+    line_px: int = 0,
+) -> np.ndarray:
+    """A copy of `image`, (H, W, 3) u8 RGB, with boxes (K, 4) xyxy px and a text (K,) each, the most important first.
+
+    Text is as high as befits the lines; `line_px` 0 goes by the size of the image. What lies outside is cut off, and a
+    text that finds no free place is left out: its box still has its colour.
+    """
+    painted = np.array(image, order="C")
+    height, width, _ = painted.shape
+    line_px = line_px or max(round(0.6 + 0.0009 * (height + width)), 1)
+    draw_boxes(painted, boxes, texts, colours, line_px=line_px, text_px=6 + 5 * line_px)
+    return painted
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    texts: Sequence[str],
+    colours: Sequence[Colour],
+    *,
+    line_px: int,
+    text_px: int,
+    dashed: Sequence[bool] | None = None,
+) -> None:
+    """As `annotated`, but onto `image` itself, which may be a part of a larger one."""
+    H, W, _ = image.shape
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+    seen = np.isfinite(boxes).all(1) & (boxes[:, :2] < (W, H)).all(1) & (boxes[:, 2:] > 0).all(1)
+    rows = np.flatnonzero(seen).tolist()
+    for row in reversed(rows):  # the first on top
+        _draw_outline(image, boxes[row], _bytes(colours[row]), line_px, dashed=dashed is not None and dashed[row])
+
+    masks = {row: _fitted(texts[row], min(text_px, H // 3), W - 4) for row in rows}
+    masks = {row: mask for row, mask in masks.items() if mask.size}
+    if sum(mask.size for mask in masks.values()) > MOST_COVERED * H * W:
+        return
+    taken = np.empty((0, 4))
+    for row, mask in masks.items():
+        plate = _free_place(boxes[row].clip(0, (W, H, W, H)), mask.shape[1] + 4, mask.shape[0], (W, H), taken)
+        if plate is not None:
+            taken = np.vstack([taken, plate])
+            left, top, right, bottom = plate
+            image[top:bottom, left:right] = _bytes(colours[row])
+            _blend(image[top:bottom, left + 2 : right - 2], mask, ink_on(colours[row]))
+
+
+def _draw_outline(image: np.ndarray, box: np.ndarray, colour: np.ndarray, line_px: int, *, dashed: bool) -> None:
+    """The sides of a box, but those that lie outside the image: there it goes on."""
+    H, W, _ = image.shape
+    left, right = (_stroke(side, line_px, W) for side in box[::2])
+    top, bottom = (_stroke(side, line_px, H) for side in box[1::2])
+    x = slice(left.start if left else 0, right.stop if right else W)
+    y = slice(top.start if top else 0, bottom.stop if bottom else H)
+    dash_px = 3 * line_px + 2 if dashed else max(H, W)
+    for rows in filter(None, (top, bottom)):
+        image[rows, x][:, _dashes(x, dash_px)] = colour
+    for columns in filter(None, (left, right)):
+        image[y, columns][_dashes(y, dash_px)] = colour
+
+
+def _stroke(side: float, line_px: int, room: int) -> slice | None:
+    """The px that a line about the coordinate `side` covers, moved inside where it lies on the image's border."""
+    if not 0 <= side <= room:
+        return None
+    start = max(min(round(side - line_px / 2), room - line_px), 0)
+    return slice(start, min(start + line_px, room))
+
+
+def _dashes(span: slice, dash_px: int) -> np.ndarray:
+    return np.arange(max(span.stop - span.start, 0)) // dash_px % 2 == 0
+
+
+def _free_place(
+    box: np.ndarray, width: int, height: int, room: tuple[int, int], taken: np.ndarray
+) -> np.ndarray | None:
+    """Whole px (xyxy) for a text: above its box, inside at the top or bottom, or below; None when all is taken.
+
+    `room` is the width and height of the image, `taken` (n, 4) is where texts already are.
+    """
+    left, top, right, bottom = np.rint(box).astype(int)
+    corners = np.array(
+        [
+            (left, top - height),
+            (left, top),
+            (right - width, top - height),
+            (right - width, top),
+            (left, bottom),
+            (left, bottom - height),
+            (right - width, bottom),
+            (right - width, bottom - height),
+        ]
+    )
+    corners[:, 0] = corners[:, 0].clip(0, room[0] - width)
+    plates = np.concatenate([corners, corners + np.array([width, height])], 1)
+    meets = (plates[:, None, :2] < taken[:, 2:]) & (plates[:, None, 2:] > taken[:, :2])  # (8, n, 2)
+    free = ~meets.all(2).any(1) & (plates[:, 1] >= 0) & (plates[:, 3] <= room[1])
+    return plates[free.argmax()] if free.any() else None
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+def write_line(image: np.ndarray, text: str, corner: tuple[int, int], *, text_px: int, width: int, ink: Colour) -> None:
+    """Write onto `image` from the top left `corner` (x, y) on, `width` px at most, shortened where it is longer."""
+    x, y = corner
+    mask = _fitted(text, text_px, min(width, image.shape[1] - x))[: max(image.shape[0] - y, 0)]
+    _blend(image[y : y + mask.shape[0], x : x + mask.shape[1]], mask, ink)
+
+
+def line_height(text_px: int) -> int:
+    """Px from the top of a line of text, accents included, to its bottom, descenders included."""
+    return math.ceil(1.3 * text_px)
+
+
+def _blend(pixels: np.ndarray, mask: np.ndarray, ink: Colour) -> None:
+    share = mask[..., None] / np.float32(255)
+    pixels[:] = np.rint(pixels + share * (_bytes(ink) - pixels.astype(np.float32))).astype(np.uint8)
+
+
+def _fitted(text: str, text_px: int, width: int) -> np.ndarray:
+    """(h, w) u8 coverage of a line of text, w <= width; empty where there is no room for any of it.
+
+    What is too long ends in an ellipsis. A number at its end stays, and is rendered by itself: names and scores recur,
+    but seldom together.
+    """
+    if not text or text_px < _LEAST_TEXT_PX:
+        return np.empty((0, 0), np.uint8)
+    name, space, number = text.rpartition(" ")
+    if not (space and len(number) < 8 and number.isascii() and number[:1].isdigit()):
+        return _shortened(text, text_px, width)
+    end = _rendered(f" {number}", text_px)
+    start = _shortened(name, text_px, width - end.shape[1])
+    return np.hstack([start, end]) if start.size else _shortened(text, text_px, width)
+
+
+@lru_cache(4096)
+def _shortened(text: str, text_px: int, width: int) -> np.ndarray:
+    """The mask of `text`, or of its beginning and an ellipsis, where at least a letter of it fits; or an empty one."""
+    if len(text) > _MOST_LETTERS:
+        text = text[:_MOST_LETTERS] + "…"
+    mask, kept = _rendered(text, text_px), len(text) - 1
+    while mask.shape[1] > width and kept > 0:
+        mask = _rendered(f"{text[:kept].rstrip()}…", text_px)
+        kept = min(kept - 1, int(kept * width / mask.shape[1]) + 1)
+    return mask if mask.shape[1] <= width else np.empty((0, 0), np.uint8)
+
+
+@lru_cache(4096)
+def _rendered(text: str, text_px: int) -> np.ndarray:
+    """(line_height, w) u8, read-only."""
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    with quiet_matplotlib():
+        font = _font(text_px)
+        width, _, _ = RendererAgg(1, 1, 72).get_text_width_height_descent(text, font, ismath=False)
+        renderer = RendererAgg(max(math.ceil(width), 1), line_height(text_px), 72)
+        renderer.draw_text(renderer.new_gc(), 0, text_px, text, font, 0)
+    mask = np.asarray(renderer.buffer_rgba())[..., 3].copy()
+    mask.flags.writeable = False
+    return mask
+
+
+@lru_cache(64)
+def _font(text_px: int):
+    from matplotlib.font_manager import FontProperties, fontManager
+
+    installed = set(fontManager.get_font_names())
+    return FontProperties(family=["DejaVu Sans", *(name for name in _WIDER_FONTS if name in installed)], size=text_px)
+
+
+@contextmanager
+def quiet_matplotlib() -> Iterator[None]:
+    """No notice while matplotlib builds its font cache, no warning about a glyph that its fonts lack."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        logger.setLevel(level)
