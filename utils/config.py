@@ -454,7 +454,7 @@ def _check_detect(options: DetectOptions) -> None:
         if not value <= 1:
             raise UserError(f"{flag} {value:g}: should be between 0 and 1")
     if options.save_conf and not options.save_txt:
-        raise UserError("--save-conf: says what --save-txt writes; give both")
+        raise UserError("--save-conf adds scores to label files; ask for these with --save-txt")
 
 
 def whole_strides(imgsz: int, stride: int, *, note: Callable[[str], object]) -> int:

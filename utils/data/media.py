@@ -1,7 +1,7 @@
 """Images and videos to look at: what `--source` names, decoded ahead by threads, and videos written again.
 
-The surprise: whatever it is, it comes as one row of pictures in the order of the source, so a folder may hold both kinds.
-A few hundred megabytes of them wait in memory at most, however long a video is.
+The surprise: whatever it is, it comes as one row of pictures in the order of the source, so a folder may hold both
+kinds. A few hundred megabytes of them wait in memory at most, however long a video is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,7 @@ def find_media(source: str) -> tuple[list[Medium], list[str]]:
 
     A folder stands for what lies in it, but not in folders below. Raises UserError where there is nothing to look at.
     """
-    path = os.path.expanduser(source)  # noqa: PTH111 (takes any text)
+    path = os.path.expanduser(source)
     if os.path.isfile(path):
         return _of_list(path) if path.lower().endswith(".txt") else ([_medium(path)], [])
     found = _several(path)
@@ -169,7 +169,7 @@ def _lines(file: str) -> list[tuple[int, str]]:
 
 
 def _of_line(line: str, finder: Finder, folder: str) -> tuple[list[Medium], list[str]]:
-    line = os.path.expanduser(line)  # noqa: PTH111
+    line = os.path.expanduser(line)
     for path in (os.path.join(folder, line), line):
         if os.path.isfile(path):
             return [_medium(path)], []
@@ -289,9 +289,7 @@ class _Video:
         self._frames += 1
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         rate = rate if 0 < rate <= 1000 else _USUAL_RATE
-        return picture_of(
-            frame, self._imgsz, source=self._source, frame=self._frames, rate=rate, keep=self._keep
-        )
+        return picture_of(frame, self._imgsz, source=self._source, frame=self._frames, rate=rate, keep=self._keep)
 
     def _next_frame(self, capture: cv2.VideoCapture) -> np.ndarray | None:
         try:

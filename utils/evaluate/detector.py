@@ -133,6 +133,11 @@ class Detector:
             yield from found
             clock.skip()
 
+    def warm_up(self) -> None:
+        """Let what only the first image waits for be done: libraries loaded, memory asked for."""
+        strip = picture_of(np.zeros((1, self.imgsz, 3), np.uint8), self.imgsz)
+        list(self.stream([strip], NmsRules(confidence=0.0, max_detections=1), batch_size=1))
+
     @torch.no_grad()
     def _found(
         self, window: Sequence[Picture], rules: NmsRules, batch_size: int, augment: bool, clock: StepClock
