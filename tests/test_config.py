@@ -241,7 +241,6 @@ NOT_YET_OF_TRAIN = (
     *("--artifact_alias", "--save-every=5", "--nproc", "--dist-timeout", "--tb-histograms"),
     *("--bbox_interval=3", "--bucket", "--entity", "--evolve-jobs=2", "--evolve_sampler"),
 )
-NOT_YET_OF_VAL = ("--augment", "--save-txt", "--save_conf", "--save-hybrid", "--save-json", "--half")
 
 
 @pytest.mark.parametrize(
@@ -305,8 +304,10 @@ def test_bad_usage_is_one_line(argv, message):
         ("--weights w --iou-thres -0.1", "--iou-thres -0.1: should be 0 or more"),
         ("--weights w --task holdout", "--task: invalid choice: 'holdout'"),
         ("--weights w --batch-size -1", "--batch-size -1: should be 1 or more"),
-        ("--weights w --task speed", "--task speed: not available yet; use train, val or test"),
-        *((f"--weights w {flag}", f"{flag}: not available yet; leave it out") for flag in NOT_YET_OF_VAL),
+        ("--weights w --task speed --save-json", "--task speed and --save-json: it measures time"),
+        ("--weights w --task speed --save_hybrid", "--task speed and --save-hybrid: it measures time"),
+        ("--weights w --save-conf", "--save-conf adds scores to label files; ask for these with --save-txt or"),
+        ("--weights w --half --amp bf16", "--half and --amp bf16: choose one"),
         ("--weights w --evolve-jobs 2", "unknown flag '--evolve-jobs'"),
     ],
 )

@@ -172,13 +172,13 @@ def test_out_of_memory_names_the_remedy(best, cli, monkeypatch):
 
 def test_an_image_that_vanishes_on_the_way(tiny, cli, monkeypatch):
     train.run(**tiny.options())
-    honest = Evaluator.__call__
+    honest = Evaluator.evaluation
 
     def vanishing(self, *args, **kwargs):
         tiny.image("val", 2).unlink()
         return honest(self, *args, **kwargs)
 
-    monkeypatch.setattr(Evaluator, "__call__", vanishing)
+    monkeypatch.setattr(Evaluator, "evaluation", vanishing)
     code, _, problems = cli(val, *flags(weights="runs/train/exp/weights/best.pt"))
     assert code == 1
     assert re.fullmatch(r"val\.py: error: \S+images/val/2\.png: .*\n", problems)

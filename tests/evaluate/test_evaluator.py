@@ -2,6 +2,8 @@
 
 import io
 from contextlib import redirect_stdout
+from dataclasses import is_dataclass, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,18 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import nn
+from torch import distributed, multiprocessing, nn
 
 from models.yolo import DetectionModel, read_network
 from tests.stores import ImageLabels, build_store
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches
 from utils.data.plan import letterbox_plan, source_to_network
-from utils.evaluate.evaluator import Evaluator, to_source
+from utils.evaluate.evaluator import Evaluator
+from utils.evaluate.nms import NmsRules
+from utils.evaluate.predict import to_source
 from utils.hyp import Hyperparameters
 from utils.loss import LossGains
 from utils.runtime import Runtime
-from utils.structures import Detections, HeadSpec
+from utils.structures import HIT, Detections, HeadSpec
 
 SIZES = ((101, 67), (64, 97), (33, 130), (80, 80), (121, 59), (55, 90), (90, 55))  # height, width
 IMGSZ, STRIDE = 96, 32
@@ -84,7 +88,7 @@ def evaluator(store, batch_size, **changes):
         batch_size=batch_size,
         stride=STRIDE,
     )
-    return Evaluator(batches=batches, names=NAMES, runtime=CPU, **changes)
+    return Evaluator(**{"batches": batches, "names": NAMES, "runtime": CPU, **changes})
 
 
 def coco_ap(store, claims) -> tuple[float, float]:
@@ -163,6 +167,82 @@ def test_watch_sees_every_batch(scene):
     assert seen == [4]
 
 
+SHARDED = (1, 2, 3, 50)  # images per batch: up to seven batches of which the last may be smaller, and a single one
+
+
+def sharded(rank: int, ranks: int, threads: int, folder: Path, store, claims, network, gains) -> None:
+    """What a rank of several finds out; in a process of its own."""
+    torch.set_num_threads(threads)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    runtime = replace(CPU, rank=rank, ranks=ranks)
+    for size in SHARDED:
+        mine = evaluator(store, size, runtime=runtime)
+        torch.save(
+            [mine.evaluation(Oracle(store, claims)), mine.evaluation(network, gains=gains)],
+            folder / f"{size}-{rank}.pt",
+        )
+    distributed.destroy_process_group()
+
+
+def plain(value):
+    """Dataclasses as dicts, for numpy to compare."""
+    if is_dataclass(value):
+        return {name: plain(item) for name, item in vars(value).items()}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def test_figures_of_several_ranks_are_those_of_one_to_the_last_bit(scene, network, tmp_path):
+    store, claims = scene
+    gains = LossGains.for_head(Hyperparameters(), network.head, IMGSZ)
+    multiprocessing.spawn(sharded, (2, torch.get_num_threads(), tmp_path, store, claims, network, gains), nprocs=2)
+    for size in SHARDED:
+        alone = evaluator(store, size)
+        expected = alone.evaluation(Oracle(store, claims)), alone.evaluation(network, gains=gains)
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=False)
+            for one, other in zip(found, expected):
+                np.testing.assert_equal(plain(one.metrics), plain(other.metrics))
+                np.testing.assert_equal(plain(one.evidence), plain(other.evidence))
+                assert (one.cut, one.times.images) == (other.cut, other.times.images)
+                assert one.metrics.map50 > 0 or one.metrics.losses.box > 0
+
+
+def test_parts_of_the_time_are_told(scene):
+    store, claims = scene
+    times = evaluator(store, 3).evaluation(Oracle(store, claims)).times
+    assert times.images == len(SIZES)
+    assert set(times.parts) == {"load", "network", "nms"} and all(
+        0 < each < times.wall for each in times.parts.values()
+    )
+    assert evaluator(store, 3).measured(Oracle(store, claims)).images == len(SIZES) - 3  # the first batch is warm-up
+    assert evaluator(store, 50).measured(Oracle(store, claims)).images == len(SIZES)  # but where there is no other
+
+
+class Broken(Oracle):
+    """Says something senseless beside its claims, but of the first image."""
+
+    def forward(self, images):
+        (raw,) = super().forward(images)
+        _, _, H, W = images.shape
+        greys = (images[:, 0, H // 2, W // 2] * 255).round()
+        raw[greys > 1, -1, 0, 0, 4] = torch.nan  # no image has as many claims as there are anchors
+        return [raw]
+
+
+def test_images_of_which_the_network_says_nan_are_counted(scene):
+    store, claims = scene
+    metrics = evaluator(store, 3)(Broken(store, claims))
+    assert metrics.non_finite == len(SIZES) - 1
+    assert metrics.map50 == evaluator(store, 3)(Oracle(store, claims)).map50 > 0
+    assert evaluator(store, 3)(Oracle(store, claims)).non_finite == 0
+
+
+def test_worst_images_come_with_the_metrics(scene):
+    store, claims = scene
+    worst = evaluator(store, 3)(Oracle(store, claims)).worst
+    assert worst and all((one.verdicts != HIT).any() for one in worst)
+
+
 def test_nothing_claimed_is_all_zero(scene):
     store, _ = scene
     metrics = evaluator(store, 4)(Oracle(store, [[]] * len(SIZES)))
@@ -173,10 +253,10 @@ def test_nothing_claimed_is_all_zero(scene):
 def test_confidence_and_max_detections_drop_the_weakest(scene):
     store, claims = scene
     kept = [[claim for claim in listed if claim[2] > 0.5] for listed in claims]
-    fewer = evaluator(store, 4, confidence=0.5)(Oracle(store, claims))
+    fewer = evaluator(store, 4, rules=NmsRules(confidence=0.5))(Oracle(store, claims))
     assert (fewer.map50, fewer.map50_95) == pytest.approx(coco_ap(store, kept), abs=1e-9)
     best = [sorted(listed, key=lambda claim: -claim[2])[:1] for listed in claims]
-    one_each = evaluator(store, 4, max_detections=1)(Oracle(store, claims))
+    one_each = evaluator(store, 4, rules=NmsRules(max_detections=1))(Oracle(store, claims))
     assert (one_each.map50, one_each.map50_95) == pytest.approx(coco_ap(store, best), abs=1e-9)
 
 

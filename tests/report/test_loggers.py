@@ -3,6 +3,7 @@ import io
 import math
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,22 +23,28 @@ from utils.report.loggers import (
     format_epoch,
     format_header,
     format_losses,
+    result,
     result_row,
+    strange_outputs,
+    table,
 )
-from utils.structures import LossMeans, Metrics
+from utils.structures import ClassMetrics, CocoFigures, LossMeans, Metrics
 
 TITLES = ["epoch", "box", "obj", "cls", "P", "R", "mAP@.5", "mAP@.5:.95", "images/s"]
 COLUMNS = ("epoch", "train/box_loss", "x/lr0")
 LOSSES = LossMeans(box=0.0812345678, objectness=0.03, classification=1e-7)
+COCO = CocoFigures(**{name: place / 100 for place, name in enumerate(CocoFigures.__annotations__)})
 METRICS = Metrics(
     precision=0.5,
     recall=0.25,
+    f1=1 / 3,
     map50=0.75,
     map50_95=0.4,
     images=1,
     labels=1,
     best_confidence=0.3,
     per_class=(),
+    coco=COCO,
     losses=LOSSES,
 )
 
@@ -313,3 +320,41 @@ def test_quiet_on_a_terminal_means_lines_without_bars():
         bar.update(10)
     console.epoch(summary())
     assert stream.getvalue() == f"{format_header(30)}\n{format_epoch(summary())}\n"
+
+
+# ---- results of an evaluation ---------------------------------------------------------------------------------------
+
+
+def class_metrics(name: str, **changes) -> ClassMetrics:
+    figures = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "map50": 0.75, "map50_95": 0.4}
+    best = {"best_f1": 0.35, "best_confidence": 0.21}
+    return ClassMetrics(**{"name": name, "images": 2, "labels": 3, **figures, **best, "coco": COCO, **changes})
+
+
+CLASSES = (class_metrics("cat"), class_metrics("never there", labels=0), class_metrics("w" * 50))
+
+
+@pytest.mark.parametrize(("verbose", "best"), [(True, True), (True, False), (False, False)])
+def test_figures_stand_below_their_titles(verbose, best):
+    text = table(replace(METRICS, per_class=CLASSES), verbose, best=best)
+    title, whole, *classes = text.splitlines()
+    titles = ["Class", "Images", "Labels", "P", "R", "F1", "mAP@.5", "mAP@.5:.95"]
+    assert re.findall(r"\S+(?: F1| conf)?", title) == [*titles, *(["best F1", "at conf"] if best else [])]
+    assert whole.split() == ["all", "1", "1", "0.500", "0.250", "0.333", "0.750", "0.400"]
+    assert [line.split()[0] for line in classes] == (["cat", "w" * 31 + "…"] if verbose else [])
+    assert all(line.split()[8:] == (["0.350", "0.210"] if best else []) for line in classes)
+    ends = [match.end() for match in re.finditer(r"\S+(?: F1| conf)?", title)]
+    assert all([match.end() for match in re.finditer(r"\S+", line)] == ends[: len(line.split())] for line in classes)
+
+
+def test_the_twelve_figures_are_shown_by_name_and_a_dash_stands_for_none():
+    *_, precision, recall, note = result(replace(METRICS, coco=replace(COCO, ap_small=None)), False).splitlines()
+    assert precision.split() == "COCO AP 0.000 AP50 0.010 AP75 0.020 APs - APm 0.040 APl 0.050".split()
+    assert recall.split() == "AR1 0.060 AR10 0.070 AR100 0.080 ARs 0.090 ARm 0.100 ARl 0.110".split()
+    assert len(precision) == len(recall) <= 90
+    assert "confidence 0.300" in note
+
+
+def test_outputs_that_are_no_numbers_are_counted():
+    assert strange_outputs(METRICS) == ""
+    assert "3 of 1,000 images" in strange_outputs(replace(METRICS, images=1000, non_finite=3))

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,18 +15,35 @@ from utils.clock import PARTS, TimeSplit
 from utils.report import plots
 from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport, write_metrics
-from utils.structures import Batch, ClassMetrics, Detections, LossMeans, Metrics
+from utils.structures import Batch, ClassMetrics, CocoFigures, Detections, LossMeans, Metrics
 
 LOSSES = LossMeans(box=0.1, objectness=0.2, classification=0.3)
+COCO = CocoFigures(**{name: place / 100 for place, name in enumerate(CocoFigures.__annotations__)})
 METRICS = Metrics(
     precision=1 / 3,
     recall=0.5,
+    f1=0.4,
     map50=2 / 3,
     map50_95=0.1 + 0.2,
     images=3,
     labels=4,
     best_confidence=0.25,
-    per_class=(ClassMetrics(name="größe", images=3, labels=4, precision=1 / 3, recall=0.5, map50=2 / 3, map50_95=0.3),),
+    per_class=(
+        ClassMetrics(
+            name="größe",
+            images=3,
+            labels=4,
+            precision=1 / 3,
+            recall=0.5,
+            f1=0.4,
+            map50=2 / 3,
+            map50_95=0.3,
+            best_f1=0.45,
+            best_confidence=0.7,
+            coco=replace(COCO, ap_small=None),
+        ),
+    ),
+    coco=COCO,
     losses=LOSSES,
 )
 
@@ -87,7 +105,12 @@ def test_metrics_file_keeps_every_digit(tmp_path):
     assert figures["mAP_0.5:0.95"] == 0.1 + 0.2
     assert figures["fitness"] == METRICS.fitness
     assert figures["losses"] == {"box": 0.1, "objectness": 0.2, "classification": 0.3}
-    assert figures["per_class"][0]["precision"] == 1 / 3
+    assert (figures["f1"], figures["best_confidence"]) == (0.4, 0.25)
+    assert list(figures["coco"]) == "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+    assert list(figures["coco"].values()) == list(vars(COCO).values())
+    (one,) = figures["per_class"]
+    assert (one["precision"], one["f1"], one["best_f1"], one["best_confidence"]) == (1 / 3, 0.4, 0.45, 0.7)
+    assert one["coco"] == figures["coco"] | {"APs": None}  # no small labels
 
 
 def test_metrics_file_without_losses(tmp_path):

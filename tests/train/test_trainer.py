@@ -473,7 +473,7 @@ def slow(monkeypatch):
 def test_the_summary_covers_the_run_to_its_end_and_the_table_each_epoch(tiny, slow, cli, options):
     """The last checkpoint and the evaluation of best.pt come after the last row; pictures are the rest."""
     saves = slow(LateRunFolder if "nosave" in options else RunFolder, "save", 1)
-    evaluations = slow(Evaluator, "__call__", 10)
+    evaluations = slow(Evaluator, "evaluation", 10)
     batches = slow(PictureFiles, "evaluated_batch", 100)
     slow(PictureFiles, "finished", 1000)
     code, output, _ = cli(train, *tiny.flags(**options, noplots=None))

@@ -138,7 +138,7 @@ def _annotations(store: LabelStore, ids: CocoIds) -> Iterator[str]:
     numbers = count(1)  # 0 is no match to COCO's tool
     for image, image_id in enumerate(ids.images.tolist()):
         labels, ignore = Labels.of(store, image), store.ignore[store.rows(image)]
-        for box, kind, area, ignored in zip(labels.boxes, labels.classes, labels.area, ignore):
+        for box, kind, area, ignored in zip(labels.xywh, labels.classes, labels.area, ignore):
             item: dict[str, Any] = {
                 "id": next(numbers),
                 "image_id": image_id,

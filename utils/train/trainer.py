@@ -18,9 +18,10 @@ from utils.checkpoint import RunFolder, averaged_model, load_checkpoint
 from utils.config import TrainOptions
 from utils.data.loader import TrainStream, faults_named
 from utils.evaluate.evaluator import Evaluator
+from utils.evaluate.saving import coco_ids, write_predictions
 from utils.files import this_python
 from utils.hyp import Hyperparameters, plain_values
-from utils.report.loggers import format_losses
+from utils.report.loggers import format_losses, strange_outputs
 from utils.report.run_report import RunReport
 from utils.runtime import Runtime, mendable_errors
 from utils.structures import Batch, Detections, LossMeans, Metrics, UserError
@@ -74,6 +75,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.clock = self.step.clock
+        self._warned = False
 
     def fit(self) -> Metrics:
         """Train until the last epoch or until patience ends; the metrics of best.pt.
@@ -90,6 +92,7 @@ class Trainer:
                 losses = self.train_epoch()
                 with self.clock.part("evaluate"):
                     metrics = self.evaluate() if self._evaluates else None
+                self._warn_of_strange_outputs(metrics)
                 improved = self.state.finish_epoch(metrics, only=options.noval)
                 self.report.epoch(self.state.epoch - 1, losses, metrics, self._last_settings().lrs, self.clock.split())
                 with self.clock.part("save"):
@@ -146,16 +149,30 @@ class Trainer:
         return self.evaluator(self.step.average.model, gains=self.step.gains, watch=self.report.evaluation_bar)
 
     def finish(self) -> Metrics:
-        """Evaluate best.pt as it was written, with the pictures of a finished run."""
+        """Evaluate best.pt as it was written, with the pictures of a finished run.
+
+        What it detects is written for COCO's tool where the split has ids of images and categories.
+        """
         best = averaged_model(load_checkpoint(self.run.best)).to(self.runtime.device)
         with self.clock.part("evaluate"):
-            metrics = self.evaluator(
+            evaluation = self.evaluator.evaluation(
                 best, gains=self.step.gains, on_batch=self._picture, watch=self.report.evaluation_bar
             )
+        metrics, store = evaluation.metrics, self.evaluator.batches.store
+        self._warn_of_strange_outputs(metrics)
+        if not coco_ids(store, len(self.names)).invented:
+            for line in write_predictions(self.run.path, evaluation.evidence, store, self.names):
+                self.report.console.note(line)
         self.report.finished(
             metrics, best_epoch=self.state.best_epoch, epochs=self.state.epoch, last_times=self.clock.split
         )
         return metrics
+
+    def _warn_of_strange_outputs(self, metrics: Metrics | None) -> None:
+        """Once in a run: it seldom stays with one evaluation."""
+        if metrics is not None and metrics.non_finite and not self._warned:
+            self.report.console.warn(strange_outputs(metrics))
+            self._warned = True
 
     def _picture(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
         """Drawn in the midst of an evaluation, but no part of what that takes."""
