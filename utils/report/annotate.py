@@ -10,15 +10,19 @@ import colorsys
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from matplotlib.font_manager import FontProperties
+
 Colour = tuple[float, float, float]  # RGB, each 0..1
 
-MOST_COVERED = 0.4  # of an image by text; where there is more to say, nothing is written
+_CROWDED, _BURIED = 0.12, 0.25  # share of an image that text would cover: it is written smaller, or not at all
 _LEAST_TEXT_PX = 7
 _MOST_LETTERS = 200  # of a text; far more than fit
 _WIDER_FONTS = (  # asked in this order for what DejaVu Sans lacks, where they are installed
@@ -91,7 +95,10 @@ def draw_boxes(
     text_px: int,
     dashed: Sequence[bool] | None = None,
 ) -> None:
-    """As `annotated`, but onto `image` itself, which may be a part of a larger one."""
+    """As `annotated`, but onto `image` itself, which may be a part of a larger one.
+
+    Where text of `text_px` would bury the image it is written smaller, and where that would too, not at all.
+    """
     H, W, _ = image.shape
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     seen = np.isfinite(boxes).all(1) & (boxes[:, :2] < (W, H)).all(1) & (boxes[:, 2:] > 0).all(1)
@@ -99,10 +106,18 @@ def draw_boxes(
     for row in reversed(rows):  # the first on top
         _draw_outline(image, boxes[row], _bytes(colours[row]), line_px, dashed=dashed is not None and dashed[row])
 
-    masks = {row: _fitted(texts[row], min(text_px, H // 3), W - 4) for row in rows}
-    masks = {row: mask for row, mask in masks.items() if mask.size}
-    if sum(mask.size for mask in masks.values()) > MOST_COVERED * H * W:
-        return
+    for px, most in ((text_px, _CROWDED), (round(0.75 * text_px), _BURIED)):
+        masks = {row: _fitted(texts[row], min(px, H // 3), W - 4) for row in rows}
+        if sum(mask.size for mask in masks.values()) <= most * H * W:
+            _draw_texts(image, boxes, colours, {row: mask for row, mask in masks.items() if mask.size})
+            return
+
+
+def _draw_texts(
+    image: np.ndarray, boxes: np.ndarray, colours: Sequence[Colour], masks: Mapping[int, np.ndarray]
+) -> None:
+    """The texts of some boxes, by row, on plates in the colour of their box, each where there is room for it."""
+    H, W, _ = image.shape
     taken = np.empty((0, 4))
     for row, mask in masks.items():
         plate = _free_place(boxes[row].clip(0, (W, H, W, H)), mask.shape[1] + 4, mask.shape[0], (W, H), taken)
@@ -176,6 +191,10 @@ def write_line(image: np.ndarray, text: str, corner: tuple[int, int], *, text_px
     _blend(image[y : y + mask.shape[0], x : x + mask.shape[1]], mask, ink)
 
 
+def text_width(text: str, text_px: int) -> int:
+    return _fitted(text, text_px, 10**6).shape[1]
+
+
 def line_height(text_px: int) -> int:
     """Px from the top of a line of text, accents included, to its bottom, descenders included."""
     return math.ceil(1.3 * text_px)
@@ -217,10 +236,10 @@ def _shortened(text: str, text_px: int, width: int) -> np.ndarray:
 @lru_cache(4096)
 def _rendered(text: str, text_px: int) -> np.ndarray:
     """(line_height, w) u8, read-only."""
-    from matplotlib.backends.backend_agg import RendererAgg
-
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     with quiet_matplotlib():
+        from matplotlib.backends.backend_agg import RendererAgg
+
         font = _font(text_px)
         width, _, _ = RendererAgg(1, 1, 72).get_text_width_height_descent(text, font, ismath=False)
         renderer = RendererAgg(max(math.ceil(width), 1), line_height(text_px), 72)
@@ -231,11 +250,20 @@ def _rendered(text: str, text_px: int) -> np.ndarray:
 
 
 @lru_cache(64)
-def _font(text_px: int):
-    from matplotlib.font_manager import FontProperties, fontManager
+def _font(text_px: int) -> FontProperties:
+    from matplotlib.font_manager import FontProperties
+
+    return FontProperties(family=font_families(), size=text_px)
+
+
+@lru_cache(1)
+def font_families() -> list[str]:
+    """For names in any script: matplotlib's own font, then those installed that have what it lacks."""
+    with quiet_matplotlib():
+        from matplotlib.font_manager import fontManager
 
     installed = set(fontManager.get_font_names())
-    return FontProperties(family=["DejaVu Sans", *(name for name in _WIDER_FONTS if name in installed)], size=text_px)
+    return ["DejaVu Sans", *(name for name in _WIDER_FONTS if name in installed)]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The pictures of a run: batches with boxes, label statistics, training curves, the confusion matrix.
+"""The pictures of a run: batches with boxes, the worst images, label statistics, training curves, confusion.
 
 Figures are drawn through matplotlib's object interface alone and encoded by OpenCV: no pyplot, no global style, no
 display, so a picture can be made anywhere, also from a thread. Nothing to show gives a picture that says so.
@@ -8,21 +8,31 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
+from utils.data.images import ImageError, decode_image
 from utils.files import write_atomic
-from utils.report.annotate import class_colour, ink_on, quiet_matplotlib
-from utils.structures import CROWD, Curves, LabelStore, fitness
+from utils.report.annotate import (
+    Colour,
+    class_colour,
+    draw_boxes,
+    font_families,
+    quiet_matplotlib,
+    text_width,
+    write_line,
+)
+from utils.structures import CROWD, FALSE_ALARM, HIT, MISSED, ClassMetrics, JudgedImage, LabelStore, Metrics, fitness
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 INK, GREY, PALE = "#222222", "#8a8a8a", "#e4e4e4"
@@ -32,7 +42,8 @@ MAX_SIDE_PX = 1920  # of a mosaic
 MAX_BOXES = 2_000  # drawn one by one
 MAX_LABELS = 1_000_000  # counted into 2-D histograms; class counts are always complete
 MAX_NAMED_LINES = 20
-MAX_NUMBERED_CLASSES = 30
+MAX_CONFUSED, MOST_CONFUSED = 100, 60  # classes of a confusion matrix; where there are more, these
+MAX_NUMBERS = 2_500  # in its cells
 MAX_BARS = 40  # classes, in the picture of a data set
 
 _TEXT_PX, _STRIP_PX, _GAP_PX = 13, 22, 8  # of a mosaic: label text, caption strip, space between tiles
@@ -115,57 +126,61 @@ def plot_batch(
     keep = image_of < len(images)
     if scores is not None:
         keep &= scores >= confidence
-    mosaic, origins, scale = _tile(images)
-    H, W, _ = mosaic.shape
-    tile_px = np.array(images.shape[:1:-1]) * scale  # width, height
-
-    figure = _figure(W, H, layout=None)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.imshow(mosaic, interpolation="none", extent=(0, W, H, 0), aspect="auto")
-    axes.set(xlim=(0, W), ylim=(H, 0))
-    for index, origin in enumerate(origins):
-        area = (*origin, *(origin + tile_px))
+    mosaic, tiles, scale = _tiled(images)
+    for index, tile in enumerate(tiles):
         mine = np.flatnonzero(keep & (image_of == index))
         if scores is not None:
             mine = mine[np.argsort(-scores[mine], kind="stable")]
         texts = [_box_text(names, int(classes[row]), None if scores is None else scores[row]) for row in mine]
         colours = [class_colour(int(classes[row])) for row in mine]
-        _draw_boxes(axes, boxes[mine] * scale + np.tile(origin, 2), texts, colours, area)
+        line_px = _line_px(boxes[mine] * scale)
+        draw_boxes(tile.pixels, boxes[mine] * scale, texts, colours, line_px=line_px, text_px=_TEXT_PX)
         if captions is not None:
-            caption = _fit_text(figure.canvas.get_renderer(), Path(captions[index]).name, tile_px[0])
-            axes.text(
-                origin[0],
-                origin[1] - 5,
-                caption,
-                fontsize=_points(_TEXT_PX),
-                color=INK,
-                va="baseline",
-                parse_math=False,
-            )
-    _save(figure, path)
+            tile.caption(Path(captions[index]).name)
+    _write_image(mosaic, path)
 
 
-def _tile(images: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], float]:
-    """A mosaic (H, W, 3) on white, the top-left px of each tile in it, and the scale from image px."""
+@dataclass(frozen=True)
+class _Tile:
+    """A part of a mosaic and the strip for captions above it, both views of its px."""
+
+    pixels: np.ndarray  # (h, w, 3) u8 RGB
+    strip: np.ndarray  # (s, w, 3)
+
+    def caption(self, text: str, line: int = 0, ink: Colour = (0.13, 0.13, 0.13)) -> None:
+        corner = (0, 1 + line * (_STRIP_PX - 3))
+        write_line(self.strip, text, corner, text_px=_TEXT_PX, width=self.strip.shape[1], ink=ink)
+
+
+def _white_mosaic(
+    count: int, columns: int, size: tuple[int, int], *, strip_px: int, head_px: int = 0
+) -> tuple[np.ndarray, list[_Tile]]:
+    """A mosaic (H, W, 3) of `count` tiles of `size` (height, width), and below a head, row by row."""
+    height, width = size
+    down, right = height + _GAP_PX + strip_px, width + _GAP_PX
+    rows = max(math.ceil(count / columns), 1)
+    mosaic = np.full((head_px + rows * down + _GAP_PX, columns * right + _GAP_PX, 3), 255, np.uint8)
+    tiles = []
+    for index in range(count):
+        x, y = _GAP_PX + index % columns * right, head_px + _GAP_PX + strip_px + index // columns * down
+        tiles.append(_Tile(mosaic[y : y + height, x : x + width], mosaic[y - strip_px : y, x : x + width]))
+    return mosaic, tiles
+
+
+def _tiled(images: np.ndarray) -> tuple[np.ndarray, list[_Tile], float]:
+    """A mosaic of images (B, 3, H, W), its tiles, and the scale from image px to its px."""
     B, _, H, W = images.shape
     columns = max(min(math.ceil(math.sqrt(B * H / W)), B), 1)  # about as wide as high
     rows = max(math.ceil(B / columns), 1)
     room = (MAX_SIDE_PX - _GAP_PX) / columns - _GAP_PX, (MAX_SIDE_PX - _GAP_PX) / rows - _GAP_PX - _STRIP_PX
     scale = min(room[0] / W, room[1] / H)
     scale = float(min(int(scale), 4)) if scale >= 1 else scale  # enlarge by whole factors: pixels stay pixels
-    width, height = max(round(W * scale), 1), max(round(H * scale), 1)
-
-    step = np.array([width + _GAP_PX, height + _GAP_PX + _STRIP_PX])
-    mosaic = np.full((rows * step[1] + _GAP_PX, columns * step[0] + _GAP_PX, 3), 255, np.uint8)
-    origins = []
-    for index, image in enumerate(images):
-        x, y = origin = np.array([index % columns, index // columns]) * step + (_GAP_PX, _GAP_PX + _STRIP_PX)
+    size = max(round(H * scale), 1), max(round(W * scale), 1)
+    mosaic, tiles = _white_mosaic(B, columns, size, strip_px=_STRIP_PX)
+    for tile, image in zip(tiles, images):
         how = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
-        pixels = np.ascontiguousarray(image.transpose(1, 2, 0))
-        mosaic[y : y + height, x : x + width] = cv2.resize(pixels, (width, height), interpolation=how)
-        origins.append(origin)
-    return mosaic, origins, scale
+        tile.pixels[:] = cv2.resize(np.ascontiguousarray(image.transpose(1, 2, 0)), size[::-1], interpolation=how)
+    return mosaic, tiles, scale
 
 
 def _box_text(names: Sequence[str], index: int, score: float | None) -> str:
@@ -173,86 +188,114 @@ def _box_text(names: Sequence[str], index: int, score: float | None) -> str:
     return name if score is None else f"{name} {score:.2f}"
 
 
-def _draw_boxes(
-    axes: Axes,
-    boxes: np.ndarray,
-    texts: Sequence[str],
-    colours: Sequence[tuple[float, float, float]],
-    area: tuple[float, float, float, float],
+def _line_px(boxes: np.ndarray) -> int:
+    """Thin lines where boxes are many or small, so that they do not hide what they are about."""
+    if not len(boxes):
+        return 2
+    sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1))
+    return 1 if len(boxes) > 30 or np.median(sides) < 20 else 2
+
+
+# ------------------------------------------------------------------------------------------------ the worst images
+
+# Colours of Okabe and Ito, told apart by every kind of colour blindness; so are the lines
+_GOOD, _FALSE, _MISSED = ((0, 158 / 255, 115 / 255), (213 / 255, 94 / 255, 0), (0, 80 / 255, 200 / 255))
+_WORST_STRIP_PX, _WORST_HEAD_PX = 42, 64
+
+
+def plot_worst(
+    judged: Sequence[JudgedImage],
+    store: LabelStore,
+    names: Sequence[str],
+    path: Path,
+    *,
+    confidence: float | None = None,
 ) -> None:
-    """Boxes in px of the mosaic, cut to the tile `area` (xyxy), each with its text where there is room."""
-    from matplotlib.patches import Rectangle
+    """A mosaic of images with what was found, what is false, and what was missed in them, at this confidence.
 
-    tile = Rectangle(area[:2], area[2] - area[0], area[3] - area[1], transform=axes.transData)
-    renderer = axes.figure.canvas.get_renderer()
-    taken = np.empty((0, 4))
-    for box, colour in zip(boxes, colours):
-        outline = Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, edgecolor=colour, linewidth=_points(2))
-        axes.add_patch(outline).set_clip_path(tile)
-    for box, text, colour in zip(boxes, texts, colours):
-        text = _fit_text(renderer, text, area[2] - area[0] - 6)
-        size = np.array([_text_width(renderer, text) + 6, _TEXT_PX + 5])
-        plate = _free_place(box, size, area, taken)
-        if plate is None:
-            continue
-        taken = np.vstack([taken, plate])
-        axes.add_patch(Rectangle(plate[:2], *size, facecolor=colour, edgecolor="none", zorder=3))
-        axes.text(
-            plate[0] + 3,
-            plate[3] - 5,
-            text,
-            fontsize=_points(_TEXT_PX),
-            color=ink_on(colour),
-            va="baseline",
-            zorder=4,
-            parse_math=False,
-        )
+    An image whose file is gone or has changed is a grey tile that says so.
+    """
+    columns = {0: 1, 1: 1, 2: 2, 3: 2, 4: 2}.get(len(judged), 3)
+    width = (MAX_SIDE_PX - _GAP_PX) // max(columns, 2) - _GAP_PX
+    sizes = np.array([store.sizes[one.image] for one in judged]).reshape(-1, 2)
+    ratio = float(np.clip(np.median(sizes[:, 0] / sizes[:, 1]), 0.5, 1.5)) if len(sizes) else 0.2
+    mosaic, tiles = _white_mosaic(
+        max(len(judged), 1),
+        columns,
+        (round(width * ratio), width),
+        strip_px=_WORST_STRIP_PX if judged else 0,
+        head_px=_WORST_HEAD_PX,
+    )
+    _draw_head(mosaic[:_WORST_HEAD_PX, _GAP_PX:-_GAP_PX], confidence)
+    for one, tile in zip(judged, tiles):
+        _draw_judged(tile, one, store, names)
+    if not judged:
+        _write_centred(tiles[0].pixels, "Nothing missed, and nothing false")
+    _write_image(mosaic, path)
 
 
-def _free_place(
-    box: np.ndarray, size: np.ndarray, area: tuple[float, float, float, float], taken: np.ndarray
-) -> np.ndarray | None:
-    """Where a text of `size` goes: above its box, inside at the top or bottom, or below; None when all is taken."""
-    width, height = size
-    left, top, right, bottom = box
-    for x, y in (
-        (left, top - height),
-        (left, top),
-        (right - width, top - height),
-        (right - width, top),
-        (left, bottom),
-        (left, bottom - height),
-        (right - width, bottom),
-        (right - width, bottom - height),
+def _draw_head(head: np.ndarray, confidence: float | None) -> None:
+    """What the picture shows, and how to read it."""
+    at = "" if confidence is None else f", at confidence {confidence:.3f} and IoU .5"
+    write_line(head, f"Images with the most mistakes{at}", (0, 6), text_px=16, width=head.shape[1], ink=(0, 0, 0))
+    x = 0
+    for text, colour, verdict in (
+        ("found", _GOOD, HIT),
+        ("false: found, and not labelled", _FALSE, FALSE_ALARM),
+        ("missed: labelled, and not found", _MISSED, MISSED),
     ):
-        if y < area[1] or y + height > area[3]:
-            continue
-        x = min(max(x, area[0]), area[2] - width)
-        plate = np.array([x, y, x + width, y + height])
-        if not ((plate[:2] < taken[:, 2:]) & (plate[2:] > taken[:, :2])).all(1).any():
-            return plate
-    return None
+        sample = np.array([[x + 1, 40, x + 27, 56]])
+        line_px = 1 if verdict == HIT else 3
+        draw_boxes(head, sample, [""], [colour], line_px=line_px, text_px=0, dashed=[verdict == MISSED])
+        write_line(head, text, (x + 36, 39), text_px=_TEXT_PX, width=head.shape[1] - x - 36, ink=(0, 0, 0))
+        x += 36 + text_width(text, _TEXT_PX) + 30
+
+
+def _draw_judged(tile: _Tile, judged: JudgedImage, store: LabelStore, names: Sequence[str]) -> None:
+    """An image with its boxes: the mistakes above the rest."""
+    missed, false, hits = (int((judged.verdicts == verdict).sum()) for verdict in (MISSED, FALSE_ALARM, HIT))
+    tile.caption(Path(store.path(judged.image)).name)
+    tile.caption(f"{missed:,} missed, {false:,} false, {hits:,} found", line=1)
+    try:
+        image = decode_image(store.path(judged.image))
+        if image.shape[:2] != tuple(store.sizes[judged.image]):
+            raise ImageError("not the image that was evaluated")
+    except ImageError as error:
+        tile.pixels[:] = 200
+        _write_centred(tile.pixels, str(error))
+        return
+    room, (height, width) = tile.pixels.shape, image.shape[:2]
+    scale = min(room[0] / height, room[1] / width)
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    pixels = tile.pixels[: size[1], : size[0]]
+    pixels[:] = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)[..., ::-1]
+    _draw_verdicts(pixels, judged, judged.boxes * scale, names)
+
+
+def _draw_verdicts(pixels: np.ndarray, judged: JudgedImage, boxes: np.ndarray, names: Sequence[str]) -> None:
+    good = judged.verdicts == HIT
+    draw_boxes(pixels, boxes[good], [""] * good.sum(), [_GOOD] * good.sum(), line_px=1, text_px=0)
+    rows = np.flatnonzero(~good)
+    rows = rows[np.lexsort((-np.nan_to_num(judged.scores[rows]), judged.verdicts[rows]))]
+    false = judged.verdicts[rows] == FALSE_ALARM
+    texts = [
+        f"false: {_box_text(names, int(judged.classes[row]), judged.scores[row])}"
+        if judged.verdicts[row] == FALSE_ALARM
+        else f"missed: {_box_text(names, int(judged.classes[row]), None)}"
+        for row in rows
+    ]
+    colours = [_FALSE if one else _MISSED for one in false]
+    line_px = 3 if len(rows) <= 12 else _line_px(boxes[rows])
+    draw_boxes(pixels, boxes[rows], texts, colours, line_px=line_px, text_px=_TEXT_PX, dashed=~false)
+
+
+def _write_centred(pixels: np.ndarray, text: str) -> None:
+    corner = (max((pixels.shape[1] - text_width(text, _TEXT_PX + 1)) // 2, 4), max(pixels.shape[0] // 2 - 10, 0))
+    write_line(pixels, text, corner, text_px=_TEXT_PX + 1, width=pixels.shape[1] - corner[0], ink=(0.2, 0.2, 0.2))
 
 
 def _points(px: float) -> float:
     return px * 72 / DPI
-
-
-def _text_width(renderer: RendererAgg, text: str) -> float:
-    from matplotlib.font_manager import FontProperties
-
-    with quiet_matplotlib():
-        width, _, _ = renderer.get_text_width_height_descent(text, FontProperties(size=_points(_TEXT_PX)), ismath=False)
-    return width
-
-
-def _fit_text(renderer: RendererAgg, text: str, width: float) -> str:
-    """`text`, shortened with an ellipsis until it is at most `width` px wide."""
-    if _text_width(renderer, text) <= width:
-        return text
-    while text and _text_width(renderer, text + "…") > width:
-        text = text[:-1]
-    return text + "…"
 
 
 # ------------------------------------------------------------------------------------------------ label statistics
@@ -311,7 +354,7 @@ def _name_ticks(axis: Axis, names: Sequence[str], room_px: float) -> None:
     names = [_plain(name) for name in names]
     letter_px = 0.6 * size * DPI / 72
     turned = axis.axis_name == "x" and max(map(len, names), default=0) * letter_px > pitch
-    axis.set_ticks(range(len(names)), names, rotation=90 if turned else 0, fontsize=size)
+    axis.set_ticks(range(len(names)), names, rotation=90 if turned else 0, fontsize=size, fontfamily=font_families())
 
 
 def _draw_shapes(axes: Axes, store: LabelStore) -> None:
@@ -413,7 +456,8 @@ def _draw_class_bars(axes: Axes, counts: Mapping[str, np.ndarray], names: Sequen
     _dress(axes, f"Boxes per class{f'; {more:,} more classes have {left_out:,}' if more else ''}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_yticks(range(len(shown)), [_plain(names[index]) for index in shown.tolist()], fontsize=8)
+    labels = [_plain(names[index]) for index in shown.tolist()]
+    axes.set_yticks(range(len(shown)), labels, fontsize=8, fontfamily=font_families())
     largest = max(int(values.max(initial=0)) for values in counts.values())
     axes.set(xlim=(0, max(largest * 1.12, 1)), ylim=(len(shown) - 0.5, -0.5))
     axes.tick_params(axis="y", length=0)
@@ -516,90 +560,195 @@ def _draw_lines(axes: Axes, x: np.ndarray, lines: dict[str, np.ndarray], best: i
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
-def plot_curves(curves: Curves, names: Sequence[str], folder: Path) -> None:
-    """F1_curve.png, P_curve.png, R_curve.png and PR_curve.png; `names` are those of the rows of `curves`."""
-    over_confidence: dict[str, tuple[np.ndarray, str]] = {
-        "F1": (curves.f1, "F1"),
-        "P": (curves.precision, "Precision"),
-        "R": (curves.recall, "Recall"),
-    }
-    best = int(curves.f1.mean(0).argmax()) if len(curves.f1) else 0
-    for prefix, (values, title) in over_confidence.items():
-        _plot_classes(
+def plot_curves(metrics: Metrics, folder: Path) -> None:
+    """F1_curve.png, P_curve.png, R_curve.png and PR_curve.png, of the classes with labels; legends as the table has it.
+
+    Precision ends where a class claims nothing, and its mean is that of the classes that claim something.
+    """
+    curves, classes = metrics.curves, [one for one in metrics.per_class if one.labels]
+    colours = [class_colour(index) for index, one in enumerate(metrics.per_class) if one.labels]
+    at = f"at confidence {metrics.best_confidence:.3f}, the best mean F1"
+    for kind, title, values in (
+        ("F1", "F1", curves.f1),
+        ("P", "Precision", curves.precision),
+        ("R", "Recall", curves.recall),
+    ):
+        figures = [getattr(one, title.lower()) for one in (metrics, *classes)]
+        figure, axes = _plot_classes(
             (curves.confidence, "Confidence"),
             (values, title),
-            names,
-            legend=lambda name, line: f"{name}  {line[best]:.2f}",
-            title=f"{title} over confidence at IoU .5; legend: at {curves.confidence[best]:.3f}, the best mean F1",
-            path=folder / f"{prefix}_curve.png",
+            _legend(classes, [f"{value:.2f}" for value in figures]),
+            figures[1:],
+            colours,
+            title=f"{title} over confidence at IoU .5; legend: {at}",
         )
-    _plot_classes(
+        if kind == "F1" and classes:
+            _mark(axes, metrics.best_confidence, metrics.f1, f"{metrics.f1:.2f} at {metrics.best_confidence:.3f}")
+        _save(figure, folder / f"{kind}_curve.png")
+    figure, _ = _plot_classes(
         (curves.recall_grid, "Recall"),
         (curves.precision_at_recall, "Precision"),
-        names,
-        legend=lambda name, line: f"{name}  {line.mean():.3f}",
-        title="Precision over recall at IoU .5; the legend gives mAP@.5",
-        path=folder / "PR_curve.png",
+        _legend(classes, [f"{one.map50:.3f}" for one in (metrics, *classes)]),
+        [one.map50 for one in classes],
+        colours,
+        title="Precision over recall at IoU .5; legend: mAP@.5, as COCO has it",
     )
+    _save(figure, folder / "PR_curve.png")
+
+
+def _legend(classes: Sequence[ClassMetrics], figures: Sequence[str]) -> list[str]:
+    """The mean, then the classes."""
+    names = ["all classes", *(_plain(one.name) for one in classes)]
+    return [f"{name}  {figure}" for name, figure in zip(names, figures)]
 
 
 def _plot_classes(
     x: tuple[np.ndarray, str],
     y: tuple[np.ndarray, str],
-    names: Sequence[str],
+    legend: Sequence[str],
+    figures: Sequence[float],
+    colours: Sequence[Colour],
     *,
-    legend: Callable[[str, np.ndarray], str],
     title: str,
-    path: Path,
-) -> None:
-    """Thin lines for the classes, (C, X), named where they are few, and a thick one for their mean."""
+) -> tuple[Figure, Axes]:
+    """Thin lines for the classes, (C, X), and a thick one for their mean.
+
+    The mean comes first in `legend`. Of many classes those with the highest and the lowest of `figures` are named.
+    """
+    from matplotlib.collections import LineCollection
+    from matplotlib.font_manager import FontProperties
+
     figure = _figure(1080, 720)
     axes = figure.subplots()
     _dress(axes, title, x[1], y[1])
     axes.grid(color=PALE, linewidth=0.6)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    named = len(names) <= MAX_NAMED_LINES
-    if len(y[0]):
-        mean = y[0].mean(0)
-        axes.plot(x[0], mean, color=INK, linewidth=2.6, zorder=3, label=legend("all classes", mean))
-    for index, (name, line) in enumerate(zip(names, y[0])):
-        look = {"color": class_colour(index), "label": legend(_plain(name), line)} if named else {"color": "#c6c6c6"}
-        axes.plot(x[0], line, linewidth=1, **look)
-    if len(y[0]):
-        axes.legend(
-            loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False, labelcolor=INK, borderaxespad=0
-        )
-    else:
+    count = len(y[0])
+    if not count:
         _say(axes, "no labels")
-    _save(figure, path)
+        return figure, axes
+    axes.plot(x[0], _mean_of_known(y[0]), color=INK, linewidth=2.6, zorder=4, label=legend[0])
+    ranked = np.argsort(-np.asarray(figures), kind="stable").tolist()
+    many = count > MAX_NAMED_LINES
+    top, others, bottom = (ranked[:8], ranked[8:-8], ranked[-8:]) if many else (sorted(ranked), [], [])
+    for index in top:
+        axes.plot(x[0], y[0][index], linewidth=1, color=colours[index], label=legend[1 + index], zorder=3)
+    if others:
+        fade = {"color": GREY, "alpha": float(np.clip(25 / len(others), 0.06, 0.5)), "linewidth": 1}
+        axes.add_collection(LineCollection([np.stack([x[0], y[0][index]], 1) for index in others], **fade))
+        axes.plot([], [], color="#c6c6c6", linewidth=1, label=f"{len(others):,} others")
+    for index in bottom:
+        axes.plot(x[0], y[0][index], linewidth=1, color=colours[index], label=legend[1 + index], zorder=3)
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+        prop=FontProperties(family=font_families(), size=8),
+        frameon=False,
+        labelcolor=INK,
+        borderaxespad=0,
+    )
+    return figure, axes
 
 
-def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """(C + 1, C + 1) counts, predicted x true, last = background, as shares of each true class (column)."""
-    count = len(confusion)
-    totals = confusion.sum(0, keepdims=True)
-    shares = np.divide(confusion, totals, out=np.full(confusion.shape, np.nan), where=totals > 0)
-    side = float(np.clip(420 + 62 * count, 640, 1500))
-    figure = _figure(side * 1.08, side)
+def _mean_of_known(values: np.ndarray) -> np.ndarray:
+    """Mean of the columns of (C, X) -> (X,), without NaN; NaN where there is nothing else."""
+    known = np.isfinite(values)
+    count = known.sum(0)
+    return np.divide(np.where(known, values, 0).sum(0), count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def _mark(axes: Axes, x: float, y: float, text: str) -> None:
+    """A point of a curve, with what it says on the side where there is more room."""
+    axes.axvline(x, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    axes.plot([x], [y], "o", color=SECOND, markersize=6, zorder=4)
+    left = x > 0.7
+    axes.annotate(
+        text,
+        (x, y),
+        (-7 if left else 7, 7),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        fontsize=9,
+        color=INK,
+        zorder=5,
+        bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+    )
+
+
+def plot_confusion(confusion: np.ndarray, names: Sequence[str], folder: Path) -> None:
+    """confusion_matrix.png, shares of each true class (column), and confusion_matrix_counts.png.
+
+    `confusion` holds (C + 1, C + 1) counts, predicted x true, last = background. Of very many classes those with the
+    most mistakes are shown, and the others as one.
+    """
+    counts, labels = _most_confused(confusion, names)
+    totals = counts.sum(0, keepdims=True)
+    shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    rules = "\nconfidence above 0.25, IoU from 0.45"
+    if len(names) > MAX_CONFUSED:
+        counts[-2, -2] = shares[-2, -2] = np.nan  # among the others: right and wrong in one
+        rules += f"\n{MOST_CONFUSED} classes with the most mistakes, {len(names) - MOST_CONFUSED:,} others as one"
+    _plot_matrix(100 * shares, labels, f"Percent of each true class{rules}", folder / "confusion_matrix.png", top=100)
+    _plot_matrix(counts, labels, f"Counts{rules}", folder / "confusion_matrix_counts.png")
+
+
+def _most_confused(confusion: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """The matrix as f64, other classes than the `MOST_CONFUSED` most confused ones added up, and its labels."""
+    count = len(names)
+    if count <= MAX_CONFUSED:
+        return confusion.astype(np.float64), [*names, "background"]
+    mistakes = confusion.sum(0) + confusion.sum(1) - 2 * confusion.diagonal()
+    shown = np.sort(np.argsort(-mistakes[:count], kind="stable")[:MOST_CONFUSED])
+    place = np.full(count + 1, MOST_CONFUSED)
+    place[shown], place[count] = np.arange(MOST_CONFUSED), MOST_CONFUSED + 1
+    merged = np.zeros((MOST_CONFUSED + 2, MOST_CONFUSED + 2))
+    np.add.at(merged, (place[:, None], place), confusion)
+    return merged, [*(names[index] for index in shown.tolist()), "all others", "background"]
+
+
+def _plot_matrix(
+    values: np.ndarray, labels: Sequence[str], title: str, path: Path, *, top: float | None = None
+) -> None:
+    """Cells in shades of blue, on a scale by the root up to the largest where there is no `top`, with their numbers."""
+    from matplotlib.colors import Normalize, PowerNorm
+
+    count = len(labels)
+    cell = float(np.clip(1100 / count, 22, 92))  # px
+    beside = 60 + 8 * min(max(map(len, labels)), 25)
+    figure = _figure(max(cell * count + beside + 110, 640), max(cell * count + beside + 40, 480))
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap=_blues(), vmin=0, vmax=1, interpolation="none")
-    _dress(axes, "Share of each true class at confidence above 0.25, IoU above 0.45", "True", "Predicted")
+    norm = Normalize(0, top) if top else PowerNorm(0.5, 0, max(np.nanmax(values), 1))
+    image = axes.imshow(values, cmap=_blues(), norm=norm, interpolation="none")
+    _dress(axes, title, "True", "Predicted")
     for axis in (axes.xaxis, axes.yaxis):
-        _name_ticks(axis, [*names, "background"], 0.8 * side)
+        _name_ticks(axis, labels, cell * count)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    if count - 1 <= MAX_NUMBERED_CLASSES:
-        _number_cells(axes, shares)
+    _number_cells(axes, values, norm, cell)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=INK, length=0)
     _save(figure, path)
 
 
-def _number_cells(axes: Axes, shares: np.ndarray) -> None:
-    """Numbers in cells, none where they would read 0.00."""
-    size = 10 if len(shares) <= 10 else 8 if len(shares) <= 20 else 6
-    for row, column in np.argwhere(np.nan_to_num(shares) >= 0.005):
-        share = shares[row, column]
-        colour = "white" if share > 0.45 else INK
-        axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=size, color=colour)
+def _number_cells(axes: Axes, values: np.ndarray, norm: Normalize, cell_px: float) -> None:
+    """Numbers in cells, none where they would read 0; of very many the largest."""
+    text_px = min(0.42 * cell_px, 15)
+    rows, columns = np.nonzero(np.nan_to_num(values) >= 0.5)
+    largest = np.argsort(-values[rows, columns], kind="stable")[:MAX_NUMBERS]
+    for row, column in zip(rows[largest].tolist(), columns[largest].tolist()):
+        value = values[row, column]
+        text = _number_text(round(value), int(cell_px / (0.66 * text_px)))
+        colour = "white" if norm(value) > 0.45 else INK
+        axes.text(column, row, text, ha="center", va="center", fontsize=_points(text_px), color=colour)
+
+
+def _number_text(value: int, letters: int) -> str:
+    """As long as fits."""
+    if len(f"{value:,}") <= letters:
+        return f"{value:,}"
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            text = f"{value / unit:.1f}{letter}"
+            return text if len(text) <= letters else f"{value / unit:.0f}{letter}"
+    return str(value)

@@ -49,7 +49,7 @@ class Pictures:
         """A batch of the final evaluation: labels, and detections in network px."""
 
     def finished(self, metrics: Metrics) -> None:
-        """Curves of the final evaluation, and of the run where there was one."""
+        """Curves and the worst images of the final evaluation, and curves of the run where there was one."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,14 @@ class PictureFiles(Pictures):
             image_of=torch.cat([torch.full((len(one.scores),), image) for image, one in enumerate(detections)]),
         )
         scores = torch.cat([one.scores.cpu() for one in detections]).numpy()
-        self._batch(f"val_batch{index}_pred.jpg", found, self.val, scores)
+        self._batch(f"val_batch{index}_pred.jpg", _cut_to_images(found, self.val), self.val, scores)
 
     def finished(self, metrics: Metrics) -> None:
-        labelled = [one.name for one in metrics.per_class if one.labels]
-        plots.plot_curves(metrics.curves, labelled, self.folder)
-        plots.plot_confusion(metrics.confusion, self.names, self.folder / "confusion_matrix.png")
+        plots.plot_curves(metrics, self.folder)
+        plots.plot_confusion(metrics.confusion, self.names, self.folder)
+        plots.plot_worst(
+            metrics.worst, self.val, self.names, self.folder / "worst_images.jpg", confidence=metrics.best_confidence
+        )
         if (self.folder / "results.csv").exists():
             plots.plot_results(self.folder / "results.csv", self.folder / "results.png")
 
@@ -99,6 +101,18 @@ class PictureFiles(Pictures):
             scores=scores,
             captions=None if batch.placements is None else [store.path(image) for image in batch.indices.tolist()],
         )
+
+
+def _cut_to_images(batch: Batch, store: LabelStore) -> Batch:
+    """Its boxes without what lies on the padding around the images."""
+    if batch.placements is None:
+        return batch
+    height, width = torch.from_numpy(store.sizes[batch.indices.numpy()]).double().unbind(1)
+    scale, shift = batch.placements[:, [0, 1], [0, 1]], batch.placements[:, :2, 2]
+    low, high = shift, shift + scale * torch.stack([width, height], 1)  # (B, 2)
+    of_boxes = batch.boxes.reshape(-1, 2, 2)
+    low, high = low[batch.image_of, None].to(of_boxes), high[batch.image_of, None].to(of_boxes)
+    return replace(batch, boxes=of_boxes.maximum(low).minimum(high).flatten(1))
 
 
 class RunReport:
