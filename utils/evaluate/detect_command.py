@@ -83,8 +83,9 @@ def detect(values: Mapping[str, Any]) -> Summary:
         f"{runtime.device_description}"
     )
     _warn(console, warnings)
-    tally = _Tally(media=media, names=detector.names, console=console)
-    results = ResultFiles(folder, options, detector.names, media, console) if folder else Results()
+    stems = file_stems(media)
+    tally = _Tally(media=media, stems=stems, names=detector.names, console=console)
+    results = ResultFiles(folder, options, detector.names, media, stems, console) if folder else Results()
     try:
         with mendable_errors(batch_size=options.batch_size, imgsz=detector.imgsz), quiet_opencv(), overheard():
             times = _detect_all(options, detector, rules, tally, results)
@@ -178,7 +179,8 @@ class _Tally:
     """What has been found so far, and the lines about it, in the order of the source."""
 
     media: Sequence[Medium]
-    names: Sequence[str]
+    stems: Sequence[str]  # what results are called
+    names: Sequence[str]  # of classes
     console: Console
     images: int = 0
     frames: int = 0
@@ -242,7 +244,8 @@ class _Tally:
             self.console.line(f"{self._name(source)}: {text}")
 
     def _name(self, source: int) -> str:
-        return shown_path(Path(self.media[source].path).name)
+        path = Path(self.media[source].path)
+        return shown_path(path.name if path.stem == self.stems[source] else f"{path} ({self.stems[source]})")
 
     def _tell_problems(self, *, before: int) -> None:
         while self._told < len(self.problems) and self.problems[self._told].source < before:
@@ -319,11 +322,17 @@ class ResultFiles(Results):
     """Files in a folder, written by threads."""
 
     def __init__(
-        self, folder: Path, options: DetectOptions, names: Sequence[str], media: Sequence[Medium], console: Console
+        self,
+        folder: Path,
+        options: DetectOptions,
+        names: Sequence[str],
+        media: Sequence[Medium],
+        stems: Sequence[str],
+        console: Console,
     ) -> None:
         self._folder, self._options, self._names, self._media, self._console = folder, options, names, media, console
+        self._stems = stems
         self.keep_pixels = options.save_crop or not options.nosave
-        self._stems = file_stems(media)
         self._class_folders = [*map(_unique(set()), map(_folder_name, names))]
         self._artist = ThreadPoolExecutor(1)
         self._writers = ThreadPoolExecutor(min(usable_cores(), _WRITERS_MOST))
@@ -339,7 +348,7 @@ class ResultFiles(Results):
             (first, stem), count = renamed[0], len(renamed)
             more = f", and {count - 1:,} more likewise" if count > 1 else ""
             self._console.note(
-                f"several inputs have one name: the results of {shown_path(first.path)} are called {stem}{more}"
+                f"inputs of one name: the results of {shown_path(first.path)} are called {shown_path(stem)}{more}"
             )
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
