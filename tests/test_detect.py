@@ -305,7 +305,7 @@ MISTAKES = {
     "no weights": (["--source", "photos"], ["--weights is missing"]),
     "no source": (["--weights", "BEST"], ["--source is missing"]),
     "weights not there": (["--weights", "none.pt", "--source", "photos"], ["checkpoint not found: none.pt"]),
-    "weights that are none": (["--weights", "photos/0.png", "--source", "photos"], ["photos/0.png", "damaged or was not"]),
+    "weights that are none": (["--weights", "photos/0.png", "--source", "photos"], ["photos/0.png is damaged"]),
     "source not there": (["--weights", "BEST", "--source", "photo"], ["--source photo: not found", "mean 'photos'"]),
     "empty folder": (["--weights", "BEST", "--source", "empty"], ["--source empty: no image or video in this folder"]),
     "folders below": (["--weights", "BEST", "--source", "."], ["no image or video", "'./**/*' does"]),
@@ -414,7 +414,7 @@ def test_ctrl_c_leaves_whole_files(best, start, photos):
     while time.monotonic() < deadline and not list(RESULTS.glob("labels/clip_2*.txt")):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    output, problems = process.communicate(timeout=60)
+    _, problems = process.communicate(timeout=60)
     assert process.returncode == 130, problems
     assert problems.decode().strip() == f"detect.py: interrupted; results so far: {RESULTS}"
     assert not list(RESULTS.glob(".*")) and not list(RESULTS.glob("labels/.*"))

@@ -344,7 +344,7 @@ class VideoFile:
         for suffix, code in _VIDEO_KINDS:
             self.path = folder / f"{stem}{suffix}"
             self._unfinished = folder / f".{stem}.{os.getpid()}{suffix}"
-            self._unfinished.write_bytes(b"")  # an error of the system has a name; of OpenCV it has none
+            self._refuse_unwritable()
             fourcc = cv2.VideoWriter_fourcc(*code)
             self._writer = cv2.VideoWriter(os.fspath(self._unfinished), fourcc, rate, size[::-1])
             if self._writer.isOpened():
@@ -377,6 +377,14 @@ class VideoFile:
         """As if it had never been."""
         self._writer.release()
         self._unfinished.unlink(missing_ok=True)
+
+    def _refuse_unwritable(self) -> None:
+        """OpenCV would not say why."""
+        try:
+            self._unfinished.write_bytes(b"")
+        except OSError as error:
+            error.filename = os.fspath(self.path)
+            raise
 
     def _refuse_full_disk(self) -> None:
         if shutil.disk_usage(self.path.parent).free < _LEAST_FREE:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -53,7 +53,7 @@ class Found:
 class Detector:
     """A trained network, ready to be asked."""
 
-    network: DetectionModel  # as `for_evaluation` yields it
+    network: DetectionModel = field(repr=False)  # as `for_evaluation` yields it
     names: tuple[str, ...]  # of the classes
     imgsz: int  # px, a multiple of the network's strides
     runtime: Runtime
