@@ -119,6 +119,7 @@ def decode(raw: list[Tensor], head: HeadSpec) -> Tensor:
     """Raw logits of L levels (B, A, h, w, 5 + C) -> (B, sum of A * h * w, 4 + 1 + C), float32 or wider.
 
     Columns: x1 y1 x2 y2 in pixels of the network input, objectness, class probabilities. Rows: level, anchor, y, x.
+    Where a logit of a row is not finite, its objectness is NaN: the probability of an infinite one would look sound.
     """
     levels = [_decode_level(*level) for level in zip(raw, head.strides, head.anchors)]
     return torch.cat(levels, 1)
@@ -127,13 +128,15 @@ def decode(raw: list[Tensor], head: HeadSpec) -> Tensor:
 def _decode_level(logits: Tensor, stride: int, anchors: Tensor) -> Tensor:
     """(B, A, h, w, 5 + C) -> (B, A * h * w, 5 + C)."""
     _, A, h, w, _ = logits.shape
-    sigmoid = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    sigmoid = logits.sigmoid()
     rows = torch.arange(h, device=sigmoid.device, dtype=sigmoid.dtype)
     columns = torch.arange(w, device=sigmoid.device, dtype=sigmoid.dtype)
     cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)  # (h, w, 2) x and y
     centre = (2 * sigmoid[..., :2] - 0.5 + cells) * stride
     half = (2 * sigmoid[..., 2:4]).square() * (anchors.to(sigmoid) / 2).view(A, 1, 1, 2)
-    return torch.cat((centre - half, centre + half, sigmoid[..., 4:]), -1).flatten(1, 3)
+    objectness = sigmoid[..., 4:5] + 0 * logits.sum(-1, keepdim=True)
+    return torch.cat((centre - half, centre + half, objectness, sigmoid[..., 5:]), -1).flatten(1, 3)
 
 
 def fused(model: DetectionModel) -> DetectionModel:
