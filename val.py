@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from utils.structures import Metrics
 
 
-def run(**options: Any) -> Metrics:
-    """Evaluate with options by the names of the flags; raises as `train.run` does."""
+def run(**options: Any) -> Metrics | None:
+    """Evaluate with options by the names of the flags; None for `task="speed"`. Raises as `train.run` does."""
     from utils.evaluate.command import evaluate  # torch only now, so that --help is instant
 
     return evaluate(options)

@@ -97,7 +97,7 @@ def test_mixed_precision(machine, here, amp, dtype):
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_fp16_needs_scaled_losses_which_are_for_cuda_alone(machine, device):
     machine(cuda=1, mps=True)
-    with pytest.raises(UserError, match="--amp fp16: needs a CUDA GPU; use --amp auto, bf16 or off"):
+    with pytest.raises(UserError, match=r"--amp fp16 \(--half\): needs a CUDA GPU; use --amp auto, bf16 or off"):
         chosen(device, amp="fp16")
 
 
@@ -107,7 +107,7 @@ def test_a_run_that_cannot_be_given_another_precision_gets_it_by_itself(machine,
     notes = []
     runtime = choose_runtime(device="", amp="fp16", workers=0, note=notes.append)
     assert runtime.amp_dtype is (torch.bfloat16 if bf16_cpu else None)
-    assert notes == ["--amp fp16: needs a CUDA GPU; going on with --amp auto"]
+    assert notes == ["--amp fp16 (--half): needs a CUDA GPU; going on with --amp auto"]
 
 
 def test_a_torch_without_the_private_questions_trains_in_fp32(machine, monkeypatch):

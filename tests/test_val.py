@@ -2,14 +2,18 @@
 
 import json
 import re
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import train
 import val
+from models.yolo import DetectionModel
+from tests.coco_tool import tool_figures
 from utils.evaluate.evaluator import Evaluator
 
 CPU = {"device": "cpu", "workers": 0, "noplots": True}
@@ -93,7 +97,11 @@ def test_command_prints_a_table_and_leaves_pictures(best, cli):
     assert re.search(r"Class +Images +Labels", output)
     assert all(re.search(rf"^ +{name} +\d", output, re.MULTILINE) for name in ("all", "blue", "red"))
     files = {path.name for path in FOUND.parent.iterdir()}
-    assert files == {"metrics.json"} | PICTURES
+    assert {"metrics.json"} | PICTURES <= files
+    assert not {name for name in files if name.endswith((".json", ".txt"))} - {"metrics.json"}
+    speeds = r"^Per image: [\d.]+ ms waiting for data, [\d.]+ ms network, [\d.]+ ms NMS; 64 px, batches of 32, CPU \("
+    assert len(re.findall(speeds, output, re.MULTILINE)) == 1
+    assert max(map(len, output.split("\n"))) <= 140
 
 
 def test_last_evaluates_like_best_but_unrounded(trained):
@@ -142,6 +150,9 @@ MISTAKES = {
     "missing split": (["--weights", "BEST", "--task", "test"], ["data.yaml", "no 'test' split"]),
     "other number of classes": (["--weights", "BEST", "--data", "THREE"], ["2 classes", "3 names"]),
     "device": (["--weights", "BEST", "--device", "3"], ["--device 3", "there is", "cpu"]),
+    "task speed with files": (["--weights", "BEST", "--task", "speed", "--save-txt"], ["--task speed and --save-txt"]),
+    "scores without files": (["--weights", "BEST", "--save-conf"], ["--save-conf", "--save-txt or --save-hybrid"]),
+    "half on the CPU": (["--weights", "BEST", "--device", "cpu", "--half"], ["--half", "needs a CUDA GPU"]),
     "file as project": (["--weights", "BEST", "--project", "BEST"], ["--project", "is a file"]),
 }
 
@@ -206,3 +217,207 @@ def test_from_another_folder_and_as_a_process(best, start, tmp_path):
     assert (process.returncode, problems) == (0, b"")
     assert b"\r" not in output
     assert FOUND.exists()
+
+
+# ---- results for other tools ----------------------------------------------------------------------------------------
+
+RESULTS = FOUND.parent
+
+
+def as_coco(trained, folder: Path, *, categories=("red", "blue")) -> str:
+    """A data YAML whose val split is the tiny one's as a COCO file, with ids in no order."""
+    images, annotations = [], []
+    for index, number in enumerate((40, 7, 2**40, 12)):
+        path = trained.parent / f"set/images/val/{index}.png"
+        height, width = [(64, 64), (45, 61), (63, 50)][index % 3]
+        images.append({"id": number, "file_name": str(path), "height": height, "width": width})
+        box = {"bbox": [10.1, 12.0, 24.8, 27.0], "area": 500.5, "iscrowd": int(index == 3)}
+        annotations.append({"id": index + 1, "image_id": number, "category_id": 5 + 85 * (index % 2), **box})
+    content = {"images": images, "annotations": annotations}
+    content["categories"] = [{"id": {"blue": 5, "red": 90}[name], "name": name} for name in categories]
+    (folder / "val.json").write_text(json.dumps(content))
+    return changed_data(trained, folder, val=str(folder / "val.json"))
+
+
+def twelve_of(folder: Path) -> list[float]:
+    told = json.loads((folder / "metrics.json").read_text())["coco"]
+    return [np.nan if value is None else value for value in told.values()]
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def test_predictions_of_a_coco_split_carry_its_ids_and_score_the_same(trained, best, cli, tmp_path):
+    data = as_coco(trained, tmp_path)
+    code, _, problems = cli(val, *flags("--data", data, "--save-json", weights=best))
+    assert (code, problems) == (0, "")
+    assert sorted(path.name for path in RESULTS.iterdir()) == ["metrics.json", "predictions.json"]
+    predictions = read(RESULTS / "predictions.json")
+    assert {item["image_id"] for item in predictions} == {40, 7, 2**40, 12}
+    assert {item["category_id"] for item in predictions} == {5, 90}
+    scored = tool_figures(read(tmp_path / "val.json"), predictions).twelve
+    np.testing.assert_allclose(scored, twelve_of(RESULTS), atol=1e-9, rtol=0)
+    assert scored[1] > 0.3
+
+
+def test_predictions_of_another_split_come_with_annotations(best, cli):
+    code, output, problems = cli(val, *flags("--save-json", weights=best))
+    assert (code, problems) == (0, "")
+    truth, predictions = read(RESULTS / "annotations.json"), read(RESULTS / "predictions.json")
+    assert [item["file_name"] for item in truth["images"]] == ["0.png", "1.png", "2.png", "3.png"]
+    scored = tool_figures(truth, predictions).twelve
+    np.testing.assert_allclose(scored, twelve_of(RESULTS), atol=1e-9, rtol=0)
+    shown = [
+        float(value) for value in re.findall(r"A[PR]\w* +(\d\.\d+|-)", output.replace(" -", " nan")) if value != "-"
+    ]
+    np.testing.assert_allclose(shown, [value for value in twelve_of(RESULTS) if value == value], atol=0.0006)
+
+
+def test_detections_of_a_class_that_the_coco_file_lacks(trained, best, cli, tmp_path):
+    """Its boxes are gone as well, as nobody can name their class."""
+    data = as_coco(trained, tmp_path)
+    content = read(tmp_path / "val.json")
+    content["categories"] = [item for item in content["categories"] if item["name"] == "blue"]
+    content["annotations"] = [item for item in content["annotations"] if item["category_id"] == 5]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    code, output, _ = cli(val, *flags("--data", data, "--save-json", weights=best))
+    assert code == 0
+    (line,) = (line for line in output.splitlines() if line.startswith("note:"))
+    assert re.search(r"\d+ detections left out.*category for: red$", line)
+    assert {item["category_id"] for item in read(RESULTS / "predictions.json")} == {5}
+
+
+def boxes_of(file: Path, size: tuple[int, int]) -> np.ndarray:
+    """(K, 4) xyxy px of a label file, for an image of this height and width."""
+    rows = np.array([line.split() for line in file.read_text().splitlines()], float)
+    centre, sides = rows[:, 1:3] * size[::-1], rows[:, 3:5] * size[::-1]
+    return np.concatenate([centre - sides / 2, centre + sides / 2], 1)
+
+
+def test_label_files_hold_what_the_json_holds(best, cli):
+    code, output, _ = cli(val, *flags("--save-json", "--save-txt", "--save-conf", "--conf-thres", "0.2", weights=best))
+    assert code == 0 and f"{RESULTS}/labels" in output
+    predictions = read(RESULTS / "predictions.json")
+    for number, size in enumerate([(64, 64), (45, 61), (63, 50), (64, 64)], 1):
+        mine = [item for item in predictions if item["image_id"] == number]
+        file = RESULTS / f"labels/{number - 1}.txt"
+        assert file.exists() == bool(mine)
+        if mine:
+            xywh = np.array([item["bbox"] for item in mine])
+            np.testing.assert_allclose(boxes_of(file, size), np.c_[xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], atol=1e-4)
+            scores = np.array([line.split()[5] for line in file.read_text().splitlines()], np.float32)
+            assert scores.tolist() == [item["score"] for item in mine]
+
+
+def test_hybrid_labels_hold_the_true_boxes_and_change_no_figure(trained, best):
+    val.run(weights=best, save_hybrid=True, batch_size=8, **CPU)
+    assert FOUND.read_bytes() == (trained / "metrics.json").read_bytes()
+    for index in range(4):
+        truth = (trained.parent / f"set/labels/val/{index}.txt").read_text().split()
+        first = (RESULTS / f"labels/{index}.txt").read_text().splitlines()[0].split()
+        assert np.array(first, float) == pytest.approx(np.array(truth, float), abs=1e-6)
+
+
+def test_other_rules_find_other_boxes(best):
+    """Fewer with --agnostic, others with --augment."""
+    counts = {}
+    for name, options in {"plain": {}, "agnostic": {"agnostic": True}, "augment": {"augment": True}}.items():
+        val.run(weights=best, name=name, save_json=True, **options, **CPU)
+        counts[name] = len(read(Path("runs/val") / name / "predictions.json"))
+    assert counts["agnostic"] < counts["plain"] != counts["augment"]
+
+
+def test_an_older_evaluation_leaves_nothing_behind(best, cli):
+    assert cli(val, *flags("--save-json", "--save-txt", weights=best))[0] == 0
+    assert (RESULTS / "labels").is_dir()
+    assert cli(val, *flags("--exist-ok", weights=best))[0] == 0
+    assert [path.name for path in RESULTS.iterdir()] == ["metrics.json"]
+
+
+def test_a_data_set_is_no_folder_for_results(tiny, best, cli):
+    where = ["--project", str(tiny.folder.parent), "--name", tiny.folder.name, "--exist-ok"]
+    code, _, problems = cli(val, *flags("--save-txt", *where, weights=best))
+    assert code == 2
+    assert re.fullmatch(r"val\.py: error: --exist-ok: \S+/labels is not of an evaluation .*\n", problems)
+    assert tiny.label("val", 0).exists()
+
+
+def test_a_full_disk_is_one_line_below_the_figures(best, cli):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
+    try:
+        code, output, problems = cli(val, *flags("--save-json", weights=best))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1
+    assert problems == "val.py: error: File too large: runs/val/exp/predictions.json\n"
+    assert re.search(r"^ +all +4 +4", output, re.MULTILINE)
+    assert [path.name for path in RESULTS.iterdir()] == ["metrics.json"]
+
+
+def test_a_split_without_labels_is_predicted_and_not_scored(tiny, best, cli):
+    for path in (tiny.folder / "labels/val").iterdir():
+        path.unlink()
+    code, output, problems = cli(
+        val,
+        "--weights",
+        best,
+        "--data",
+        str(tiny.data),
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--save-json",
+        "--save-txt",
+    )
+    assert (code, problems) == (0, "")
+    assert "no usable label in 'val', so there is nothing to score" in output
+    assert "mAP" not in output and "AP50" not in output
+    assert read(RESULTS / "predictions.json") and list((RESULTS / "labels").iterdir())
+    assert read(FOUND)["labels"] == 0
+
+
+def test_outputs_that_are_no_numbers_are_a_warning(best, cli, monkeypatch):
+    honest = DetectionModel.forward
+
+    def broken(self, images):
+        raw = honest(self, images)
+        raw[0][0, 0, 0, 0, 4] = torch.nan
+        return raw
+
+    monkeypatch.setattr(DetectionModel, "forward", broken)
+    code, output, _ = cli(val, *flags("--batch", "1", weights=best))
+    assert code == 0
+    (line,) = (line for line in output.splitlines() if line.startswith("warning:"))
+    assert "4 of 4 images" in line
+    assert "nan" not in output.replace("NaN", "")
+
+
+def test_verbose_tells_the_best_of_each_class(best, cli):
+    _, output, _ = cli(val, *flags("--verbose", weights=best))
+    assert re.search(r"mAP@\.5:\.95 +best F1 +at conf$", output, re.MULTILINE)
+    assert re.search(r"^ +blue( +\d+){2}( +[01]\.\d{3}){7}$", output, re.MULTILINE)
+
+
+def test_task_speed_is_a_table_of_times_and_nothing_else(best, cli):
+    code, output, problems = cli(val, *flags("--task", "speed", "--batch", "2", weights=best))
+    assert (code, problems) == (0, "")
+    assert re.search(r"^ +ms per image +waiting +network +NMS +all +images/s$", output, re.MULTILINE)
+    assert re.findall(r"^ *batches of (\d)(?: +[\d.]+){5}$", output, re.MULTILINE) == ["1", "2"]
+    assert "confidence 0.25, IoU 0.45; CPU (" in output and "mAP" not in output
+    assert not Path("runs").exists()
+    assert "confidence 0.5, IoU 0.45" in cli(val, *flags("--task", "speed", "--conf-thres", "0.5", weights=best))[1]
+    assert val.run(weights=best, task="speed", **CPU) is None
+
+
+def test_a_training_run_on_a_coco_split_leaves_its_predictions(trained, tiny, tmp_path):
+    data = as_coco(trained, tmp_path)
+    train.run(**tiny.options(data=data))
+    folder = Path("runs/train/exp")
+    scored = tool_figures(read(tmp_path / "val.json"), read(folder / "predictions.json")).twelve
+    np.testing.assert_allclose(scored, twelve_of(folder), atol=1e-9, rtol=0)
+    assert not (folder / "annotations.json").exists()
+    train.run(**tiny.options())
+    assert not Path("runs/train/exp2/predictions.json").exists()

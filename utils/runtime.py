@@ -228,7 +228,7 @@ def _choose_amp(flag: str, device: torch.device) -> torch.dtype | None:
         return torch.bfloat16
     if flag == "fp16":
         if device.type != "cuda":  # the scaler of losses counts in float64, which MPS lacks
-            raise UserError("--amp fp16: needs a CUDA GPU; use --amp auto, bf16 or off")
+            raise UserError("--amp fp16 (--half): needs a CUDA GPU; use --amp auto, bf16 or off")
         return torch.float16
     if flag == "off":
         return None

@@ -31,6 +31,7 @@ from utils.structures import HIT, Detections, HeadSpec
 SIZES = ((101, 67), (64, 97), (33, 130), (80, 80), (121, 59), (55, 90), (90, 55))  # height, width
 IMGSZ, STRIDE = 96, 32
 NAMES = ("a", "b", "c")
+NOTHING = ImageLabels(boxes=np.empty((0, 4)), classes=np.empty(0, np.int64))
 CPU = Runtime(device=torch.device("cpu"), amp_dtype=None, workers=0)
 
 
@@ -163,24 +164,20 @@ def test_every_image_is_seen_once_and_boxes_land_on_the_picture(scene):
 def test_watch_sees_every_batch(scene):
     store, claims = scene
     seen = []
-    evaluator(store, 2)(Oracle(store, claims), watch=lambda batches: [seen.append(len(batches)), *batches][1:])
-    assert seen == [4]
+    mine = evaluator(store, 2)
+    mine(Oracle(store, claims), watch=lambda batches: [seen.append(len(batches)), *batches][1:])
+    assert seen == [len(mine.batches.numbers())]
 
 
-SHARDED = (1, 2, 3, 50)  # images per batch: up to seven batches of which the last may be smaller, and a single one
-
-
-def sharded(rank: int, ranks: int, threads: int, folder: Path, store, claims, network, gains) -> None:
+def sharded(rank: int, ranks: int, threads: int, folder: Path, cases, network, gains) -> None:
     """What a rank of several finds out; in a process of its own."""
     torch.set_num_threads(threads)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     runtime = replace(CPU, rank=rank, ranks=ranks)
-    for size in SHARDED:
+    for number, (store, claims, size) in enumerate(cases):
         mine = evaluator(store, size, runtime=runtime)
-        torch.save(
-            [mine.evaluation(Oracle(store, claims)), mine.evaluation(network, gains=gains)],
-            folder / f"{size}-{rank}.pt",
-        )
+        found = mine.evaluation(Oracle(store, claims)), mine.evaluation(network, gains=gains)
+        torch.save(found, folder / f"{number}-{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -192,30 +189,37 @@ def plain(value):
 
 
 def test_figures_of_several_ranks_are_those_of_one_to_the_last_bit(scene, network, tmp_path):
+    """Batches of unequal size, and a single one for two ranks."""
     store, claims = scene
+    one_image = build_store([store.path(0)], SIZES[:1], [NOTHING])
+    cases = [(store, claims, 1), (store, claims, 2), (store, claims, 50), (one_image, claims, 2)]
     gains = LossGains.for_head(Hyperparameters(), network.head, IMGSZ)
-    multiprocessing.spawn(sharded, (2, torch.get_num_threads(), tmp_path, store, claims, network, gains), nprocs=2)
-    for size in SHARDED:
-        alone = evaluator(store, size)
-        expected = alone.evaluation(Oracle(store, claims)), alone.evaluation(network, gains=gains)
+    multiprocessing.spawn(sharded, (2, torch.get_num_threads(), tmp_path, cases, network, gains), nprocs=2)
+    for number, (images, told, size) in enumerate(cases):
+        alone = evaluator(images, size)
+        expected = alone.evaluation(Oracle(images, told)), alone.evaluation(network, gains=gains)
         for rank in range(2):
-            found = torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=False)
+            found = torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=False)
             for one, other in zip(found, expected):
                 np.testing.assert_equal(plain(one.metrics), plain(other.metrics))
                 np.testing.assert_equal(plain(one.evidence), plain(other.evidence))
-                assert (one.cut, one.times.images) == (other.cut, other.times.images)
-                assert one.metrics.map50 > 0 or one.metrics.losses.box > 0
+                assert (one.cut, one.times.images) == (other.cut, other.times.images) == (0, len(images))
+        assert expected[0].metrics.map50 > 0 or images is one_image
+        assert expected[1].metrics.losses.objectness > 0
 
 
 def test_parts_of_the_time_are_told(scene):
     store, claims = scene
-    times = evaluator(store, 3).evaluation(Oracle(store, claims)).times
+    mine = evaluator(store, 3)
+    times = mine.evaluation(Oracle(store, claims)).times
     assert times.images == len(SIZES)
     assert set(times.parts) == {"load", "network", "nms"} and all(
         0 < each < times.wall for each in times.parts.values()
     )
-    assert evaluator(store, 3).measured(Oracle(store, claims)).images == len(SIZES) - 3  # the first batch is warm-up
-    assert evaluator(store, 50).measured(Oracle(store, claims)).images == len(SIZES)  # but where there is no other
+    first = len(mine.batches.batch(0).images)  # in which everything gets going
+    assert mine.measured(Oracle(store, claims)).images == len(SIZES) - first
+    one_image = build_store([store.path(0)], SIZES[:1], [NOTHING])
+    assert evaluator(one_image, 3).measured(Oracle(one_image, claims)).images == 1
 
 
 class Broken(Oracle):
@@ -270,7 +274,7 @@ def test_confidence_and_max_detections_drop_the_weakest(scene):
 def test_to_source_inverts_the_letterbox(size, imgsz, spare, seed):
     """Any size, odd ones too: a box that went to the network comes back, but for the rounding of f32."""
     height, width = size
-    store = build_store(["x.png"], [size], [ImageLabels(boxes=np.empty((0, 4)), classes=np.empty(0, np.int64))])
+    store = build_store(["x.png"], [size], [NOTHING])
     shape = tuple(imgsz + 32 * extra for extra in spare)
     placement = source_to_network(store, letterbox_plan(store, 0, shape=shape, imgsz=imgsz), imgsz)
     corners = np.random.default_rng(seed).uniform(0, 1, (5, 2, 2)) * [width, height]

@@ -293,7 +293,7 @@ def test_a_run_goes_on_where_its_precision_and_its_compiler_are_not(tiny, monkey
     capsys.readouterr()
     trainer = build_trainer({"resume": str(LAST), "device": "cpu", "epochs": 2})
     out = capsys.readouterr().out
-    assert "--amp fp16: needs a CUDA GPU; going on with --amp auto\n" in out
+    assert "--amp fp16 (--half): needs a CUDA GPU; going on with --amp auto\n" in out
     assert "--compile needs a C++ compiler on the CPU; going on without it\n" in out
     assert (trainer.runtime.amp_dtype, trainer.runtime.compile) in ((torch.bfloat16, False), (None, False))
     assert (trainer.options.amp, trainer.options.compile) == ("fp16", True)

@@ -13,11 +13,12 @@ import torch
 import yaml
 
 import train
+from models.yolo import DetectionModel
 from utils.checkpoint import LateRunFolder, RunFolder, averaged_model, load_checkpoint
 from utils.data.loader import TrainStream
 from utils.evaluate.evaluator import Evaluator
 from utils.report.run_report import PictureFiles
-from utils.structures import ClassMetrics, LossMeans, Metrics, RunError, UserError
+from utils.structures import ClassMetrics, CocoFigures, LossMeans, Metrics, RunError, UserError
 from utils.train.build import build_trainer
 from utils.train.optim import Schedule
 from utils.train.step import TrainStep
@@ -497,8 +498,9 @@ def test_the_summary_covers_the_run_to_its_end_and_the_table_each_epoch(tiny, sl
 
 
 def metrics_of(fitness: float) -> Metrics:
-    figures = {"precision": 0.0, "recall": 0.0, "best_confidence": 0.0}
-    return Metrics(**figures, map50=fitness, map50_95=fitness, images=1, labels=1, per_class=())
+    figures = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "best_confidence": 0.0}
+    coco = CocoFigures(**dict.fromkeys(CocoFigures.__annotations__))
+    return Metrics(**figures, coco=coco, map50=fitness, map50_95=fitness, images=1, labels=1, per_class=())
 
 
 def test_an_input_is_resized_as_the_schedule_says(tiny):
@@ -611,3 +613,31 @@ def test_errors_on_the_way_are_run_errors(tiny, monkeypatch):
     monkeypatch.setattr(Trainer, "evaluate", lambda self: (_ for _ in ()).throw(UserError("a plain mistake")))
     with pytest.raises(RunError, match=re.escape("a plain mistake")):
         train.run(**tiny.options())
+
+
+def test_evaluation_changes_neither_model_nor_average_nor_random_state(tiny, random_states):
+    trainer = build_trainer(tiny.options())
+    trainer.train_epoch()
+    models = trainer.step.model, trainer.step.average.model
+    before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+    modes, states = [model.training for model in models], random_states()
+    trainer.evaluate()
+    for model, weights in zip(models, before):
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert [model.training for model in models] == modes
+    assert random_states() == states
+
+
+def test_outputs_that_are_no_numbers_are_said_once_in_a_run(tiny, cli, monkeypatch):
+    honest = DetectionModel.forward
+
+    def broken(self, images):
+        raw = honest(self, images)
+        if not self.training:
+            raw[0][0, 0, 0, 0, 4] = torch.nan
+        return raw
+
+    monkeypatch.setattr(DetectionModel, "forward", broken)
+    code, output, _ = cli(train, *tiny.flags(epochs=2))
+    assert code == 0
+    assert len([line for line in output.splitlines() if line.startswith("warning: for ")]) == 1

@@ -199,8 +199,8 @@ def _speeds(parts: _Parts, times: TimeSplit) -> str:
     load, network, nms = _ms_per_image(times)
     size = parts.options.batch_size
     return (
-        f"Per image: {load:.1f} ms waiting for data, {network:.1f} ms network, {nms:.1f} ms NMS "
-        f"at {parts.imgsz} px in batches of {size} on {parts.runtime.description}"
+        f"Per image: {load:.1f} ms waiting for data, {network:.1f} ms network, {nms:.1f} ms NMS; "
+        f"{parts.imgsz} px, batches of {size}, {parts.runtime.description}"
     )
 
 
@@ -222,9 +222,10 @@ def _measure(parts: _Parts) -> None:
         lines.append(f"{f'batches of {size}':>14}{cells}{1000 / max(sum(each), 1e-9):>11.1f}")
     console.line("\n".join(lines))
     console.line(
-        f"At {parts.imgsz} px, confidence {options.conf_thres:g}, IoU {options.iou_thres:g} on "
-        f"{parts.runtime.description}; waiting is for data, which is loaded meanwhile where there are processes for it"
+        f"{parts.imgsz} px, confidence {options.conf_thres:g}, IoU {options.iou_thres:g}; {parts.runtime.description}"
     )
+    if parts.runtime.workers:
+        console.line("Waiting is for data, which the loader processes read while the network is at work")
 
 
 def _ms_per_image(times: TimeSplit) -> tuple[float, float, float]:
