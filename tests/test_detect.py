@@ -175,6 +175,18 @@ def test_names_of_results_do_not_meet_those_of_frames():
     assert file_stems(found) == ["clip_3-2", "clip", "Clip-2", "clip-3", "clip-4", "clip_x"]
 
 
+def test_thousands_of_inputs_of_one_name():
+    found = [media.Medium(path=f"{number}/a.jpg", is_video=False) for number in range(20_000)]
+    assert file_stems(found)[::19_999] == ["a", "a-20000"]
+
+
+def test_a_reader_of_the_output_that_has_enough(best, start, photos):
+    process = start("detect.py", "--weights", best, "--source", str(photos), "--device", "cpu")
+    process.stdout.close()
+    problems = process.stderr.read()
+    assert (process.wait(60), problems) == (141, b"")
+
+
 def test_a_list_takes_paths_folders_and_globs(command, photos):
     """Seen from the list or from the working directory, and from where it was written on another machine."""
     (photos / "list.txt").write_text("\ufeff0.png\nphotos/1.png\n\n# not this\n/other/machine/2.png\n[3].png\n")
@@ -383,6 +395,12 @@ def test_a_network_that_says_nonsense_is_named(best, cli, photos, tmp_path):
     code, output, _ = cli(detect, "--weights", str(tmp_path / "nan.pt"), "--source", str(photos), "--device", "cpu")
     assert code == 0
     assert "warning: 4 pictures, first 0.png: the network said something that is no finite number" in output
+
+
+def test_an_image_size_beyond_all_memory_is_one_line(command, photos):
+    code, _, problems = command("--source", photos, "--imgsz", "10000000")
+    assert code == 1
+    assert re.fullmatch(r"detect\.py: error: out of memory: lower --batch-size .* or --imgsz .*\n", problems)
 
 
 def test_a_full_disk_is_one_line(command, photos, monkeypatch):

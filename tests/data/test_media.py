@@ -11,7 +11,17 @@ import pytest
 
 from utils.data import media
 from utils.data.images import BaseImages
-from utils.data.media import Picture, Problem, VideoFile, encoded, find_media, picture_of, read_ahead, read_media
+from utils.data.media import (
+    Picture,
+    Problem,
+    VideoFile,
+    count_pictures,
+    encoded,
+    find_media,
+    picture_of,
+    read_ahead,
+    read_media,
+)
 from utils.data.store import plain_store
 from utils.structures import UserError
 
@@ -119,6 +129,18 @@ def test_pictures_come_in_order_with_the_base_images_of_evaluation():
             store = plain_store(np.array([look.size]))
             object.__setattr__(store, "path", lambda image, path=path: path)
             assert np.array_equal(look.base, BaseImages(store=store, imgsz=320, area=True)(0))
+
+
+def test_how_many_pictures_there_will_be_is_known_beforehand():
+    picture("in/a.png")
+    film("in/b.avi", 6)
+    Path("in/c.avi").write_bytes(b"nothing")
+    assert count_pictures(find_media("in")[0]) == 7
+
+
+def test_no_memory_for_base_images_is_an_error_of_memory():
+    with pytest.raises(MemoryError):
+        picture_of(np.zeros((64, 64, 3), np.uint8), 10_000_000)
 
 
 def test_pixels_are_dropped_unless_asked_for():

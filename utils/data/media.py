@@ -34,6 +34,7 @@ VIDEO_SUFFIXES = frozenset(
 READ_AHEAD_BYTES = 256 << 20  # of decoded pixels that wait for the network
 _MOST_AHEAD = 64  # pictures
 _MOST_THREADS = 16
+_MOST_ASKED = 50  # videos opened only to ask how long they are
 _USUAL_RATE = 25.0  # frames per second, of a video that does not say
 _FIRST_GUESS = 16 << 20  # bytes of a picture, before there was any
 
@@ -72,15 +73,16 @@ class Problem:
 def picture_of(
     image: np.ndarray, imgsz: int, *, source: int = 0, frame: int = 0, rate: float = 0.0, keep: bool = False
 ) -> Picture:
-    """A decoded image (H, W, 3) u8 BGR as evaluation would see it; with `keep`, its pixels too."""
-    return Picture(
-        source=source,
-        frame=frame,
-        rate=rate,
-        size=image.shape[:2],
-        pixels=image if keep else None,
-        base=resized_to_base(image, base_shape(image.shape[:2], imgsz), area=True),
-    )
+    """A decoded image (H, W, 3) u8 BGR as evaluation would see it; with `keep`, its pixels too.
+
+    Raises MemoryError where `imgsz` is too large for that.
+    """
+    size = image.shape[:2]
+    try:
+        base = resized_to_base(image, base_shape(size, imgsz), area=True)
+    except cv2.error as error:
+        raise MemoryError(str(error)) from error
+    return Picture(source=source, frame=frame, rate=rate, size=size, pixels=image if keep else None, base=base)
 
 
 # ---- what a source names ------------------------------------------------------------------------------------------
@@ -206,6 +208,16 @@ def _why_empty(path: str, photos: Sequence[str]) -> str:
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def count_pictures(media: Sequence[Medium]) -> int:
+    """How many `read_media` is likely to yield, by what videos say of themselves; 0 where one does not."""
+    videos = [medium.path for medium in media if medium.is_video]
+    if len(videos) > _MOST_ASKED:
+        return 0
+    frames = [cv2.VideoCapture(path).get(cv2.CAP_PROP_FRAME_COUNT) for path in videos]
+    readable = [count for count in frames if count >= 0]  # others cannot be opened
+    return 0 if 0 in readable else len(media) - len(videos) + int(sum(readable))
 
 
 def read_media(media: Sequence[Medium], imgsz: int, *, keep: bool) -> Iterator[Picture | Problem]:

@@ -6,7 +6,6 @@ by one of them, in order; images are encoded by the others.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import re
@@ -32,6 +31,7 @@ from utils.data.media import (
     Problem,
     VideoError,
     VideoFile,
+    count_pictures,
     encoded,
     find_media,
     read_media,
@@ -118,24 +118,24 @@ def _result_folder(options: DetectOptions, media: Sequence[Medium]) -> Path | No
     """A folder for the results, if there will be any. Raises UserError where pictures would replace their sources."""
     if options.nosave and not options.save_txt and not options.save_crop:
         return None
-    project, target = Path(options.project), Path(options.project, options.name).resolve()
-    inside = next((one.path for one in media if Path(one.path).resolve().parent == target), None)
-    if inside is not None and options.exist_ok and not options.nosave:
-        raise UserError(
-            f"--exist-ok: {shown_path(inside)} lies where its picture would be written; choose another --name"
-        )
-    return new_run_folder(project, options.name, exist_ok=options.exist_ok)
+    if options.exist_ok and not options.nosave:
+        target = Path(options.project, options.name).resolve()
+        inside = next((one.path for one in media if Path(one.path).resolve().parent == target), None)
+        if inside is not None:
+            raise UserError(
+                f"--exist-ok: {shown_path(inside)} lies where its picture would be written; choose another --name"
+            )
+    return new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
 
 
 def _detect_all(
     options: DetectOptions, detector: Detector, rules: NmsRules, tally: _Tally, results: Results
 ) -> TimeSplit:
     media = tally.media
-    total = 0 if any(medium.is_video for medium in media) else len(media)  # nobody knows the number of frames
     detector.warm_up()
     clock = detector.runtime.step_clock(EVALUATION_PARTS)
     reading = closing(read_media(media, detector.imgsz, keep=results.keep_pixels))
-    with results, reading as looks, tally.console.bar(total, "Detecting") as bar:
+    with results, reading as looks, tally.console.bar(count_pictures(media), "Detecting") as bar:
         pictures = tally.readable(looks)
         for found in detector.stream(
             pictures, rules, batch_size=options.batch_size, augment=options.augment, clock=clock
@@ -467,12 +467,11 @@ def file_stems(media: Sequence[Medium]) -> list[str]:
     Also where a frame of a video is called so, and where only the case of letters differs, as some drives ignore it.
     """
     stems = [_fitting(Path(medium.path).stem) for medium in media]
-    taken: set[str] = set()
     videos: set[str] = set()
+    unique = _unique(set(), videos)
     named: dict[int, str] = {}
-    of_videos_first = sorted(range(len(media)), key=lambda index: not media[index].is_video)
-    for index in of_videos_first:
-        named[index] = _unique(taken, videos)(stems[index])
+    for index in sorted(range(len(media)), key=lambda index: not media[index].is_video):  # videos first
+        named[index] = unique(stems[index])
         if media[index].is_video:
             videos.add(named[index].casefold())
     return [named[index] for index in range(len(media))]
@@ -486,9 +485,14 @@ def _unique(taken: set[str], videos: Collection[str] = ()) -> Callable[[str], st
         start, _, number = folded.rpartition("_")
         return folded not in taken and not (number.isdecimal() and start in videos)
 
+    next_number: dict[str, int] = {}  # where thousands have one name
+
     def unique(name: str) -> str:
-        candidates = itertools.chain((name,), (f"{name}-{number}" for number in itertools.count(2)))
-        chosen = next(filter(free, candidates))
+        chosen = name
+        while not free(chosen):
+            number = next_number.get(name, 2)
+            next_number[name] = number + 1
+            chosen = f"{name}-{number}"
         taken.add(chosen.casefold())
         return chosen
 

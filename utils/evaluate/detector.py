@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -134,9 +134,10 @@ class Detector:
             clock.skip()
 
     def warm_up(self) -> None:
-        """Let what only the first image waits for be done: libraries loaded, memory asked for."""
-        strip = picture_of(np.zeros((1, self.imgsz, 3), np.uint8), self.imgsz)
-        list(self.stream([strip], NmsRules(confidence=0.0, max_detections=1), batch_size=1))
+        """Let be done what only the first image has to wait for, such as imports, with a very small one."""
+        small = replace(self, imgsz=2 * max(self.network.head.strides))
+        speck = picture_of(np.zeros((8, 8, 3), np.uint8), small.imgsz)
+        list(small.stream([speck], NmsRules(confidence=0.0, max_detections=1), batch_size=1))
 
     @torch.no_grad()
     def _found(
