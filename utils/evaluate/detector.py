@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -182,7 +182,7 @@ def load_detector(path: str | Path, *, device: str = "", imgsz: int | None = Non
     return detector_of(Path(path), runtime=runtime, imgsz=imgsz, note=lambda text: warnings.warn(text, stacklevel=4))
 
 
-def detector_of(path: Path, *, runtime: Runtime, imgsz: int | None, note) -> Detector:
+def detector_of(path: Path, *, runtime: Runtime, imgsz: int | None, note: Callable[[str], object]) -> Detector:
     """The detector of a checkpoint, for a runtime. `imgsz` None: that of the training run."""
     checkpoint = load_checkpoint(path)
     model = averaged_model(checkpoint)
