@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from models.layers import BLOCKS, Concat, Conv, Detect
 from utils.files import read_yaml
 from utils.structures import HeadSpec, UserError
+
+if TYPE_CHECKING:
+    from utils.evaluate.detector import Detector
 
 NETWORK_FOLDER = Path(__file__).parent
 
@@ -181,6 +184,17 @@ def read_network(name_or_path: str) -> dict[str, Any]:
     network = read_yaml(path, what="network YAML")
     _plan(network, where=str(path))
     return network
+
+
+def load(path: str | Path, device: str = "", imgsz: int | None = None) -> Detector:
+    """The detector of a checkpoint: `load("best.pt").detect("photo.jpg")`; see `Detector.detect`.
+
+    `device` is cpu, 0 (the first GPU) or mps, by itself the best there is; `imgsz` the network input size in px, by
+    itself that of the training run. Raises UserError where one of them cannot be used.
+    """
+    from utils.evaluate.detector import load_detector  # the one way upwards, for the sake of a short name
+
+    return load_detector(path, device=device, imgsz=imgsz)
 
 
 class _Maps(NamedTuple):

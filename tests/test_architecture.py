@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from utils.config import TrainOptions, ValOptions, parse_flags
+from utils.config import DetectOptions, TrainOptions, ValOptions, parse_flags
 from utils.structures import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("models/**/*.py"), *ROOT.glob("utils/**/*.py")])
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES if path.stem != "__init__"]
-SCRIPTS = ("train", "val")
+SCRIPTS = ("train", "val", "detect")
 
 
 def imported(path: Path) -> set[str]:
@@ -54,7 +54,9 @@ def test_nothing_imports_a_script(path):
 
 
 def test_options_and_help_do_without_torch():
-    code = "import sys, utils.config, utils.hyp, train, val; print('torch' in sys.modules, 'cv2' in sys.modules)"
+    code = (
+        "import sys, utils.config, utils.hyp, train, val, detect; print('torch' in sys.modules, 'cv2' in sys.modules)"
+    )
     assert run_python(code).split() == ["False", "False"]
 
 
@@ -106,7 +108,8 @@ def test_readme_names_flags_that_exist():
     foreign = {"--help", "--logdir"}  # argparse's own, TensorBoard's
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", readme)) - foreign
     assert len(flags) > 10
-    assert [flag for flag in flags if not (is_flag(TrainOptions, flag) or is_flag(ValOptions, flag))] == []
+    kinds = (TrainOptions, ValOptions, DetectOptions)
+    assert [flag for flag in flags if not any(is_flag(kind, flag) for kind in kinds)] == []
 
 
 def is_flag(kind, flag: str) -> bool:

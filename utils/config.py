@@ -248,6 +248,8 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
         hint = nearest_name(head, flags)
         if unknown[0].endswith((".yaml", ".yml")):
             hint = f"; did you mean '--data {unknown[0]}'?"
+        if kind is DetectOptions and not unknown[0].startswith("-"):
+            hint = "; a glob such as --source 'photos/*.jpg' should be in quotes, or the shell makes many words of it"
         raise UserError(f"unknown {'flag' if unknown[0].startswith('-') else 'argument'} '{unknown[0]}'{hint}")
     return vars(values)
 
@@ -338,6 +340,8 @@ def validated(kind: type[Options], values: dict[str, Any]) -> Options:
         _check_train(options)
     elif isinstance(options, ValOptions):
         _check_val(options)
+    elif isinstance(options, DetectOptions):
+        _check_detect(options)
     _check_name(options.name)
     return options
 
@@ -437,6 +441,20 @@ def _check_val(options: ValOptions) -> None:
     for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
         if value > 1:
             raise UserError(f"{flag} {value:g}: should be between 0 and 1")
+
+
+def _check_detect(options: DetectOptions) -> None:
+    if not options.weights:
+        raise UserError("--weights is missing: name the checkpoint to detect with, e.g. runs/train/exp/weights/best.pt")
+    if not options.source:
+        raise UserError(
+            "--source is missing: name an image, a video, a folder, a glob in quotes or a .txt list of these"
+        )
+    for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
+        if not value <= 1:
+            raise UserError(f"{flag} {value:g}: should be between 0 and 1")
+    if options.save_conf and not options.save_txt:
+        raise UserError("--save-conf adds scores to label files; ask for these with --save-txt")
 
 
 def whole_strides(imgsz: int, stride: int, *, note: Callable[[str], object]) -> int:

@@ -253,6 +253,8 @@ def mendable_errors(*, batch_size: int, imgsz: int) -> Iterator[None]:
         raise RunError(str(error)) from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunError(f"out of memory: {remedy}") from error
+    except BrokenPipeError:  # `| head` has read enough, which is no mistake
+        raise
     except OSError as error:
         if error.strerror is None:  # not from the system: one of our own bugs
             raise

@@ -137,13 +137,17 @@ def base_image(path: Path | str, imgsz: int, *, size: tuple[int, int], area: boo
     image = _decoded(data, reduction)
     if image.shape[:2] != tuple(-(-side // reduction) for side in size):
         raise ImageError(f"not of {size[1]} x {size[0]} px any more")
-    height, width = base_shape(size, imgsz)
     if any(side % reduction for side in size):
-        return _resized_exactly(image, (height, width), size, reduction)
-    if (height, width) == image.shape[:2]:
+        return _resized_exactly(image, base_shape(size, imgsz), size, reduction)
+    return resized_to_base(image, base_shape(size, imgsz), area=area)
+
+
+def resized_to_base(image: np.ndarray, shape: tuple[int, int], *, area: bool) -> np.ndarray:
+    """The base image, of height and width `shape`, of a decoded image; itself where it has that size already."""
+    if shape == image.shape[:2]:
         return image
-    shrinks = imgsz < max(image.shape[:2])
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if area and shrinks else cv2.INTER_LINEAR)
+    averages = area and max(shape) < max(image.shape[:2])
+    return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA if averages else cv2.INTER_LINEAR)
 
 
 def _resized_exactly(reduced: np.ndarray, shape: tuple[int, int], size: tuple[int, int], reduction: int) -> np.ndarray:

@@ -207,7 +207,7 @@ def _orientation(exif: bytes) -> int:
 
 # ---- damage -------------------------------------------------------------------------------------------------------
 
-_OF_IMAGES = (b"JPEG", b"libpng")  # in the lines that C libraries print on images
+_OF_IMAGES = (b"JPEG", b"libpng", b" @ 0x", b"FFMPEG")  # in the lines that C libraries print on images and videos
 
 
 class Overheard:
