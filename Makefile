@@ -1,5 +1,5 @@
 # make demo: install into .venv and train on the embedded data set.   make test: install and run the tests.
-# make bench: what a step, the loader, an evaluation and a start cost here.   make bench-peer: our step and samples against yolov5's.
+# make bench: what a step, the loader, an evaluation and a start cost here.   make bench-peer: our step, samples and val.py against yolov5's.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -3,9 +3,10 @@
     python -m benchmarks.peer [--quick] [--only step|loading|val] [--rounds 3] [--relaxed] [--out FILE]
 
 Steps work on the same synthetic batches, with as many threads; samples are made of the same data set on one core, and
-CPU time counts; val.py of both has the same weights (`--weights`, or the newest of a run on BCCD), and what they detect is
-scored by pycocotools as well. Each turn is a process of its own; the peer's in its own environment, which `make bench-peer` fills
-from requirements-peer.txt. It is measured as published (see peer_step.py and peer_loading.py).
+CPU time counts. val.py of both has the same weights (`--weights`, or those of the newest run on BCCD) and images, and
+what they detect is scored by pycocotools as well. Each turn is a process of its own; the peer's in its own environment,
+which `make bench-peer` fills from requirements-peer.txt. It is measured as published (see peer_step.py,
+peer_loading.py and peer_val.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The comparison of val.py with the peer's: the same weights and images for both, and what each detects under one judge.
+"""The comparison of val.py with the peer's: the same weights and images for both, and one judge of what each detects.
 
 The surprise: the judge is pycocotools, on the results files of both; the peer rounds what it writes there.
 """

@@ -18,6 +18,7 @@ from benchmarks.peer import contender, sampler
 from benchmarks.results import table
 from benchmarks.roofline import best_rate, floor_seconds, share_of_peak, step_gflop
 from benchmarks.step import waits_per_step
+from benchmarks.val_case import validation_table, validator
 from benchmarks.workers import Measurement, run_worker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,3 +262,18 @@ def test_the_product_knows_neither_benchmarks_nor_peer():
         source = path.read_text(encoding="utf-8")
         for foreign in ("benchmarks", "yolov5"):
             assert f"import {foreign}" not in source and f"from {foreign}" not in source, path
+
+
+def test_val_is_compared_by_medians_and_shows_both_judgements():
+    peer, ours = (Measurement(section="val", name=name, module="validation", flags=[]) for name in ("peer", "ours"))
+    rounds = {
+        name: [{"images_per_second": rate, "command_seconds": 3.0, "ap": 0.5, "ap50": 0.75} for rate in rates]
+        for name, rates in (("peer", (10.0, 20.0, 12.0)), ("ours", (30.0, 40.0, 26.0)))
+    }
+    judged = {"peer": {"ap": 0.25, "ap50": 0.5}, "ours": {"ap": 0.5, "ap50": 0.75}}
+    mine, theirs = (validator(one, rounds, judged) for one in (ours, peer))
+    assert mine["ratio"] == 2.5 and mine["ratio_range"] == [2.0, 3.0] and theirs["ratio"] == 1
+    shown = validation_table({"case": "val.py", "contenders": [theirs, mine]})
+    assert "0.25000, 0.50000" in shown and "2.50" in shown
+    rounds["peer"][0] = {"failed": "no package"}
+    assert validator(ours, rounds, judged)["failed"] == "no package"
