@@ -37,7 +37,8 @@ RUN = Path("runs/train/exp")
 ALWAYS = {"weights", "results.csv", "timing.csv", "hyp.yaml", "opt.yaml", "metrics.json"}
 PICTURES = {
     *("labels.jpg", "labels_correlogram.jpg", "train_batch0.jpg", "train_batch1.jpg"),
-    *("val_batch0_labels.jpg", "val_batch0_pred.jpg", "results.png", "worst_images.jpg"),
+    *(f"val_batch{index}_{kind}.jpg" for index in range(3) for kind in ("labels", "pred")),
+    *("results.png", "worst_images.jpg"),
     *("confusion_matrix.png", "confusion_matrix_counts.png"),
     *("F1_curve.png", "P_curve.png", "R_curve.png", "PR_curve.png"),
 }

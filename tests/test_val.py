@@ -19,7 +19,8 @@ from utils.evaluate.evaluator import Evaluator
 CPU = {"device": "cpu", "workers": 0, "noplots": True}
 FOUND = Path("runs/val/exp/metrics.json")
 PICTURES = {
-    *("val_batch0_labels.jpg", "val_batch0_pred.jpg", "worst_images.jpg"),
+    *(f"val_batch{index}_{kind}.jpg" for index in range(3) for kind in ("labels", "pred")),
+    *("worst_images.jpg"),
     *("confusion_matrix.png", "confusion_matrix_counts.png"),
     *("F1_curve.png", "P_curve.png", "R_curve.png", "PR_curve.png"),
 }

@@ -175,10 +175,12 @@ class EvalBatches:
 
     @functools.cached_property
     def _cuts(self) -> list[np.ndarray]:
-        """The images of each batch."""
+        """The images of each batch; those of the most common shape come first."""
         shapes = _rect_shapes(_aspects(self.store, slice(None)), self.imgsz, self.stride)  # (I, 2)
-        order = np.lexsort(shapes[:, ::-1].T)
-        alike = np.split(order, np.flatnonzero(np.diff(shapes[order], axis=0).any(1)) + 1) if len(order) else []
+        _, shape_of, counts = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
+        shape_of = shape_of.ravel()  # in numpy 2.0 it is (I, 1)
+        order = np.lexsort((shape_of, -counts[shape_of]))
+        alike = np.split(order, np.flatnonzero(np.diff(shape_of[order])) + 1)
         return [images[at : at + self.batch_size] for images in alike for at in range(0, len(images), self.batch_size)]
 
     def batch(self, number: int, allocate: Allocate | None = None) -> Batch:
