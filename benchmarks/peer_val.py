@@ -42,6 +42,7 @@ def _put_its_modules_first() -> None:
 
 def _convert(source: str, path: str) -> dict[str, Any]:
     import torch
+
     from models.yolo import Model
 
     ours = torch.load(source, map_location="cpu", weights_only=True)
