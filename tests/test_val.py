@@ -20,7 +20,7 @@ CPU = {"device": "cpu", "workers": 0, "noplots": True}
 FOUND = Path("runs/val/exp/metrics.json")
 PICTURES = {
     *(f"val_batch{index}_{kind}.jpg" for index in range(3) for kind in ("labels", "pred")),
-    *("worst_images.jpg"),
+    "worst_images.jpg",
     *("confusion_matrix.png", "confusion_matrix_counts.png"),
     *("F1_curve.png", "P_curve.png", "R_curve.png", "PR_curve.png"),
 }
