@@ -129,16 +129,7 @@ def test_rows_of_an_image_that_cannot_be_used_go_silently():
 def test_nothing_to_check():
     rows, findings = check(file_labels([], images=2), [(80, 100), (0, 0)])
     assert rows.boxes.shape == (0, 4)
-    assert rows.area.shape == (0,)
     assert findings == []
-
-
-def test_the_area_is_that_of_the_file_else_that_of_the_clipped_box():
-    labels = file_labels([(0, 0, 10, 10, 30, 30), (0, 1, 90, 10, 110, 30)])
-    rows, _ = check(labels, [(80, 100)])
-    assert rows.area.tolist() == [400, 200]
-    rows, _ = check(replace(labels, rows=replace(labels.rows, area=np.array([123.5, np.nan]))), [(80, 100)])
-    assert rows.area.tolist() == [123.5, 200]
 
 
 def with_rings(labels: FileLabels, rings: list[list[list]]) -> FileLabels:
