@@ -73,7 +73,7 @@ class CocoIds:
 
 def coco_ids(store: LabelStore, num_classes: int) -> CocoIds:
     """The ids of a split, or where it has none the numbers of its images and classes, counted from 1."""
-    if _has_image_ids(store) and len(store.category_ids) == num_classes:
+    if _has_image_ids(store) and _has_category_ids(store, num_classes):
         return CocoIds(images=store.image_ids, categories=store.category_ids, invented=False)
     return CocoIds(images=np.arange(1, len(store) + 1), categories=np.arange(1, num_classes + 1), invented=True)
 
@@ -82,6 +82,15 @@ def _has_image_ids(store: LabelStore) -> bool:
     """Whether each image has a number of its own in an annotation file."""
     ids = store.image_ids
     return bool((ids >= 0).all()) and len(np.unique(ids)) == len(ids)
+
+
+def _has_category_ids(store: LabelStore, num_classes: int) -> bool:
+    """Whether each class that has labels, and one at least, has a number of its own."""
+    if len(store.category_ids) != num_classes:
+        return False
+    known = store.category_ids >= 0
+    is_used = np.bincount(store.classes, minlength=num_classes) > 0
+    return bool(known.any() and known[is_used].all()) and len(np.unique(store.category_ids[known])) == known.sum()
 
 
 def write_predictions(folder: Path, evidence: Evidence, store: LabelStore, names: Sequence[str]) -> list[str]:
