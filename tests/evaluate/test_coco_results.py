@@ -189,6 +189,15 @@ def test_numbers_beyond_64_bits_are_numbers(case, tmp_path):
     assert found.xywh[0, 0] == 2.0**70
 
 
+def test_sides_whose_product_is_no_number_find_nothing(case, tmp_path):
+    content, results = copy.deepcopy(case)
+    huge = {"bbox": [0, 0, 1e308, 1e308], "category_id": 1, "image_id": 7}
+    content["annotations"].append(huge | {"id": 9001, "iscrowd": 0, "area": 100})
+    figures = report(written(tmp_path, content, [*results, huge | {"score": 0.99}]))
+    assert figures.ap > 0
+    assert figures.ar100 < report(written(tmp_path, case[0], results)).ar100
+
+
 def test_it_runs_as_a_module(case, tmp_path):
     options = written(tmp_path, *case)
     command = [sys.executable, "-m", "utils.evaluate.coco", options.annotations, options.results]

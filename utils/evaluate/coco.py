@@ -71,6 +71,7 @@ def _parsed(argv: Sequence[str]) -> CocoOptions:
     return CocoOptions(**vars(parser.parse_args(argv)))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # 1e308 is finite, and its square is not
 def report(options: CocoOptions) -> CocoFigures:
     """Show the figures. Raises UserError for what a user can mend."""
     case = read_case(options)
