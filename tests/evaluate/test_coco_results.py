@@ -120,7 +120,7 @@ FOUND = {"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([3], "[0] should be a mapping, got a number"),
         ([FOUND, "x"], "[1] should be a mapping, got a string"),
         ([FOUND, {**FOUND, "image_id": 8}, {**FOUND, "image_id": 9}], "[1]: {truth} has no image_id 8; 2 of 3"),
-        ([{**FOUND, "category_id": 0}], "[0]: {truth} has no category_id 0; 1 of 1 detections"),
+        ([{**FOUND, "category_id": 0}], "[0]: {truth} has no category_id 0; 1 of 1 detections have one that it lacks"),
         ([{**FOUND, "image_id": "7"}], '[0]: {truth} has no image_id "7"'),
         ([{**FOUND, "image_id": [7]}], "[0]: 'image_id' should be a number or a string, got [7]"),
         *(
