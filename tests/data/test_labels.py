@@ -223,6 +223,17 @@ def test_boxes_drawn_on_the_turned_image_and_square_ones_stay():
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_boxes_as_a_coco_file_has_them_follow_the_turn_and_are_not_clipped(orientation):
+    labels = file_labels([(0, 0, 10, 40, 30, 60), (1, 0, 0.1, 0.2, 0.4, 0.6)], images=2, declared=[(48, 80), (48, 80)])
+    annotated = np.array([[10, 40, 20, 20], [0.1, 0.2, 0.3, 0.4]])
+    labels = replace(labels, rows=replace(labels.rows, annotated=annotated))
+    rows, _ = check(labels, [(80, 48), (48, 80)], [orientation, orientation])
+    corner = {5: [40, 10], 6: [-12, 10], 7: [-12, 50], 8: [40, 50]}[orientation]
+    assert rows.annotated.tolist() == [[*corner, 20, 20], [0.1, 0.2, 0.3, 0.4]]  # the second is stored as it is shown
+    assert (rows.boxes[0, 2:] - rows.boxes[0, :2]).tolist() == ([8, 20])
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_a_negative_side_is_still_one_after_a_turn(orientation):
     table = [(0, 0, 30, 10, 10, 20), (0, 0, 10, 20, 30, 10), (0, 0, 10, 10, 10, 20), (0, 1, 10, 10, 30, 20)]
     rows, findings = check(file_labels(table, declared=[(48, 80)]), [(80, 48)], [orientation])

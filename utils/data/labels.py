@@ -191,7 +191,8 @@ def checked(
     kept = np.flatnonzero(problems < _FIRST_DROPPED)
     findings = _size_findings(source, labels, sizes, orientations) if labels.declared.any() else []
     findings += _row_findings(source, labels, problems) if problems.any() else []
-    return taken(inside, kept) if len(kept) < len(problems) else inside, findings
+    clean = taken(inside, kept) if len(kept) < len(problems) else inside
+    return clean, findings
 
 
 # What is wrong with a row, as bits; from _FIRST_DROPPED on it is lost
