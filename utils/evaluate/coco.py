@@ -162,7 +162,8 @@ def _detections(
         if len(unknown):
             raise UserError(
                 f"{options.results}: [{unknown[0]}]: {options.annotations} has no {key} "
-                f"{json.dumps(results[unknown[0]][key])}; {len(unknown):,} of {len(results):,} detections have one that it lacks"
+                f"{json.dumps(results[unknown[0]][key])}; {len(unknown):,} of {len(results):,} detections "
+                "have one that it lacks"
             )
     return DetectionTable(image=image, xywh=rows.boxes(), scores=rows.numbers("score"), classes=classes)
 
