@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from utils.evaluate.matching import Labels, xywh_from_xyxy
+from utils.boxes import xywh_from_xyxy
+from utils.evaluate.matching import Labels
 from utils.structures import Detections
 
 
@@ -73,6 +74,6 @@ def coco_results(detections: Sequence[Detections], image_ids: Sequence[int]) -> 
         {"image_id": image, "category_id": kind + 1, "bbox": box, "score": score}
         for image, one in zip(image_ids, detections)
         for box, kind, score in zip(
-            xywh_from_xyxy(one.boxes.numpy()).tolist(), one.classes.tolist(), one.scores.tolist()
+            xywh_from_xyxy(one.boxes.double().numpy()).tolist(), one.classes.tolist(), one.scores.tolist()
         )
     ]

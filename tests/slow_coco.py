@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from utils.evaluate.matching import AREA_RANGES, IOU_THRESHOLDS, Labels, xywh_from_xyxy
+from utils.boxes import xywh_from_xyxy
+from utils.evaluate.matching import AREA_RANGES, IOU_THRESHOLDS, Labels
 from utils.structures import CocoFigures, Detections
 
 
@@ -21,7 +22,7 @@ def slow_iou(box, label, crowd):
 def slow_match(found: Detections, truth: Labels, area: int, threshold: float):
     """The rules one by one, for one image, area range and threshold: a letter per detection, and the labels taken."""
     low, high = AREA_RANGES[area]
-    boxes, letters = xywh_from_xyxy(found.boxes.numpy()), ["?"] * len(found.scores)
+    boxes, letters = xywh_from_xyxy(found.boxes.double().numpy()), ["?"] * len(found.scores)
     counts = [low <= truth.area[label] <= high and not truth.ignore[label] for label in range(len(truth.classes))]
     taken = set()
     for row in sorted(range(len(letters)), key=lambda row: -found.scores[row].item()):

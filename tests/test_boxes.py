@@ -18,6 +18,7 @@ from utils.boxes import (
     pairwise_iou,
     transform_boxes,
     transform_points,
+    xywh_from_xyxy,
     xyxy_from_cxcywh,
 )
 
@@ -42,6 +43,7 @@ def test_formats_are_each_others_inverse(boxes):
 
 
 def test_formats_of_a_known_box():
+    assert xywh_from_xyxy(np.array([[[10.0, 20.0, 30.0, 60.0]]])).tolist() == [[[10, 20, 20, 40]]]
     corners, centred = np.array([[[10.0, 20.0, 30.0, 60.0]]]), np.array([[[20.0, 40.0, 20.0, 40.0]]])
     assert np.array_equal(cxcywh_from_xyxy(corners), centred)
     assert np.array_equal(xyxy_from_cxcywh(centred), corners)

@@ -227,7 +227,7 @@ RESULTS = FOUND.parent
 
 
 def as_coco(trained, folder: Path, *, categories=("red", "blue")) -> str:
-    """A data YAML whose val split is the tiny one's as a COCO file, with ids in no order."""
+    """A data YAML whose val split is the tiny one's as a COCO file, with ids in no order, and boxes that stick out."""
     images, annotations = [], []
     for index, number in enumerate((40, 7, 2**40, 12)):
         path = trained.parent / f"set/images/val/{index}.png"
@@ -235,6 +235,9 @@ def as_coco(trained, folder: Path, *, categories=("red", "blue")) -> str:
         images.append({"id": number, "file_name": str(path), "height": height, "width": width})
         box = {"bbox": [10.1, 12.0, 24.8, 27.0], "area": 500.5, "iscrowd": int(index == 3)}
         annotations.append({"id": index + 1, "image_id": number, "category_id": 5 + 85 * (index % 2), **box})
+        if index < 2:
+            outside = {"bbox": [-7.3, 20.2, 30.6, 60.9], "area": index * 900.25, "iscrowd": index}
+            annotations.append(annotations[-1] | {"id": 10 + index} | outside)
     content = {"images": images, "annotations": annotations}
     content["categories"] = [{"id": {"blue": 5, "red": 90}[name], "name": name} for name in categories]
     (folder / "val.json").write_text(json.dumps(content))

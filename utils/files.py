@@ -1,4 +1,4 @@
-"""Files: atomic writes, YAML in and out, the user's cache folder, run-folder names.
+"""Files: atomic writes, YAML and JSON, the user's cache folder, run-folder names.
 
 A file written here is either the complete old one or the complete new one, whenever the machine stops.
 """
@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -94,6 +95,27 @@ def read_yaml(path: Path, *, what: str) -> dict[str, Any]:
         got = "an empty file" if content is None else type(content).__name__
         raise UserError(f"{what} must be a YAML mapping of `key: value` lines, got {got}: {path}")
     return content
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises UserError, naming the place in it, when it is none."""
+    shown = os.fsencode(path).decode("utf-8", "replace")  # names on Linux are bytes
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{shown}: cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        problem = re.sub(" (starting )?at$", "", error.msg)
+        where = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{shown}: not valid JSON: {where}: {problem[:1].lower()}{problem[1:]}") from None
+    except (ValueError, RecursionError):  # not UTF-8, numbers of 5,000 digits, lists in lists in lists
+        raise UserError(f"{shown}: not valid JSON") from None
+
+
+def json_kind(value: Any) -> str:
+    """What a value of a JSON file is, for people."""
+    words = {dict: "a mapping", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return words.get(type(value), "a number")
 
 
 def nearest_name(wrong: str, names: Iterable[str]) -> str:

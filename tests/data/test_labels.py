@@ -129,16 +129,7 @@ def test_rows_of_an_image_that_cannot_be_used_go_silently():
 def test_nothing_to_check():
     rows, findings = check(file_labels([], images=2), [(80, 100), (0, 0)])
     assert rows.boxes.shape == (0, 4)
-    assert rows.area.shape == (0,)
     assert findings == []
-
-
-def test_the_area_is_that_of_the_file_else_that_of_the_clipped_box():
-    labels = file_labels([(0, 0, 10, 10, 30, 30), (0, 1, 90, 10, 110, 30)])
-    rows, _ = check(labels, [(80, 100)])
-    assert rows.area.tolist() == [400, 200]
-    rows, _ = check(replace(labels, rows=replace(labels.rows, area=np.array([123.5, np.nan]))), [(80, 100)])
-    assert rows.area.tolist() == [123.5, 200]
 
 
 def with_rings(labels: FileLabels, rings: list[list[list]]) -> FileLabels:
@@ -229,6 +220,17 @@ def test_boxes_drawn_on_the_turned_image_and_square_ones_stay():
         rows, findings = check(file_labels([(0, 0, 10, 10, 30, 20)], declared=[declared]), [size], [6])
         assert rows.boxes.tolist() == [[10, 10, 30, 20]]
         assert findings == []
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_boxes_as_a_coco_file_has_them_follow_the_turn_and_are_not_clipped(orientation):
+    labels = file_labels([(0, 0, 10, 40, 30, 60), (1, 0, 0.1, 0.2, 0.4, 0.6)], images=2, declared=[(48, 80), (48, 80)])
+    annotated = np.array([[10, 40, 20, 20], [0.1, 0.2, 0.3, 0.4]])
+    labels = replace(labels, rows=replace(labels.rows, annotated=annotated))
+    rows, _ = check(labels, [(80, 48), (48, 80)], [orientation, orientation])
+    corner = {5: [40, 10], 6: [-12, 10], 7: [-12, 50], 8: [40, 50]}[orientation]
+    assert rows.annotated.tolist() == [[*corner, 20, 20], [0.1, 0.2, 0.3, 0.4]]  # the second is stored as it is shown
+    assert (rows.boxes[0, 2:] - rows.boxes[0, :2]).tolist() == ([8, 20])
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])

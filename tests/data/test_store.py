@@ -86,6 +86,21 @@ def test_images_without_a_size_are_left_out_with_all_that_is_theirs():
     assert store.area.tolist() == [8, 3.5, 64]  # of its box where no file gives one
 
 
+def test_without_an_area_it_is_that_of_the_box_as_a_coco_file_has_it_also_outside_of_the_image():
+    rows = box_rows([0, 0, 0], [0, 0, 0], [[90, 0, 100, 20], [0, 0, 5, 5], [0, 0, 100, 80]])
+    given = [[90, -5.5, 60.25, 25.5], [0, 0, 5, 5], [0, 0, 1e308, 1e308]]
+    rows = replace(rows, annotated=np.array(given), area=np.array([np.nan, 0, np.nan]))
+    store = packed(
+        rows,
+        paths=["a"],
+        sizes=np.array([[80, 100]], np.int32),
+        digests=np.zeros(1, np.uint64),
+        image_ids=np.array([1]),
+        category_ids=[1],
+    )
+    assert store.area.tolist() == [60.25 * 25.5, 0, np.inf]
+
+
 def test_a_class_has_the_category_id_of_the_first_part_that_gives_one():
     one, other = plain_store(np.ones((1, 2))), plain_store(np.ones((1, 2)))
     parts = [replace(one, category_ids=np.array([-1, 5, -1])), replace(other, category_ids=np.array([3, 6, -1]))]

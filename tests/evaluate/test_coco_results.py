@@ -120,7 +120,7 @@ FOUND = {"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ([3], "[0] should be a mapping, got a number"),
         ([FOUND, "x"], "[1] should be a mapping, got a string"),
         ([FOUND, {**FOUND, "image_id": 8}, {**FOUND, "image_id": 9}], "[1]: {truth} has no image_id 8; 2 of 3"),
-        ([{**FOUND, "category_id": 0}], "[0]: {truth} has no category_id 0; 1 of 1 detections"),
+        ([{**FOUND, "category_id": 0}], "[0]: {truth} has no category_id 0; 1 of 1 detections have one that it lacks"),
         ([{**FOUND, "image_id": "7"}], '[0]: {truth} has no image_id "7"'),
         ([{**FOUND, "image_id": [7]}], "[0]: 'image_id' should be a number or a string, got [7]"),
         *(
@@ -187,6 +187,15 @@ def test_files_that_are_not_there_and_wrong_usage(case, tmp_path, monkeypatch, c
 def test_numbers_beyond_64_bits_are_numbers(case, tmp_path):
     found = read_case(written(tmp_path, case[0], [{**FOUND, "bbox": [2**70, 0, 1, 1]}])).found
     assert found.xywh[0, 0] == 2.0**70
+
+
+def test_sides_whose_product_is_no_number_find_nothing(case, tmp_path):
+    content, results = copy.deepcopy(case)
+    huge = {"bbox": [0, 0, 1e308, 1e308], "category_id": 1, "image_id": 7}
+    content["annotations"].append(huge | {"id": 9001, "iscrowd": 0, "area": 100})
+    figures = report(written(tmp_path, content, [*results, huge | {"score": 0.99}]))
+    assert figures.ap > 0
+    assert figures.ar100 < report(written(tmp_path, case[0], results)).ar100
 
 
 def test_it_runs_as_a_module(case, tmp_path):

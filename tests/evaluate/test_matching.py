@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.slow_coco import slow_match
 from tests.stores import ImageLabels, build_store
-from utils.boxes import pairwise_iou
+from utils.boxes import pairwise_iou, xywh_from_xyxy
 from utils.evaluate import matching
 from utils.evaluate.matching import (
     AREA_RANGES,
@@ -20,7 +20,6 @@ from utils.evaluate.matching import (
     confusions,
     match,
     verdict_bits,
-    xywh_from_xyxy,
 )
 from utils.structures import CROWD, DIFFICULT, Detections
 
@@ -34,7 +33,7 @@ def detections(boxes=(), scores=(), classes=()) -> Detections:
 
 
 def labels(boxes=(), classes=(), ignore=None, crowd=None, area=None) -> Labels:
-    xywh = xywh_from_xyxy(np.array(boxes, np.float32).reshape(-1, 4))
+    xywh = xywh_from_xyxy(np.array(boxes, np.float32).reshape(-1, 4).astype(float))
     crowd = np.zeros(len(classes), bool) if crowd is None else np.array(crowd, bool)
     return Labels(
         xywh=xywh,
@@ -57,7 +56,7 @@ def outcome(found: Detections, truth: Labels, area: int = 0) -> str:
     return "".join("h" if hit else "i" if out else "f" for hit, out in zip(hits, ignored))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     seed=st.integers(0, 9999),
     images=st.integers(0, 4),

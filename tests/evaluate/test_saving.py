@@ -167,10 +167,13 @@ def test_nothing_found_is_an_empty_list(tmp_path):
         {"image_ids": np.array([3, -1])},  # a mix of formats
         {"image_ids": np.array([3, 3])},  # two COCO files
         {"image_ids": np.array([3, 4]), "category_ids": np.array([1, 2])},  # --single-cls
+        {"image_ids": np.array([3, 4]), "category_ids": np.array([-1, -1, -1])},  # words in place of numbers
+        {"image_ids": np.array([3, 4]), "category_ids": np.array([1, 2, -1])},  # a word, and labels of that class
+        {"image_ids": np.array([3, 4]), "category_ids": np.array([1, 1, 2])},  # two COCO files, each with a class 1
     ],
 )
 def test_ids_are_invented_where_those_of_the_split_will_not_do(changes):
-    ids = coco_ids(store_of(NOTHING, NOTHING, **changes), len(NAMES))
+    ids = coco_ids(store_of(NOTHING, labelled((2, 10, 20, 30, 60)), **changes), len(NAMES))
     assert ids.invented
     assert (ids.images.tolist(), ids.categories.tolist()) == ([1, 2], [1, 2, 3])
 

@@ -5,9 +5,7 @@ The file is read as a whole and packed at once, so that the part of a source tha
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +27,7 @@ from utils.data.labels import (
     shown_path,
     taken,
 )
-from utils.files import nearest_name
+from utils.files import json_kind, nearest_name, read_json
 from utils.structures import CROWD, UserError
 
 NO_IMAGE = "annotation of an image that the file does not list: ignored"
@@ -131,9 +129,11 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.shown = shown_path(path)
-        content = self._parsed(path)
+        content = read_json(path)
         if not isinstance(content, dict):
-            self.refuse(f"should be a COCO file, with 'images', 'annotations' and 'categories', got {_kind(content)}")
+            self.refuse(
+                f"should be a COCO file, with 'images', 'annotations' and 'categories', got {json_kind(content)}"
+            )
         self.images = self._list(content, "images")
         self.annotations = self._list(content, "annotations")
         self.categories = self._list(content, "categories")
@@ -141,27 +141,15 @@ class _File:
     def refuse(self, problem: str) -> None:
         raise UserError(f"{self.shown}: {problem}")
 
-    def _parsed(self, path: Path) -> Any:
-        try:
-            return json.loads(path.read_bytes())
-        except OSError as error:
-            self.refuse(f"cannot be read: {error.strerror}")
-        except json.JSONDecodeError as error:
-            problem = re.sub(" (starting )?at$", "", error.msg)
-            where = f"line {error.lineno}, column {error.colno}"
-            self.refuse(f"not valid JSON: {where}: {problem[:1].lower()}{problem[1:]}")
-        except (ValueError, RecursionError):  # not UTF-8, numbers of 5,000 digits, lists in lists in lists
-            self.refuse("not valid JSON")
-
     def _list(self, content: dict[str, Any], key: str) -> list[dict[str, Any]]:
         if key not in content:
             self.refuse(f"'{key}' is missing; a COCO file has 'images', 'annotations' and 'categories'")
         items = content[key]
         if not isinstance(items, list):
-            self.refuse(f"'{key}' should be a list, got {_kind(items)}")
+            self.refuse(f"'{key}' should be a list, got {json_kind(items)}")
         for place, item in enumerate(items):
             if type(item) is not dict:
-                self.refuse(f"{key}[{place}] should be a mapping, got {_kind(item)}")
+                self.refuse(f"{key}[{place}] should be a mapping, got {json_kind(item)}")
         return items
 
     def require(self, key: str, place: int, item: dict[str, Any], name: str, kinds: tuple[type, ...]) -> Any:
@@ -170,18 +158,12 @@ class _File:
             self.refuse(f"{key}[{place}] has no '{name}'")
         if type(item[name]) not in kinds:
             words = " or ".join(_WORDS[kind] for kind in kinds if kind in _WORDS)
-            self.refuse(f"{key}[{place}]: '{name}' should be {words}, got {_kind(item[name])}")
+            self.refuse(f"{key}[{place}]: '{name}' should be {words}, got {json_kind(item[name])}")
         return item[name]
 
 
 _WORDS = {int: "a number", str: "a string", dict: "a mapping", list: "a list"}
 _ID = (int, str, float)  # 1.0 is 1, as tables write it
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    return {bool: "true or false", float: "a number", **_WORDS}.get(type(value), type(value).__name__)
 
 
 def _images(file: _File) -> tuple[list[dict[str, Any]], list[str]]:

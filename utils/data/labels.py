@@ -192,7 +192,7 @@ def checked(
     findings = _size_findings(source, labels, sizes, orientations) if labels.declared.any() else []
     findings += _row_findings(source, labels, problems) if problems.any() else []
     clean = taken(inside, kept) if len(kept) < len(problems) else inside
-    return _with_area(clean), findings
+    return clean, findings
 
 
 # What is wrong with a row, as bits; from _FIRST_DROPPED on it is lost
@@ -318,8 +318,3 @@ def _size_findings(source: Source, labels: FileLabels, sizes: np.ndarray, orient
         Finding(file=shown_path(source.images[image]), line=0, problem=OTHER_SIZE)
         for image in np.flatnonzero(wrong).tolist()
     ]
-
-
-def _with_area(rows: LabelRows) -> LabelRows:
-    sides = rows.boxes[:, 2:] - rows.boxes[:, :2]
-    return replace(rows, area=np.where(np.isnan(rows.area), sides[:, 0] * sides[:, 1], rows.area))

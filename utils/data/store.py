@@ -38,13 +38,12 @@ def packed(
     usable = sizes[:, 0] > 0  # (n,)
     counts = np.bincount(rows.image_of, minlength=len(sizes))
     assert not counts[~usable].any(), "rows of images that cannot be used"
-    sides = rows.boxes[:, 2:] - rows.boxes[:, :2]
     names = [os.fsencode(path) for path, keep in zip(paths, usable.tolist()) if keep]
     return LabelStore(
         boxes=rows.boxes.astype(np.float32),
         classes=rows.classes.astype(np.int32),
         ignore=rows.ignore.astype(np.uint8),
-        area=np.where(np.isnan(rows.area), sides[:, 0] * sides[:, 1], rows.area),
+        area=np.where(np.isnan(rows.area), _box_area(rows), rows.area),
         annotated=rows.annotated,
         ring_offsets=rows.ring_offsets.astype(np.int64),
         point_offsets=rows.point_offsets.astype(np.int64),
@@ -57,6 +56,13 @@ def packed(
         path_bytes=np.frombuffer(b"".join(names), np.uint8),
         path_offsets=offsets_of([len(name) for name in names]),
     )
+
+
+def _box_area(rows: LabelRows) -> np.ndarray:
+    """(R,) f64 px^2; of boxes in a COCO file as they stand there, since whoever scores against it knows no other."""
+    width, height = (rows.annotated if len(rows.annotated) else xywh_from_xyxy(rows.boxes))[:, 2:].T
+    with np.errstate(over="ignore"):  # 1e308 is finite
+        return width * height
 
 
 def joined(parts: Sequence[LabelStore]) -> LabelStore:

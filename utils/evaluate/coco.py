@@ -21,6 +21,7 @@ import numpy as np
 from utils.config import run_command
 from utils.evaluate.figures import coco_figures
 from utils.evaluate.matching import DetectionTable, LabelTable
+from utils.files import json_kind, read_json
 from utils.report.loggers import Console
 from utils.structures import CocoFigures, UserError
 
@@ -71,6 +72,7 @@ def _parsed(argv: Sequence[str]) -> CocoOptions:
     return CocoOptions(**vars(parser.parse_args(argv)))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # 1e308 is finite, and its square is not
 def report(options: CocoOptions) -> CocoFigures:
     """Show the figures. Raises UserError for what a user can mend."""
     case = read_case(options)
@@ -107,17 +109,19 @@ def _without_collector() -> Iterator[None]:
 
 
 def _read_case(options: CocoOptions) -> CocoCase:
-    content = _read(options.annotations)
+    content = read_json(options.annotations)
     if not isinstance(content, dict):
         hint = "; are the two files swapped?" if isinstance(content, list) else ""
-        raise UserError(f"{options.annotations}: should be a COCO file, which is a mapping, got {_kind(content)}{hint}")
+        raise UserError(
+            f"{options.annotations}: should be a COCO file, which is a mapping, got {json_kind(content)}{hint}"
+        )
     images, categories, annotations = (
         _Rows(file=options.annotations, name=name, entries=_list(options.annotations, content, name))
         for name in ("images", "categories", "annotations")
     )
-    results = _read(options.results)
+    results = read_json(options.results)
     if not isinstance(results, list):
-        raise UserError(f"{options.results}: should be a list, as --save-json writes it, got {_kind(results)}")
+        raise UserError(f"{options.results}: should be a list, as --save-json writes it, got {json_kind(results)}")
     image_places, class_places = images.places(), categories.places()
     found = _detections(options, results, image_places, class_places)
     truth, listed = _labels(annotations, image_places, class_places)
@@ -158,7 +162,8 @@ def _detections(
         if len(unknown):
             raise UserError(
                 f"{options.results}: [{unknown[0]}]: {options.annotations} has no {key} "
-                f"{json.dumps(results[unknown[0]][key])}; {len(unknown):,} of {len(results):,} detections are of such"
+                f"{json.dumps(results[unknown[0]][key])}; {len(unknown):,} of {len(results):,} detections "
+                "have one that it lacks"
             )
     return DetectionTable(image=image, xywh=rows.boxes(), scores=rows.numbers("score"), classes=classes)
 
@@ -219,7 +224,7 @@ class _Rows:
         """Entry by entry. Raises UserError, naming the first that is not sound."""
         for place, entry in enumerate(self.entries):
             if not isinstance(entry, dict):
-                raise UserError(f"{self.file}: {self.name}[{place}] should be a mapping, got {_kind(entry)}")
+                raise UserError(f"{self.file}: {self.name}[{place}] should be a mapping, got {json_kind(entry)}")
             if key not in entry:
                 raise UserError(f"{self.file}: {self.name}[{place}] has no '{key}'")
             if not is_sound(entry[key]):
@@ -244,25 +249,9 @@ def _is_box(value: Any) -> bool:
 
 def _list(file: Path, content: dict[str, Any], key: str) -> list[Any]:
     if not isinstance(content.get(key), list):
-        problem = f"should be a list, got {_kind(content[key])}" if key in content else "is missing"
+        problem = f"should be a list, got {json_kind(content[key])}" if key in content else "is missing"
         raise UserError(f"{file}: '{key}' {problem}; a COCO file has 'images', 'annotations' and 'categories'")
     return content[key]
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError):  # not UTF-8, numbers of 5,000 digits, lists in lists in lists
-        raise UserError(f"{file}: not valid JSON") from None
-
-
-def _kind(value: Any) -> str:
-    words = {dict: "a mapping", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return words.get(type(value), "a number")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils.boxes import xywh_from_xyxy
 from utils.evaluate.ordering import descending, positions_in, row_order, starts_of
 from utils.structures import CROWD, Detections, LabelStore
 
@@ -51,9 +52,9 @@ class Labels:
     @classmethod
     def of(cls, store: LabelStore, image: int) -> Labels:
         rows = store.rows(image)
-        ignore = store.ignore[rows]
+        ignore, boxes = store.ignore[rows], store.boxes[rows].astype(np.float64)
         return cls(
-            xywh=store.annotated[rows] if len(store.annotated) else xywh_from_xyxy(store.boxes[rows]),
+            xywh=store.annotated[rows] if len(store.annotated) else xywh_from_xyxy(boxes),
             classes=store.classes[rows],
             area=store.area[rows],
             ignore=ignore != 0,
@@ -74,7 +75,7 @@ class DetectionTable:
     def of(cls, detections: Sequence[Detections]) -> DetectionTable:
         return cls(
             image=_owners([len(one.scores) for one in detections]),
-            xywh=xywh_from_xyxy(_stack([_numpy(one.boxes) for one in detections], (0, 4), np.float32)),
+            xywh=xywh_from_xyxy(_stack([_numpy(one.boxes) for one in detections], (0, 4), np.float64)),
             scores=_stack([_numpy(one.scores) for one in detections], (0,), np.float32),
             classes=_stack([_numpy(one.classes) for one in detections], (0,), np.int64),
         )
@@ -346,12 +347,6 @@ def confusion_matrix(pairs: np.ndarray, num_classes: int) -> np.ndarray:
     """(P, 2) predicted and true class -> (C + 1, C + 1) i64 counts, predicted x true, last = background."""
     side = num_classes + 1
     return np.bincount(pairs[:, 0].astype(np.int64) * side + pairs[:, 1], minlength=side * side).reshape(side, side)
-
-
-def xywh_from_xyxy(boxes: np.ndarray) -> np.ndarray:
-    """(N, 4) corners -> (N, 4) f64 low corner, width and height."""
-    boxes = boxes.astype(np.float64)
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
 
 
 def _owners(counts: list[int]) -> np.ndarray:

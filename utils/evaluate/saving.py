@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from utils.boxes import cxcywh_from_xyxy, pairwise_iou
+from utils.boxes import cxcywh_from_xyxy, pairwise_iou, xywh_from_xyxy
 from utils.checkpoint import METRICS_FILE, WEIGHTS_FOLDER
 from utils.evaluate.matching import Labels
 from utils.evaluate.metrics import Evidence
@@ -73,7 +73,7 @@ class CocoIds:
 
 def coco_ids(store: LabelStore, num_classes: int) -> CocoIds:
     """The ids of a split, or where it has none the numbers of its images and classes, counted from 1."""
-    if _has_image_ids(store) and len(store.category_ids) == num_classes:
+    if _has_image_ids(store) and _has_category_ids(store, num_classes):
         return CocoIds(images=store.image_ids, categories=store.category_ids, invented=False)
     return CocoIds(images=np.arange(1, len(store) + 1), categories=np.arange(1, num_classes + 1), invented=True)
 
@@ -82,6 +82,15 @@ def _has_image_ids(store: LabelStore) -> bool:
     """Whether each image has a number of its own in an annotation file."""
     ids = store.image_ids
     return bool((ids >= 0).all()) and len(np.unique(ids)) == len(ids)
+
+
+def _has_category_ids(store: LabelStore, num_classes: int) -> bool:
+    """Whether each class that has labels, and one at least, has a number of its own."""
+    if len(store.category_ids) != num_classes:
+        return False
+    known = store.category_ids >= 0
+    is_used = np.bincount(store.classes, minlength=num_classes) > 0
+    return bool(known.any() and known[is_used].all()) and len(np.unique(store.category_ids[known])) == known.sum()
 
 
 def write_predictions(folder: Path, evidence: Evidence, store: LabelStore, names: Sequence[str]) -> list[str]:
@@ -115,15 +124,10 @@ def _results(evidence: Evidence, rows: np.ndarray, ids: CocoIds) -> Iterator[str
     """One JSON object for each of these detections, to the last digit."""
     for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE)):
         images, categories = ids.images[evidence.image[part]], ids.categories[evidence.classes[part]]
-        boxes, scores = _xywh(evidence.boxes[part]), evidence.scores[part].astype(np.float64)
+        boxes, scores = (values[part].astype(np.float64) for values in (evidence.boxes, evidence.scores))
+        boxes = xywh_from_xyxy(boxes)
         for image, category, box, score in zip(*(each.tolist() for each in (images, categories, boxes, scores))):
             yield f'{{"image_id": {image}, "category_id": {category}, "bbox": {box}, "score": {score}}}'
-
-
-def _xywh(boxes: np.ndarray) -> np.ndarray:
-    """(K, 4) xyxy -> (K, 4) f64."""
-    exact = boxes.astype(np.float64)
-    return np.concatenate([exact[:, :2], exact[:, 2:] - exact[:, :2]], axis=1)
 
 
 def _write_annotations(file: IO[bytes], store: LabelStore, names: Sequence[str], ids: CocoIds) -> None:

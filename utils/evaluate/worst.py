@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from utils.evaluate.matching import DetectionTable, Labels, LabelTable, match, xywh_from_xyxy
+from utils.boxes import xywh_from_xyxy
+from utils.evaluate.matching import DetectionTable, Labels, LabelTable, match
 from utils.evaluate.metrics import Evidence
 from utils.structures import FALSE_ALARM, HIT, MISSED, JudgedImage, LabelStore
 
@@ -40,7 +41,7 @@ def _judged(evidence: Evidence, store: LabelStore, image: int, claimed: np.ndarr
     rows = np.flatnonzero(claimed & (evidence.image == image))
     detections = DetectionTable(
         image=np.zeros(len(rows), np.int64),
-        xywh=xywh_from_xyxy(evidence.boxes[rows]),
+        xywh=xywh_from_xyxy(evidence.boxes[rows].astype(np.float64)),
         scores=evidence.scores[rows],
         classes=evidence.classes[rows],
     )
