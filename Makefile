@@ -1,5 +1,5 @@
 # make demo: install into .venv and train on the embedded data set.   make test: install and run the tests.
-# make bench: what a step, the loader, an evaluation and a start cost here.   make bench-peer: our step, samples and val.py against yolov5's.
+# make bench: what a step, the loader, an evaluation and a start cost here.   make bench-peer: step, samples, val.py and figures against the peers'.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,8 +19,9 @@ test: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench
 
-bench-peer: $(PEER)/.installed
+bench-peer: $(PEER)/.installed $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.peer
+	$(BIN)/python -m benchmarks.coco_eval
 
 install: $(VENV)/.installed
 
