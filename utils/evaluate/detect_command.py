@@ -458,7 +458,7 @@ class ResultFiles(Results):
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
-    write_atomic(path, lambda file: file.write(data) and None)
+    write_atomic(path, lambda file: file.write(data) and None, lasting=False)
 
 
 def file_stems(media: Sequence[Medium]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from utils.boxes import cxcywh_from_xyxy, pairwise_iou
+from utils.boxes import cxcywh_from_xyxy, pairwise_iou, xywh_from_xyxy
 from utils.checkpoint import METRICS_FILE, WEIGHTS_FOLDER
 from utils.evaluate.matching import Labels
 from utils.evaluate.metrics import Evidence
@@ -115,15 +115,9 @@ def _results(evidence: Evidence, rows: np.ndarray, ids: CocoIds) -> Iterator[str
     """One JSON object for each of these detections, to the last digit."""
     for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE)):
         images, categories = ids.images[evidence.image[part]], ids.categories[evidence.classes[part]]
-        boxes, scores = _xywh(evidence.boxes[part]), evidence.scores[part].astype(np.float64)
+        boxes, scores = xywh_from_xyxy(evidence.boxes[part].astype(np.float64)), evidence.scores[part].astype(np.float64)
         for image, category, box, score in zip(*(each.tolist() for each in (images, categories, boxes, scores))):
             yield f'{{"image_id": {image}, "category_id": {category}, "bbox": {box}, "score": {score}}}'
-
-
-def _xywh(boxes: np.ndarray) -> np.ndarray:
-    """(K, 4) xyxy -> (K, 4) f64."""
-    exact = boxes.astype(np.float64)
-    return np.concatenate([exact[:, :2], exact[:, 2:] - exact[:, :2]], axis=1)
 
 
 def _write_annotations(file: IO[bytes], store: LabelStore, names: Sequence[str], ids: CocoIds) -> None:
@@ -235,7 +229,7 @@ def write_txt(
     ]
     if scores is not None:  # the shortest text that is this very f32
         lines = [f"{line} {score!s}" for line, score in zip(lines, np.asarray(scores, np.float32))]
-    write_text(path, "".join(f"{line}\n" for line in lines))
+    write_text(path, "".join(f"{line}\n" for line in lines), lasting=False)
 
 
 def label_names(store: LabelStore) -> list[str]:
