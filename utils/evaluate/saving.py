@@ -115,7 +115,8 @@ def _results(evidence: Evidence, rows: np.ndarray, ids: CocoIds) -> Iterator[str
     """One JSON object for each of these detections, to the last digit."""
     for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE)):
         images, categories = ids.images[evidence.image[part]], ids.categories[evidence.classes[part]]
-        boxes, scores = xywh_from_xyxy(evidence.boxes[part].astype(np.float64)), evidence.scores[part].astype(np.float64)
+        boxes = xywh_from_xyxy(evidence.boxes[part].astype(np.float64))
+        scores = evidence.scores[part].astype(np.float64)
         for image, category, box, score in zip(*(each.tolist() for each in (images, categories, boxes, scores))):
             yield f'{{"image_id": {image}, "category_id": {category}, "bbox": {box}, "score": {score}}}'
 
