@@ -329,7 +329,7 @@ MISTAKES = {
     "URL": (["--weights", "BEST", "--source", "https://a.b/c.jpg"], ["URLs are not fetched; download it first"]),
     "camera": (["--weights", "BEST", "--source", "0"], ["cameras are not supported"]),
     "foreign photos": (["--weights", "BEST", "--source", "heic"], ["none of its photos", "convert them", "a.heic"]),
-    "class": (["--weights", "BEST", "--source", "photos", "--classes", "0", "99"], ["--classes", "99", "1 red"]),
+    "class": (["--weights", "BEST", "--source", "photos", "--classes", "0", "99"], ["--classes 99", "1 (red)"]),
     "confidence": (["--weights", "BEST", "--source", "photos", "--conf-thres", "25"], ["--conf-thres 25", "0 and 1"]),
     "scores alone": (["--weights", "BEST", "--source", "photos", "--save-conf"], ["--save-conf", "--save-txt"]),
     "half on the CPU": (["--weights", "BEST", "--source", "photos", "--half", "--device", "cpu"], ["fp16", "CUDA"]),

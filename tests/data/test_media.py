@@ -215,11 +215,8 @@ def test_frames_of_another_size_are_made_to_fit(tmp_path):
     assert [frame.shape for frame in frames_of(video.path)] == [(48, 64, 3)] * 2
 
 
-def test_a_video_without_frames_and_one_that_is_discarded_leave_nothing(tmp_path):
+def test_a_video_without_frames_leaves_nothing(tmp_path):
     VideoFile(tmp_path, "clip", rate=10, size=(48, 64)).close()
-    video = VideoFile(tmp_path, "other", rate=10, size=(48, 64))
-    video.add(np.zeros((48, 64, 3), np.uint8))
-    video.discard()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -385,11 +385,6 @@ class VideoFile:
             raise OSError(errno.EIO, os.strerror(errno.EIO), os.fspath(self.path))
         self._unfinished.replace(self.path)
 
-    def discard(self) -> None:
-        """As if it had never been."""
-        self._writer.release()
-        self._unfinished.unlink(missing_ok=True)
-
     def _refuse_unwritable(self) -> None:
         """OpenCV would not say why."""
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from models.yolo import DetectionModel
 from utils.checkpoint import METRICS_FILE, Checkpoint, averaged_model, load_checkpoint
 from utils.clock import TimeSplit
-from utils.config import ValOptions, validated, whole_strides
+from utils.config import DetectOptions, ValOptions, validated, whole_strides
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches, faults_named
 from utils.data.scan import open_dataset, refuse_findings, scan_dataset
@@ -27,7 +27,7 @@ from utils.runtime import Runtime, choose_runtime, mendable_errors
 from utils.structures import DatasetSpec, HeadSpec, LabelStore, Metrics, UserError
 
 _CLASSES_SHOWN = 30  # more, and only --verbose lists them
-_IN_USE = {"conf_thres": 0.25, "iou_thres": 0.45}  # the rules of `--task speed`, those of detect.py, unless given
+_IN_USE = {"conf_thres": DetectOptions.conf_thres, "iou_thres": DetectOptions.iou_thres}  # `--task speed`, unless given
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ class Detector:
         _check_count("max_detections", max_detections)
         for number in classes:
             if number not in range(len(self.names)):
-                raise UserError(f"classes: there is no class {number!r}; {self._classes_there()}")
+                raise UserError(f"classes {number!r}: should be of {self._classes_there()}")
         return NmsRules(
             confidence=float(confidence),
             iou=float(iou),
@@ -108,9 +108,9 @@ class Detector:
         )
 
     def _classes_there(self) -> str:
-        listed = ", ".join(f"{number} {name}" for number, name in enumerate(self.names[:_NAMES_SHOWN]))
-        more = f", ... to {len(self.names) - 1} {self.names[-1]}" if len(self.names) > _NAMES_SHOWN else ""
-        return f"there is {listed}{more}"
+        listed = ", ".join(f"{number} ({name})" for number, name in enumerate(self.names[:_NAMES_SHOWN]))
+        more = f", ... {len(self.names) - 1} ({self.names[-1]})" if len(self.names) > _NAMES_SHOWN else ""
+        return listed + more
 
     def stream(
         self,
