@@ -14,8 +14,9 @@ import torch
 
 import detect
 import val
-from utils.data import media
-from utils.evaluate.detect_command import file_stems
+from utils.data import encode
+from utils.data.media import Medium
+from utils.evaluate.detect_files import file_stems
 
 RESULTS = Path("runs/detect/exp")
 
@@ -171,12 +172,12 @@ def test_inputs_of_one_name_do_not_overwrite_each_other(command, photos):
 
 def test_names_of_results_do_not_meet_those_of_frames():
     paths = ["clip_3.jpg", "clip.mp4", "Clip.avi", "clip.jpg", "a/clip.jpg", "clip_x.jpg"]
-    found = [media.Medium(path=path, is_video=path.endswith(("mp4", "avi"))) for path in paths]
+    found = [Medium(path=path, is_video=path.endswith(("mp4", "avi"))) for path in paths]
     assert file_stems(found) == ["clip_3-2", "clip", "Clip-2", "clip-3", "clip-4", "clip_x"]
 
 
 def test_thousands_of_inputs_of_one_name():
-    found = [media.Medium(path=f"{number}/a.jpg", is_video=False) for number in range(20_000)]
+    found = [Medium(path=f"{number}/a.jpg", is_video=False) for number in range(20_000)]
     assert file_stems(found)[::19_999] == ["a", "a-20000"]
 
 
@@ -295,7 +296,7 @@ def test_a_video_that_ends_early_is_told(command, photos):
 
 def test_where_no_encoder_is_there_everything_else_works(command, photos, monkeypatch):
     film(photos / "clip.avi", sorted(photos.glob("*.png")), frames=4)
-    monkeypatch.setattr(media, "_VIDEO_KINDS", ((".mp4", "nope"),))
+    monkeypatch.setattr(encode, "_VIDEO_KINDS", ((".mp4", "nope"),))
     code, output, problems = command("--source", photos, "--save-txt")
     assert (code, problems) == (0, "")
     assert output.count("warning: this OpenCV has no encoder for videos: none is written") == 1
@@ -305,7 +306,7 @@ def test_where_no_encoder_is_there_everything_else_works(command, photos, monkey
 
 def test_motion_jpeg_stands_in_for_mpeg4(command, photos, monkeypatch):
     film(photos / "clip.avi", sorted(photos.glob("*.png")), frames=4)
-    monkeypatch.setattr(media, "_VIDEO_KINDS", ((".mp4", "nope"), (".avi", "MJPG")))
+    monkeypatch.setattr(encode, "_VIDEO_KINDS", ((".mp4", "nope"), (".avi", "MJPG")))
     assert command("--source", photos / "clip.avi")[0] == 0
     assert [path.name for path in RESULTS.iterdir()] == ["clip.avi"]
     assert frames_of(RESULTS / "clip.avi")[0] == 4
@@ -404,10 +405,10 @@ def test_an_image_size_beyond_all_memory_is_one_line(command, photos):
 
 
 def test_a_full_disk_is_one_line(command, photos, monkeypatch):
-    def full(path, write):
+    def full(path, write, *, lasting):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("utils.evaluate.detect_command.write_atomic", full)
+    monkeypatch.setattr("utils.evaluate.detect_files.write_atomic", full)
     code, _, problems = command("--source", photos)
     assert code == 1
     assert re.fullmatch(r"detect\.py: error: No space left on device: \S+0\.png\n", problems)
@@ -415,7 +416,7 @@ def test_a_full_disk_is_one_line(command, photos, monkeypatch):
 
 def test_a_disk_that_a_video_fills_is_one_line(command, photos, monkeypatch):
     film(photos / "clip.avi", sorted(photos.glob("*.png")), frames=60)
-    monkeypatch.setattr(media, "_LEAST_FREE", 1 << 62)
+    monkeypatch.setattr(encode, "_LEAST_FREE", 1 << 62)
     code, _, problems = command("--source", photos / "clip.avi")
     assert code == 1
     assert re.fullmatch(r"detect\.py: error: No space left on device: \S+clip\.mp4\n", problems)
