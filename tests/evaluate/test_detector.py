@@ -154,6 +154,8 @@ def test_what_is_no_image_is_one_line(detector, mistake):
         ({"max_detections": 0}, "max_detections 0: should be a whole number of 1 or more"),
         ({"classes": [2]}, r"^classes 2: should be of 0 \(blue\), 1 \(red\)$"),
         ({"classes": ["red"]}, "^classes 'red': should be of 0"),
+        ({"classes": [1.0]}, "^classes 1.0: should be of 0"),
+        ({"classes": 1}, "^classes 1: should be a list of numbers, of 0"),
         ({"batch_size": 0}, "batch_size 0"),
     ],
 )

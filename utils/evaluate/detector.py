@@ -96,15 +96,18 @@ class Detector:
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise UserError(f"{name} {value!r}: should be a number from 0 to 1")
         _check_count("max_detections", max_detections)
-        for number in classes:
-            if number not in range(len(self.names)):
+        if not isinstance(classes, Iterable):
+            raise UserError(f"classes {classes!r}: should be a list of numbers, of {self._classes_there()}")
+        wanted = set(classes)
+        for number in wanted:
+            if not isinstance(number, (int, np.integer)) or number not in range(len(self.names)):
                 raise UserError(f"classes {number!r}: should be of {self._classes_there()}")
         return NmsRules(
             confidence=float(confidence),
             iou=float(iou),
             max_detections=max_detections,
             agnostic=agnostic,
-            classes=tuple(sorted(set(classes))),
+            classes=tuple(sorted(map(int, wanted))),
         )
 
     def _classes_there(self) -> str:

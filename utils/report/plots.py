@@ -530,7 +530,7 @@ def _number_cells(axes: Axes, values: np.ndarray, norm: Normalize, cell_px: floa
         value = values[row, column]
         text = _number_text(round(value), int(cell_px / (0.66 * text_px)))
         colour = "white" if norm(value) > 0.45 else INK
-        axes.text(column, row, text, ha="center", va="center", fontsize=_points(text_px), color=colour)
+        axes.text(column, row, text, ha="center", va="center", fontsize=_points(text_px), color=colour, in_layout=False)
 
 
 def _number_text(value: int, letters: int) -> str:
