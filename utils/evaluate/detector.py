@@ -98,7 +98,7 @@ class Detector:
         _check_count("max_detections", max_detections)
         if not isinstance(classes, Iterable):
             raise UserError(f"classes {classes!r}: should be a list of numbers, of {self._classes_there()}")
-        wanted = set(classes)
+        wanted = tuple(classes)
         for number in wanted:
             if not isinstance(number, (int, np.integer)) or number not in range(len(self.names)):
                 raise UserError(f"classes {number!r}: should be of {self._classes_there()}")
@@ -107,7 +107,7 @@ class Detector:
             iou=float(iou),
             max_detections=max_detections,
             agnostic=agnostic,
-            classes=tuple(sorted(map(int, wanted))),
+            classes=tuple(sorted(set(map(int, wanted)))),
         )
 
     def _classes_there(self) -> str:
