@@ -134,10 +134,10 @@ def _conclude(options: DetectOptions, detector: Detector, tally: _Tally, times: 
         )
     for line in tally.lines():
         console.line(line)
-    load, network, nms = (1000 * times.parts[part] / max(times.images, 1) for part in EVALUATION_PARTS)
+    ms = times.ms_per_image
     console.line(
-        f"Per {'image' if tally.images else 'frame'}: {load:.1f} ms waiting for pixels, {network:.1f} ms network, "
-        f"{nms:.1f} ms NMS at {detector.imgsz} px in batches of {options.batch_size} on "
+        f"Per {'image' if tally.images else 'frame'}: {ms['load']:.1f} ms waiting for pixels, {ms['network']:.1f} ms "
+        f"network, {ms['nms']:.1f} ms NMS at {detector.imgsz} px in batches of {options.batch_size} on "
         f"{detector.runtime.device_description}"
     )
     console.line(f"Results: {folder}" if folder else "Results: none kept (--nosave)")

@@ -175,12 +175,12 @@ class Detector:
 _NAMES_SHOWN = 10
 
 
-def load_detector(path: str | Path, *, device: str = "", imgsz: int | None = None, amp: str = "off") -> Detector:
+def load_detector(path: str | Path, *, device: str, imgsz: int | None) -> Detector:
     """See `models.yolo.load`."""
     if imgsz is not None:
         _check_count("imgsz", imgsz)
     benchmark = torch.backends.cudnn.benchmark
-    runtime = choose_runtime(device=str(device), amp=amp, workers=0)
+    runtime = choose_runtime(device=str(device), amp="off", workers=0)
     torch.backends.cudnn.benchmark = benchmark  # the rest of the program is not ours
     return detector_of(Path(path), runtime=runtime, imgsz=imgsz, note=lambda text: warnings.warn(text, stacklevel=4))
 
