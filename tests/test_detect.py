@@ -361,6 +361,16 @@ def test_a_mistake_is_one_line_and_no_folder(best, cli, photos, mistake):
     assert {path: path.read_bytes() for path in photos.iterdir()} == before
 
 
+def test_labels_of_a_data_set_are_not_replaced(command, photos):
+    Path("set/labels").mkdir(parents=True)
+    photos.rename("set/images")
+    Path("set/labels/0.txt").write_text("true")
+    flags = ("--project", ".", "--name", "set", "--exist-ok", "--nosave", "--save-txt")
+    code, _, problems = command("--source", "set/images", *flags)
+    assert code == 2 and "--exist-ok: set/images/0.png lies in set, " in problems
+    assert Path("set/labels/0.txt").read_text() == "true"
+
+
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(command, photos):
     (photos / "0.png").write_bytes((photos / "0.png").read_bytes()[:100])
     (photos / "1.png").write_bytes(b"")

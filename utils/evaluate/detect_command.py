@@ -87,15 +87,20 @@ def _rules(detector: Detector, options: DetectOptions) -> NmsRules:
 
 
 def _result_folder(options: DetectOptions, media: Sequence[Medium]) -> Path | None:
-    """A folder for the results, if there will be any. Raises UserError where pictures would replace their sources."""
+    """A folder for the results, if there will be any.
+
+    Raises UserError where they would replace what they are made of, or its labels: a data set has a folder of that name.
+    """
     if options.nosave and not options.save_txt and not options.save_crop:
         return None
-    if options.exist_ok and not options.nosave:
-        target = Path(options.project, options.name).resolve()
-        inside = next((one.path for one in media if Path(one.path).resolve().parent == target), None)
+    if options.exist_ok:
+        folder = Path(options.project, options.name)
+        target = folder.resolve()
+        inside = next((one.path for one in media if target in Path(one.path).resolve().parents), None)
         if inside is not None:
             raise UserError(
-                f"--exist-ok: {shown_path(inside)} lies where its picture would be written; choose another --name"
+                f"--exist-ok: {shown_path(inside)} lies in {folder}, where results could replace it or its labels; "
+                "choose another --name or --project"
             )
     return new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
 
