@@ -89,7 +89,7 @@ def _rules(detector: Detector, options: DetectOptions) -> NmsRules:
 def _result_folder(options: DetectOptions, media: Sequence[Medium]) -> Path | None:
     """A folder for the results, if there will be any.
 
-    Raises UserError where they would replace what they are made of, or its labels: a data set has a folder of that name.
+    Raises UserError where they could replace what they are made of, or its labels: data sets have a folder `labels`.
     """
     if options.nosave and not options.save_txt and not options.save_crop:
         return None
