@@ -106,6 +106,24 @@ def test_a_folder_of_images(command, photos):
     assert crops == expected
 
 
+def test_views_and_rivals_count_where_they_are_asked_for(command, photos):
+    boxes = {}
+    for name in ("usual", "augment", "agnostic"):
+        flags = ["--nosave", "--save-txt", "--name", name, "--conf-thres", "0.02", *([f"--{name}"] * (name != "usual"))]
+        assert command("--source", photos, *flags)[0] == 0
+        boxes[name] = np.concatenate([*labels(Path("runs/detect", name)).values()])
+    assert len(boxes["agnostic"]) < len(boxes["usual"])
+    assert boxes["augment"].shape != boxes["usual"].shape or (boxes["augment"] != boxes["usual"]).any()
+
+
+def test_labels_of_an_earlier_run_do_not_stay_where_nothing_is_found(command, photos):
+    flags = ["--source", photos, "--exist-ok", "--nosave", "--save-txt"]
+    command(*flags)
+    assert labels(RESULTS)
+    assert command(*flags, "--conf-thres", "1")[0] == 0
+    assert not labels(RESULTS)
+
+
 def test_a_crop_is_what_its_box_holds(command, photos):
     command("--source", photos / "0.png", "--save-txt", "--save-crop")
     kind, cx, cy, w, h = labels(RESULTS)["0.txt"][0]

@@ -121,6 +121,13 @@ def test_a_verdict_has_its_colour_and_no_other(tmp_path, verdict, colour):
     assert shown == [colour]
 
 
+def test_what_was_missed_is_dashed_and_what_is_false_is_not(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(mosaics, "draw_boxes", lambda *args, dashed=(), **kwargs: drawn.append(list(dashed)))
+    plot_worst([judged(0, [FALSE_ALARM, MISSED])], pictured_store(tmp_path), ("cat",), tmp_path / "worst.png")
+    assert drawn[-1] == [False, True]
+
+
 def test_captions_count_and_boxes_name(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(mosaics, "write_line", lambda image, text, *args, **kwargs: said.append(text))
