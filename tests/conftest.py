@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -151,12 +152,14 @@ def start():
     def launch(script: str, *flags: str, **options) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has children ignore Ctrl-C
         process = subprocess.Popen(
             [sys.executable, str(ROOT / script), *flags],
             start_new_session=True,
             env=environment,
             **{**pipes, **options},
         )
+        signal.signal(signal.SIGINT, usual)
         processes.append(process)
         return process
 

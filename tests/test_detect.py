@@ -14,8 +14,9 @@ import torch
 
 import detect
 import val
-from utils.data import media
-from utils.evaluate.detect_command import file_stems
+from utils.data import encode
+from utils.data.media import Medium
+from utils.evaluate.detect_files import file_stems
 
 RESULTS = Path("runs/detect/exp")
 
@@ -105,6 +106,24 @@ def test_a_folder_of_images(command, photos):
     assert crops == expected
 
 
+def test_views_and_rivals_count_where_they_are_asked_for(command, photos):
+    boxes = {}
+    for name in ("usual", "augment", "agnostic"):
+        flags = ["--nosave", "--save-txt", "--name", name, "--conf-thres", "0.02", *([f"--{name}"] * (name != "usual"))]
+        assert command("--source", photos, *flags)[0] == 0
+        boxes[name] = np.concatenate([*labels(Path("runs/detect", name)).values()])
+    assert len(boxes["agnostic"]) < len(boxes["usual"])
+    assert boxes["augment"].shape != boxes["usual"].shape or (boxes["augment"] != boxes["usual"]).any()
+
+
+def test_labels_of_an_earlier_run_do_not_stay_where_nothing_is_found(command, photos):
+    flags = ["--source", photos, "--exist-ok", "--nosave", "--save-txt"]
+    command(*flags)
+    assert labels(RESULTS)
+    assert command(*flags, "--conf-thres", "1")[0] == 0
+    assert not labels(RESULTS)
+
+
 def test_a_crop_is_what_its_box_holds(command, photos):
     command("--source", photos / "0.png", "--save-txt", "--save-crop")
     kind, cx, cy, w, h = labels(RESULTS)["0.txt"][0]
@@ -171,12 +190,12 @@ def test_inputs_of_one_name_do_not_overwrite_each_other(command, photos):
 
 def test_names_of_results_do_not_meet_those_of_frames():
     paths = ["clip_3.jpg", "clip.mp4", "Clip.avi", "clip.jpg", "a/clip.jpg", "clip_x.jpg"]
-    found = [media.Medium(path=path, is_video=path.endswith(("mp4", "avi"))) for path in paths]
+    found = [Medium(path=path, is_video=path.endswith(("mp4", "avi"))) for path in paths]
     assert file_stems(found) == ["clip_3-2", "clip", "Clip-2", "clip-3", "clip-4", "clip_x"]
 
 
 def test_thousands_of_inputs_of_one_name():
-    found = [media.Medium(path=f"{number}/a.jpg", is_video=False) for number in range(20_000)]
+    found = [Medium(path=f"{number}/a.jpg", is_video=False) for number in range(20_000)]
     assert file_stems(found)[::19_999] == ["a", "a-20000"]
 
 
@@ -295,7 +314,7 @@ def test_a_video_that_ends_early_is_told(command, photos):
 
 def test_where_no_encoder_is_there_everything_else_works(command, photos, monkeypatch):
     film(photos / "clip.avi", sorted(photos.glob("*.png")), frames=4)
-    monkeypatch.setattr(media, "_VIDEO_KINDS", ((".mp4", "nope"),))
+    monkeypatch.setattr(encode, "_VIDEO_KINDS", ((".mp4", "nope"),))
     code, output, problems = command("--source", photos, "--save-txt")
     assert (code, problems) == (0, "")
     assert output.count("warning: this OpenCV has no encoder for videos: none is written") == 1
@@ -305,7 +324,7 @@ def test_where_no_encoder_is_there_everything_else_works(command, photos, monkey
 
 def test_motion_jpeg_stands_in_for_mpeg4(command, photos, monkeypatch):
     film(photos / "clip.avi", sorted(photos.glob("*.png")), frames=4)
-    monkeypatch.setattr(media, "_VIDEO_KINDS", ((".mp4", "nope"), (".avi", "MJPG")))
+    monkeypatch.setattr(encode, "_VIDEO_KINDS", ((".mp4", "nope"), (".avi", "MJPG")))
     assert command("--source", photos / "clip.avi")[0] == 0
     assert [path.name for path in RESULTS.iterdir()] == ["clip.avi"]
     assert frames_of(RESULTS / "clip.avi")[0] == 4
@@ -329,7 +348,7 @@ MISTAKES = {
     "URL": (["--weights", "BEST", "--source", "https://a.b/c.jpg"], ["URLs are not fetched; download it first"]),
     "camera": (["--weights", "BEST", "--source", "0"], ["cameras are not supported"]),
     "foreign photos": (["--weights", "BEST", "--source", "heic"], ["none of its photos", "convert them", "a.heic"]),
-    "class": (["--weights", "BEST", "--source", "photos", "--classes", "0", "99"], ["--classes", "99", "1 red"]),
+    "class": (["--weights", "BEST", "--source", "photos", "--classes", "0", "99"], ["--classes 99", "1 (red)"]),
     "confidence": (["--weights", "BEST", "--source", "photos", "--conf-thres", "25"], ["--conf-thres 25", "0 and 1"]),
     "scores alone": (["--weights", "BEST", "--source", "photos", "--save-conf"], ["--save-conf", "--save-txt"]),
     "half on the CPU": (["--weights", "BEST", "--source", "photos", "--half", "--device", "cpu"], ["fp16", "CUDA"]),
@@ -358,6 +377,16 @@ def test_a_mistake_is_one_line_and_no_folder(best, cli, photos, mistake):
     assert "Traceback" not in output + problems
     assert not Path("runs").exists()
     assert {path: path.read_bytes() for path in photos.iterdir()} == before
+
+
+def test_labels_of_a_data_set_are_not_replaced(command, photos):
+    Path("set/labels").mkdir(parents=True)
+    photos.rename("set/images")
+    Path("set/labels/0.txt").write_text("true")
+    flags = ("--project", ".", "--name", "set", "--exist-ok", "--nosave", "--save-txt")
+    code, _, problems = command("--source", "set/images", *flags)
+    assert code == 2 and "--exist-ok: set/images/0.png lies in set, " in problems
+    assert Path("set/labels/0.txt").read_text() == "true"
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(command, photos):
@@ -404,10 +433,10 @@ def test_an_image_size_beyond_all_memory_is_one_line(command, photos):
 
 
 def test_a_full_disk_is_one_line(command, photos, monkeypatch):
-    def full(path, write):
+    def full(path, write, *, lasting):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("utils.evaluate.detect_command.write_atomic", full)
+    monkeypatch.setattr("utils.evaluate.detect_files.write_atomic", full)
     code, _, problems = command("--source", photos)
     assert code == 1
     assert re.fullmatch(r"detect\.py: error: No space left on device: \S+0\.png\n", problems)
@@ -415,7 +444,7 @@ def test_a_full_disk_is_one_line(command, photos, monkeypatch):
 
 def test_a_disk_that_a_video_fills_is_one_line(command, photos, monkeypatch):
     film(photos / "clip.avi", sorted(photos.glob("*.png")), frames=60)
-    monkeypatch.setattr(media, "_LEAST_FREE", 1 << 62)
+    monkeypatch.setattr(encode, "_LEAST_FREE", 1 << 62)
     code, _, problems = command("--source", photos / "clip.avi")
     assert code == 1
     assert re.fullmatch(r"detect\.py: error: No space left on device: \S+clip\.mp4\n", problems)

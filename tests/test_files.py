@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,15 @@ def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path):
     write_text(tmp_path / "ours", "text")
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("usual", "ours")]
     assert modes[0] == modes[1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits are POSIX")
+def test_threads_that_write_at_once_leave_the_permissions_of_the_process_alone(tmp_path):
+    (tmp_path / "before").touch()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda index: write_text(tmp_path / f"{index}", "", lasting=False), range(1000)))
+    (tmp_path / "after").touch()
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}) == 1
 
 
 def test_text_is_utf8(tmp_path):

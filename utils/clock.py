@@ -38,6 +38,11 @@ class TimeSplit:
         """The speed of training, evaluation and saving left out; of PARTS alone."""
         return self.images / max(sum(self.parts[part] for part in TRAINING_PARTS), 1e-9)
 
+    @property
+    def ms_per_image(self) -> dict[str, float]:
+        """Milliseconds by part."""
+        return {part: 1000 * seconds / max(self.images, 1) for part, seconds in self.parts.items()}
+
     def __add__(self, other: TimeSplit) -> TimeSplit:
         return TimeSplit(
             wall=self.wall + other.wall,

@@ -438,9 +438,7 @@ def _check_val(options: ValOptions) -> None:
         raise UserError(f"--task speed and {asked[0]}: it measures time and keeps no detections; choose one")
     if options.save_conf and not (options.save_txt or options.save_hybrid):
         raise UserError("--save-conf adds scores to label files; ask for these with --save-txt or --save-hybrid")
-    for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
-        if value > 1:
-            raise UserError(f"{flag} {value:g}: should be between 0 and 1")
+    _check_thresholds(options)
 
 
 def _check_detect(options: DetectOptions) -> None:
@@ -450,11 +448,15 @@ def _check_detect(options: DetectOptions) -> None:
         raise UserError(
             "--source is missing: name an image, a video, a folder, a glob in quotes or a .txt list of these"
         )
-    for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
-        if not value <= 1:
-            raise UserError(f"{flag} {value:g}: should be between 0 and 1")
+    _check_thresholds(options)
     if options.save_conf and not options.save_txt:
         raise UserError("--save-conf adds scores to label files; ask for these with --save-txt")
+
+
+def _check_thresholds(options: ValOptions | DetectOptions) -> None:
+    for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
+        if value > 1:
+            raise UserError(f"{flag} {value:g}: should be between 0 and 1")
 
 
 def whole_strides(imgsz: int, stride: int, *, note: Callable[[str], object]) -> int:

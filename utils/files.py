@@ -1,6 +1,7 @@
 """Files: atomic writes, YAML and JSON, the user's cache folder, run-folder names.
 
-A file written here is either the complete old one or the complete new one, whenever the machine stops.
+A file written here is either the complete old one or the complete new one, whenever the program is killed, and unless
+it is said not to last, whenever the machine stops.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import sys
 import tempfile
@@ -28,43 +30,39 @@ _PACK_MAGIC = b"YOLOPACK1\n"
 _PACK_ALIGN = 64
 
 
-def write_atomic(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomic(path: Path, write: Callable[[IO[bytes]], None], *, lasting: bool = True) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it over `path`.
 
-    An OSError on the way names `path`.
+    A flush takes some milliseconds, which thousands of files have not: those that can be made anew go without, not
+    `lasting`. An OSError on the way names `path`.
     """
     try:
-        _write_atomic(path, write)
+        _write_atomic(path, write, lasting)
     except OSError as error:
         if error.errno is not None:
             error.filename = os.fspath(path)  # a full disk has none, other errors that of the temporary file
         raise
 
 
-def _write_atomic(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _write_atomic(path: Path, write: Callable[[IO[bytes]], None], lasting: bool) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    file = temporary.open("xb")  # with the permissions that any new file gets; asking for them would race with threads
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(OSError):  # file systems without permissions, as on memory cards
-            Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
+    if lasting:
+        _flush_folder(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode()) and None)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def write_text(path: Path, text: str, *, lasting: bool = True) -> None:
+    write_atomic(path, lambda file: file.write(text.encode()) and None, lasting=lasting)
 
 
 def _flush_folder(folder: Path) -> None:

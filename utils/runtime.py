@@ -69,9 +69,8 @@ class Runtime:
 
     def network_input(self, images: Tensor) -> Tensor:
         """u8 images as 0..1 in the precision of autocast, in which the quotients are rounded once, as they would be."""
-        return images.to(self.amp_dtype or torch.float32).div_(
-            255
-        )  # in place: fresh memory costs more than the division
+        quotients = images.to(self.amp_dtype or torch.float32)
+        return quotients.div_(255)  # in place: fresh memory costs more than the division
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Scales losses for fp16; for other precisions it is a disabled one that passes everything through."""

@@ -304,6 +304,10 @@ def fitness(map50: Figures, map50_95: Figures) -> Figures:
 
 HIT, FALSE_ALARM, MISSED = range(3)  # JudgedImage.verdicts
 
+# Metrics.confusion counts detections above this score, and pairs them with labels from this IoU on
+CONFUSION_CONFIDENCE = 0.25
+CONFUSION_IOU = 0.45
+
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedImage:

@@ -152,8 +152,10 @@ def test_what_is_no_image_is_one_line(detector, mistake):
         ({"confidence": 25}, "confidence 25: should be a number from 0 to 1"),
         ({"iou": float("nan")}, "iou nan: should be"),
         ({"max_detections": 0}, "max_detections 0: should be a whole number of 1 or more"),
-        ({"classes": [2]}, "there is no class 2; there is 0 blue, 1 red"),
-        ({"classes": ["red"]}, "there is no class 'red'"),
+        ({"classes": [2]}, r"^classes 2: should be of 0 \(blue\), 1 \(red\)$"),
+        ({"classes": ["red"]}, "^classes 'red': should be of 0"),
+        ({"classes": [1.0]}, "^classes 1.0: should be of 0"),
+        ({"classes": 1}, "^classes 1: should be a list of numbers, of 0"),
         ({"batch_size": 0}, "batch_size 0"),
     ],
 )

@@ -21,7 +21,7 @@ from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches
 from utils.data.plan import letterbox_plan, source_to_network
 from utils.evaluate.evaluator import Evaluator
-from utils.evaluate.nms import NmsRules
+from utils.evaluate.nms import NmsRules, non_max_suppression
 from utils.evaluate.predict import to_source
 from utils.hyp import Hyperparameters
 from utils.loss import LossGains
@@ -239,6 +239,18 @@ def test_images_of_which_the_network_says_nan_are_counted(scene):
     assert metrics.non_finite == len(SIZES) - 1
     assert metrics.map50 == evaluator(store, 3)(Oracle(store, claims)).map50 > 0
     assert evaluator(store, 3)(Oracle(store, claims)).non_finite == 0
+
+
+def test_images_with_more_candidates_than_nms_looks_at_are_counted(scene, monkeypatch):
+    store, claims = scene
+    assert evaluator(store, 3).evaluation(Oracle(store, claims)).cut == 0
+
+    def crowded(*given):
+        suppressed = non_max_suppression(*given)
+        return replace(suppressed, cut=np.ones_like(suppressed.cut))
+
+    monkeypatch.setattr("utils.evaluate.evaluator.non_max_suppression", crowded)
+    assert evaluator(store, 3).evaluation(Oracle(store, claims)).cut == len(SIZES)
 
 
 def test_worst_images_come_with_the_metrics(scene):

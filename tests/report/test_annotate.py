@@ -170,3 +170,9 @@ assert "matplotlib.pyplot" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_colours_of_the_first_classes_differ_and_show_on_white():
+    colours = np.array([class_colour(index) for index in range(20)])
+    assert np.abs(colours[:, None] - colours[None]).sum(-1)[~np.eye(20, dtype=bool)].min() > 0.1
+    assert (colours @ (0.2126, 0.7152, 0.0722) < 0.75).all()

@@ -12,7 +12,7 @@ import torch
 
 from tests.stores import ImageLabels, build_store
 from utils.clock import PARTS, TimeSplit
-from utils.report import plots
+from utils.report import mosaics, plots
 from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport, write_metrics
 from utils.structures import (
@@ -281,7 +281,7 @@ def test_a_batch_without_any_detection(tmp_path, store):
 def test_boxes_end_where_their_image_does(tmp_path, store, monkeypatch):
     """The padding of a letterbox is no part of the image: boxes are cut there, and go where they lie there alone."""
     drawn = {}
-    monkeypatch.setattr(plots, "plot_batch", lambda images, boxes, *args, **kwargs: drawn.update(boxes=boxes.tolist()))
+    monkeypatch.setattr(mosaics, "plot_batch", lambda images, boxes, *_, **__: drawn.update(boxes=boxes.tolist()))
     placement = torch.tensor([[0.5, 0, 4], [0, 0.5, 10], [0, 0, 1]], dtype=torch.float64)  # (4, 10) to (36, 42)
     letterboxed = replace(batch_of(store), placements=placement.repeat(2, 1, 1))
     found = [

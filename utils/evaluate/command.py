@@ -10,7 +10,7 @@ from typing import Any
 from models.yolo import DetectionModel
 from utils.checkpoint import METRICS_FILE, Checkpoint, averaged_model, load_checkpoint
 from utils.clock import TimeSplit
-from utils.config import ValOptions, validated, whole_strides
+from utils.config import DetectOptions, ValOptions, validated, whole_strides
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches, faults_named
 from utils.data.scan import open_dataset, refuse_findings, scan_dataset
@@ -27,7 +27,7 @@ from utils.runtime import Runtime, choose_runtime, mendable_errors
 from utils.structures import DatasetSpec, HeadSpec, LabelStore, Metrics, UserError
 
 _CLASSES_SHOWN = 30  # more, and only --verbose lists them
-_IN_USE = {"conf_thres": 0.25, "iou_thres": 0.45}  # the rules of `--task speed`, those of detect.py, unless given
+_IN_USE = {"conf_thres": DetectOptions.conf_thres, "iou_thres": DetectOptions.iou_thres}  # `--task speed`, unless given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,10 +196,9 @@ def _save(parts: _Parts, evaluation: Evaluation, folder: Path) -> None:
 
 
 def _speeds(parts: _Parts, times: TimeSplit) -> str:
-    load, network, nms = _ms_per_image(times)
-    size = parts.options.batch_size
+    ms, size = times.ms_per_image, parts.options.batch_size
     return (
-        f"Per image: {load:.1f} ms waiting for data, {network:.1f} ms network, {nms:.1f} ms NMS; "
+        f"Per image: {ms['load']:.1f} ms waiting for data, {ms['network']:.1f} ms network, {ms['nms']:.1f} ms NMS; "
         f"{parts.imgsz} px, batches of {size}, {parts.runtime.description}"
     )
 
@@ -216,7 +215,7 @@ def _measure(parts: _Parts) -> None:
                 parts.model.to(parts.runtime.device),
                 watch=lambda batches: console.bar(batches, "Measuring", images_each=batches.batch_size),
             )
-        each = _ms_per_image(times)
+        each = times.ms_per_image.values()  # in the order of the titles
         cells = "".join(f"{ms:>10.2f}" for ms in (*each, sum(each)))
         lines.append(f"{f'batches of {size}':>14}{cells}{1000 / max(sum(each), 1e-9):>11.1f}")
     console.line("\n".join(lines))
@@ -225,8 +224,3 @@ def _measure(parts: _Parts) -> None:
     )
     if parts.runtime.workers:
         console.line("Waiting is for data, which the loader processes read while the network is at work")
-
-
-def _ms_per_image(times: TimeSplit) -> tuple[float, float, float]:
-    load, network, nms = (1000 * times.parts[part] / max(times.images, 1) for part in ("load", "network", "nms"))
-    return load, network, nms

@@ -96,21 +96,24 @@ class Detector:
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise UserError(f"{name} {value!r}: should be a number from 0 to 1")
         _check_count("max_detections", max_detections)
-        for number in classes:
-            if number not in range(len(self.names)):
-                raise UserError(f"classes: there is no class {number!r}; {self._classes_there()}")
+        if not isinstance(classes, Iterable):
+            raise UserError(f"classes {classes!r}: should be a list of numbers, of {self._classes_there()}")
+        wanted = tuple(classes)
+        for number in wanted:
+            if not isinstance(number, (int, np.integer)) or number not in range(len(self.names)):
+                raise UserError(f"classes {number!r}: should be of {self._classes_there()}")
         return NmsRules(
             confidence=float(confidence),
             iou=float(iou),
             max_detections=max_detections,
             agnostic=agnostic,
-            classes=tuple(sorted(set(classes))),
+            classes=tuple(sorted(set(map(int, wanted)))),
         )
 
     def _classes_there(self) -> str:
-        listed = ", ".join(f"{number} {name}" for number, name in enumerate(self.names[:_NAMES_SHOWN]))
-        more = f", ... to {len(self.names) - 1} {self.names[-1]}" if len(self.names) > _NAMES_SHOWN else ""
-        return f"there is {listed}{more}"
+        listed = ", ".join(f"{number} ({name})" for number, name in enumerate(self.names[:_NAMES_SHOWN]))
+        more = f", ... {len(self.names) - 1} ({self.names[-1]})" if len(self.names) > _NAMES_SHOWN else ""
+        return listed + more
 
     def stream(
         self,
@@ -172,12 +175,12 @@ class Detector:
 _NAMES_SHOWN = 10
 
 
-def load_detector(path: str | Path, *, device: str = "", imgsz: int | None = None, amp: str = "off") -> Detector:
+def load_detector(path: str | Path, *, device: str, imgsz: int | None) -> Detector:
     """See `models.yolo.load`."""
     if imgsz is not None:
         _check_count("imgsz", imgsz)
     benchmark = torch.backends.cudnn.benchmark
-    runtime = choose_runtime(device=str(device), amp=amp, workers=0)
+    runtime = choose_runtime(device=str(device), amp="off", workers=0)
     torch.backends.cudnn.benchmark = benchmark  # the rest of the program is not ours
     return detector_of(Path(path), runtime=runtime, imgsz=imgsz, note=lambda text: warnings.warn(text, stacklevel=4))
 

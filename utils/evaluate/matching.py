@@ -15,15 +15,13 @@ import numpy as np
 
 from utils.boxes import xywh_from_xyxy
 from utils.evaluate.ordering import descending, positions_in, row_order, starts_of
-from utils.structures import CROWD, Detections, LabelStore
+from utils.structures import CONFUSION_CONFIDENCE, CONFUSION_IOU, CROWD, Detections, LabelStore
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # .5:.05:.95, to the last bit as pycocotools has them
 AREA_RANGES = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # all, small, medium, large: px^2, limits included
-CONFUSION_CONFIDENCE = 0.25
-CONFUSION_IOU = 0.45
 
 _T, _A = len(IOU_THRESHOLDS), len(AREA_RANGES)
 _OF_RANGE = (1 << _T) - 1  # the bits of the first range
@@ -321,8 +319,8 @@ def _run_lengths(sorted_values: np.ndarray) -> np.ndarray:
 def confusions(found: DetectionTable, truth: LabelTable, num_classes: int) -> np.ndarray:
     """(P, 2) i32 predicted and true class, `num_classes` for background; the rows of several batches add up.
 
-    Detections above confidence 0.25 and labels of any class pair up one to one from IoU 0.45, highest IoU first. What
-    is left over stands against the background, except detections on ignored labels, which are left out.
+    Detections above CONFUSION_CONFIDENCE and labels of any class pair up one to one from CONFUSION_IOU on, highest IoU
+    first. What is left over stands against the background, except detections on ignored labels, which are left out.
     """
     confident = np.flatnonzero(found.scores > CONFUSION_CONFIDENCE)
     order = confident[np.argsort(found.image[confident], kind="stable")]

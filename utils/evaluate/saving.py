@@ -30,7 +30,10 @@ ANNOTATIONS_FILE = "annotations.json"
 LABELS_FOLDER = "labels"
 
 _SAVED = (LABELS_FOLDER, PREDICTIONS_FILE, ANNOTATIONS_FILE)
-_PICTURES = ("val_batch?_labels.jpg", "val_batch?_pred.jpg", "confusion_matrix*.png", "*_curve.png", "worst*.jpg")
+_PICTURES = (
+    *("val_batch?_labels.jpg", "val_batch?_pred.jpg", "confusion_matrix.png", "confusion_matrix_counts.png"),
+    *("F1_curve.png", "P_curve.png", "R_curve.png", "PR_curve.png", "worst_images.jpg"),
+)
 _AT_ONCE = 100_000  # detections turned into text in one go
 
 
@@ -124,8 +127,8 @@ def _results(evidence: Evidence, rows: np.ndarray, ids: CocoIds) -> Iterator[str
     """One JSON object for each of these detections, to the last digit."""
     for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE)):
         images, categories = ids.images[evidence.image[part]], ids.categories[evidence.classes[part]]
-        boxes, scores = (values[part].astype(np.float64) for values in (evidence.boxes, evidence.scores))
-        boxes = xywh_from_xyxy(boxes)
+        boxes = xywh_from_xyxy(evidence.boxes[part].astype(np.float64))
+        scores = evidence.scores[part].astype(np.float64)
         for image, category, box, score in zip(*(each.tolist() for each in (images, categories, boxes, scores))):
             yield f'{{"image_id": {image}, "category_id": {category}, "bbox": {box}, "score": {score}}}'
 
@@ -184,27 +187,36 @@ def write_labels(
 ) -> int:
     """Write `labels/IMAGE.txt` below `folder` for each image with something in it; how many these are.
 
-    There must be no such folder yet.
-
-    With `hybrid_iou` the true boxes come first, with score 1, and detections that overlap one of their class by more
-    are left out.
+    There must be no such folder yet, and it appears when it is whole. With `hybrid_iou` the true boxes come first, with
+    score 1, and detections that overlap one of their class by more are left out.
     """
+    unfinished = folder / f".{LABELS_FOLDER}"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an evaluation that was killed
+    unfinished.mkdir()
+    try:
+        written = _write_label_files(unfinished, evidence, store, scores, hybrid_iou)
+        unfinished.rename(folder / LABELS_FOLDER)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return written
+
+
+def _write_label_files(
+    folder: Path, evidence: Evidence, store: LabelStore, scores: bool, hybrid_iou: float | None
+) -> int:
     by_image = np.argsort(evidence.image, kind="stable")
     of_image = np.split(by_image, np.searchsorted(evidence.image[by_image], np.arange(1, len(store))))
-    unfinished = folder / f".{LABELS_FOLDER}"  # what is killed half-way leaves no folder that looks whole
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
     written = 0
     for image, (name, rows) in enumerate(zip(label_names(store), of_image)):
         boxes, classes, confidences = evidence.boxes[rows], evidence.classes[rows], evidence.scores[rows]
         if hybrid_iou is not None:
             boxes, classes, confidences = _with_truth(store, image, boxes, classes, confidences, hybrid_iou)
         if len(boxes):
-            path = unfinished / name
+            path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_txt(path, boxes, classes, confidences if scores else None, tuple(store.sizes[image]))
             written += 1
-    unfinished.rename(folder / LABELS_FOLDER)
     return written
 
 
@@ -239,7 +251,7 @@ def write_txt(
     ]
     if scores is not None:  # the shortest text that is this very f32
         lines = [f"{line} {score!s}" for line, score in zip(lines, np.asarray(scores, np.float32))]
-    write_text(path, "".join(f"{line}\n" for line in lines))
+    write_text(path, "".join(f"{line}\n" for line in lines), lasting=False)
 
 
 def label_names(store: LabelStore) -> list[str]:
@@ -263,8 +275,8 @@ def label_names(store: LabelStore) -> list[str]:
 
 
 def _below_common_folder(store: LabelStore) -> list[str]:
-    """The path of each image below the folder that all of them lie in."""
-    paths = [store.path(image) for image in range(len(store))]
+    """The path of each image below the folder that all of them lie in, without `..`, which would lead out of it."""
+    paths = [os.path.normpath(store.path(image)) for image in range(len(store))]
     try:
         root = os.path.commonpath({os.path.dirname(path) for path in paths})  # noqa: PTH120
     except ValueError:  # several drives

@@ -1,4 +1,4 @@
-"""Boxes and texts painted onto the pixels of images, and the colours that classes have in every picture.
+"""Boxes and texts painted onto the pixels of images, and how classes look in every picture: colours and names.
 
 Text comes from matplotlib's font renderer, as OpenCV writes ASCII alone; what it rendered is kept, so that the frames
 of a video cost little.
@@ -13,10 +13,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
+
+from utils.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.font_manager import FontProperties
@@ -34,7 +38,7 @@ _WIDER_FONTS = (  # asked in this order for what DejaVu Sans lacks, where they a
 ).split(",")
 
 
-# ---------------------------------------------------------------------------------------------------------- colours
+# ---------------------------------------------------------------------------------------------------------- classes
 
 
 def class_colour(index: int) -> Colour:
@@ -58,6 +62,11 @@ def ink_on(colour: Colour) -> Colour:
     """Black or white, whichever has more contrast by WCAG 2.1."""
     luminance = _luminance(colour)
     return (1.0, 1.0, 1.0) if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else (0.0, 0.0, 0.0)
+
+
+def short_name(name: str) -> str:
+    """At most 24 letters of the name of a class, with what tells long ones apart: their beginning and their end."""
+    return name if len(name) <= 24 else f"{name[:15]}…{name[-8:]}"
 
 
 def _bytes(colour: Colour) -> np.ndarray:
@@ -190,6 +199,13 @@ def _free_place(
     shares = sides.clip(0).prod(2) / (boxes[:, 2:] - boxes[:, :2]).prod(1)  # (8, K)
     hidden = np.rint(5 * shares).sum(1)
     return plates[np.where(free, hidden, np.inf).argmin()]
+
+
+def write_image(image: np.ndarray, path: Path) -> None:
+    """Encode (H, W, 3) u8 RGB as the suffix of `path` says and write it."""
+    done, encoded = cv2.imencode(path.suffix, image[..., ::-1])
+    assert done, path
+    write_atomic(path, lambda file: file.write(encoded.tobytes()) and None)
 
 
 # ------------------------------------------------------------------------------------------------------------- text

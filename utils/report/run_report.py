@@ -19,7 +19,7 @@ from utils.checkpoint import METRICS_FILE
 from utils.clock import TimeSplit
 from utils.data.loader import Stream, UnpaintedBatch
 from utils.files import this_python, write_text
-from utils.report import plots
+from utils.report import mosaics, plots
 from utils.report.loggers import (
     LOGGERS,
     Console,
@@ -84,14 +84,14 @@ class PictureFiles(Pictures):
     def finished(self, metrics: Metrics) -> None:
         plots.plot_curves(metrics, self.folder)
         plots.plot_confusion(metrics.confusion, self.names, self.folder)
-        plots.plot_worst(
+        mosaics.plot_worst(
             metrics.worst, self.val, self.names, self.folder / "worst_images.jpg", confidence=metrics.best_confidence
         )
         if (self.folder / "results.csv").exists():
             plots.plot_results(self.folder / "results.csv", self.folder / "results.png")
 
     def _batch(self, name: str, batch: Batch, store: LabelStore, scores: np.ndarray | None = None) -> None:
-        plots.plot_batch(
+        mosaics.plot_batch(
             batch.images.numpy(),
             batch.boxes.numpy(),
             batch.classes.numpy(),
