@@ -5,6 +5,8 @@ import os
 import pickle
 import random
 import resource
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from utils.checkpoint import (
 )
 from utils.structures import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"ema": {"w": torch.arange(6.0)}, "network": {}, "names": ["a"], "options": {}, "hyp": {}, "epoch": 1}
 SMALL |= {"best_fitness": 0.5}
 
@@ -102,6 +105,41 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path, small_disk):
     assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(path))
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
+
+
+_INTERRUPTED = """
+import random, signal, sys
+from pathlib import Path
+import torch
+from utils.checkpoint import load_checkpoint, save_checkpoint
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+path = Path(sys.argv[1])
+small = {"ema": {str(i): torch.full((50,), float(i)) for i in range(100)}, "network": {}, "names": []}
+save_checkpoint(path, small)
+signal.signal(signal.SIGALRM, interrupt)
+interrupted = 0
+for _ in range(200):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 8e-3))
+        save_checkpoint(path, small)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except BaseException:  # torch may turn it into an error of its own
+        interrupted += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+load_checkpoint(path)
+print(interrupted)
+"""
+
+
+def test_an_interruption_at_any_instant_ends_no_process_and_leaves_a_whole_file(tmp_path):
+    """As by Ctrl-C, or by torch's word that a loader process has died."""
+    command = [sys.executable, "-c", _INTERRUPTED, str(tmp_path / "last.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
 
 
 def test_values_that_cannot_be_saved_leave_the_old_file(tmp_path):

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,18 +82,10 @@ class LateRunFolder(RunFolder):
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Replace `path` by the checkpoint, whole or not at all. Raises OSError that names it."""
-
-    def write(file: IO[bytes]) -> None:
-        try:
-            torch.save({"schema": SCHEMA, **checkpoint}, file)
-        except RuntimeError as error:  # torch closes its archive and, if cut short, hides what broke the writing
-            raise error.__context__ or error from None
-
-    try:
-        write_atomic(path, write)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    # torch ends the process where a file is closed below its writer, as an error from a signal handler would have it
+    archive = io.BytesIO()
+    torch.save({"schema": SCHEMA, **checkpoint}, archive)
+    write_atomic(path, lambda file: file.write(archive.getbuffer()) and None)
 
 
 def for_inference(checkpoint: Checkpoint) -> Checkpoint:
