@@ -376,6 +376,7 @@ MISTAKES = {
     "source not there": (["--weights", "BEST", "--source", "photo"], ["--source photo: not found", "mean 'photos'"]),
     "empty folder": (["--weights", "BEST", "--source", "empty"], ["--source empty: no image or video in this folder"]),
     "folders below": (["--weights", "BEST", "--source", "."], ["no image", "not searched: --source './**/*'"]),
+    "a path alone": (["--weights", "BEST", "photos"], ["unknown argument 'photos'; did you mean '--source photos'?"]),
     "two sizes": (["--weights", "BEST", "--source", "photos", "--imgsz", "64", "64"], ["unknown argument '64'\n"]),
     "huge": (["--weights", "BEST", "--source", "photos", "--imgsz", "100000"], ["should be 16384 or less"]),
     "class by name": (["--weights", "BEST", "--source", "photos", "--classes", "red"], ["'red' should be a whole"]),

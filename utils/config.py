@@ -266,13 +266,20 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
         if head.startswith("--") and _is_to_come(kind, head[2:].replace("-", "_")):
             raise UserError(f"{unknown[0]}: not available yet; leave it out")
         flags = [option for action in parser._actions for option in action.option_strings]
-        hint = nearest_name(head, flags)
-        if unknown[0].endswith((".yaml", ".yml")):
-            hint = f"; did you mean '--data {unknown[0]}'?"
-        if kind is DetectOptions and os.path.exists(unknown[0]):  # noqa: PTH110 (takes any text)
-            hint = "; a glob such as --source 'photos/*.jpg' should be in quotes, or the shell makes many words of it"
+        hint = _meant(kind, unknown[0], vars(values)) or nearest_name(head, flags)
         raise UserError(f"unknown {'flag' if unknown[0].startswith('-') else 'argument'} '{unknown[0]}'{hint}")
     return vars(values)
+
+
+def _meant(kind: type[Options], word: str, given: Container[str]) -> str:
+    """A hint where a word that belongs to no flag tells what is missing around it."""
+    if kind is not DetectOptions:
+        return f"; did you mean '--data {word}'?" if word.endswith((".yaml", ".yml")) else ""
+    if not os.path.exists(word):  # noqa: PTH110 (takes any text)
+        return ""
+    if "source" not in given:
+        return f"; did you mean '--source {word}'?"
+    return "; a glob such as --source 'photos/*.jpg' should be in quotes, or the shell makes many words of it"
 
 
 def _whole(text: str) -> int:

@@ -147,8 +147,7 @@ def _conclude(options: DetectOptions, detector: Detector, tally: _Tally, times: 
         raise RunError(
             f"--source {options.source}: none of {len(tally.media)} could be read; first: {first}" if several else first
         )
-    for line in tally.lines():
-        console.line(line)
+    tally.tell_summary()
     ms = times.ms_per_image
     console.line(
         f"Per {'image' if tally.images else 'frame'}: {ms['load']:.1f} ms waiting for pixels, {ms['network']:.1f} ms "
@@ -215,7 +214,7 @@ class _Tally:
             self._video_boxes += counts
         else:
             self.images += 1
-            self._line(source, f"{_counted(counts, self.names)}")
+            self._line(source, _counted(counts, self.names))
 
     def end_video(self) -> None:
         """Its line, if one was playing."""
@@ -248,20 +247,18 @@ class _Tally:
         images = [_plural(self.images, "image")] if self.images or not self.frames else []
         return " and ".join([*images, *([_plural(self.frames, "frame")] if self.frames else [])])
 
-    def lines(self) -> Iterator[str]:
-        """The summary."""
+    def tell_summary(self) -> None:
         for sources, what in (
             (self.non_finite, NON_FINITE),
             (self.cut, "more candidates for a detection than NMS looks at, a higher --conf-thres has fewer"),
         ):
             if sources:
-                yield f"warning: {_plural(len(sources), 'picture')}, first {self._name(sources[0])}: {what}"
+                self.console.warn(f"{_plural(len(sources), 'picture')}, first {self._name(sources[0])}: {what}")
         videos = f" of {_plural(self.videos, 'video')}" if self.frames else ""
         left_out = len(self.unreadable())
         end = f"; {left_out:,} could not be read" if left_out else ""
-        kinds = np.count_nonzero(self.boxes)
-        listed = f": {_counted(self.boxes, self.names)}" if kinds else ""
-        yield f"{self.seen()}{videos}, {_plural(int(self.boxes.sum()), 'box', 'boxes')}{listed}{end}"
+        listed = f": {_counted(self.boxes, self.names)}" if self.boxes.any() else ""
+        self.console.line(f"{self.seen()}{videos}, {_plural(int(self.boxes.sum()), 'box', 'boxes')}{listed}{end}")
 
 
 def _plural(count: int, one: str, many: str = "") -> str:
