@@ -244,8 +244,8 @@ class _Tally:
 
     def seen(self) -> str:
         """`4 images and 24 frames`."""
-        images = [_plural(self.images, "image")] if self.images or not self.frames else []
-        return " and ".join([*images, *([_plural(self.frames, "frame")] if self.frames else [])])
+        counts = ((self.images, "image"), (self.frames, "frame"))
+        return " and ".join(_plural(count, one) for count, one in counts if count)
 
     def tell_summary(self) -> None:
         for sources, what in (

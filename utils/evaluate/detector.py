@@ -39,6 +39,7 @@ Image: TypeAlias = "str | os.PathLike[str] | np.ndarray | Any"
 NON_FINITE = "the network computed NaN or infinity, so boxes may be missing; the weights may be damaged"
 
 _WINDOW_BYTES = 256 << 20  # of pixels that are in the network's hands at once
+_NAMES_SHOWN = 10  # of classes, in an error line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +174,6 @@ class Detector:
             clock.lap("nms")
         clock.count(len(window))
         return [found[index] for index in range(len(window))]
-
-
-_NAMES_SHOWN = 10
 
 
 def load_detector(path: str | Path, *, device: str, imgsz: int | None) -> Detector:
