@@ -90,13 +90,19 @@ def test_a_folder_of_images(command, photos):
     assert [line.split(":")[0] for line in lines[1:5]] == ["0.png", "1.png", "2.png", "3.png"]
     assert re.match(r"4 images, \d+ boxes: \d+ (blue|red), ", lines[5])
     assert re.match(r"Per image: [\d.]+ ms waiting for pixels, [\d.]+ ms network, [\d.]+ ms NMS at 64 px", lines[6])
-    assert lines[7:] == [f"Results: {RESULTS}"]
+    boxes = int(re.search(r"(\d+) boxes", lines[5])[1])
+    files = len(list(RESULTS.glob("labels/*.txt")))
+    assert lines[7:] == [
+        f"Label files of {files} of 4 images: {RESULTS}/labels",
+        f"Crops of {boxes} boxes: {RESULTS}/crops",
+        f"Results: {RESULTS}",
+    ]
     for path in photos.iterdir():
         drawn, source = cv2.imread(str(RESULTS / path.name)), cv2.imread(str(path))
         assert drawn.shape == source.shape
         assert (drawn != source).any() == ((RESULTS / f"labels/{path.stem}.txt").exists())
     found = labels(RESULTS)
-    assert sum(map(len, found.values())) == int(re.search(r"(\d+) boxes", lines[5])[1]) > 1
+    assert sum(map(len, found.values())) == boxes > 1
     crops = {path.relative_to(RESULTS / "crops").as_posix() for path in RESULTS.glob("crops/*/*")}
     expected = {
         f"{('blue', 'red')[int(row[0])]}/{name[:-4]}-{number}.jpg"
@@ -116,12 +122,41 @@ def test_views_and_rivals_count_where_they_are_asked_for(command, photos):
     assert boxes["augment"].shape != boxes["usual"].shape or (boxes["augment"] != boxes["usual"]).any()
 
 
-def test_labels_of_an_earlier_run_do_not_stay_where_nothing_is_found(command, photos):
-    flags = ["--source", photos, "--exist-ok", "--nosave", "--save-txt"]
+@pytest.mark.parametrize("kind", ["labels", "crops"])
+def test_labels_and_crops_of_an_earlier_run_are_neither_replaced_nor_joined(command, photos, kind):
+    flags = ["--source", photos, "--exist-ok", "--nosave", {"labels": "--save-txt", "crops": "--save-crop"}[kind]]
     command(*flags)
-    assert labels(RESULTS)
-    assert command(*flags, "--conf-thres", "1")[0] == 0
-    assert not labels(RESULTS)
+    (RESULTS / kind / "mine.txt").write_text("by hand")
+    before = {path: path.read_bytes() for path in RESULTS.rglob("*") if path.is_file()}
+    code, output, problems = command(*flags, "--conf-thres", "1")
+    assert (code, output) == (2, "")
+    assert problems == (
+        f"detect.py: error: --exist-ok: {RESULTS / kind} is there already, and may have been edited; remove it or "
+        "choose another --name\n"
+    )
+    assert {path: path.read_bytes() for path in RESULTS.rglob("*") if path.is_file()} == before
+
+
+def test_pictures_of_an_earlier_run_are_replaced(command, photos):
+    RESULTS.mkdir(parents=True)
+    (RESULTS / "0.png").write_bytes(b"old")
+    assert command("--source", photos, "--exist-ok")[0] == 0
+    assert cv2.imread(str(RESULTS / "0.png")).shape == cv2.imread(str(photos / "0.png")).shape
+
+
+def test_folders_below_are_told_of(command, photos):
+    for name in ("a", "b/c", ".hidden"):
+        (photos / name).mkdir(parents=True)
+    (photos / "a/deep.png").write_bytes((photos / "0.png").read_bytes())
+    Path("list.txt").write_text("photos/a\nphotos/b\n")
+    code, output, _ = command("--source", "photos", "--nosave")
+    assert code == 0 and "4 images" in output
+    assert output.count("warning: 2 subfolders are not searched: --source 'photos/**/*' takes them\n") == 1
+    code, output, _ = command("--source", "photos/**/*", "--nosave")
+    assert code == 0 and "5 images" in output and "searched" not in output
+    code, output, _ = command("--source", "list.txt", "--nosave")
+    assert code == 0 and "1 subfolder is not searched: --source 'photos/b/**/*' takes it\n" in output
+    assert "nothing there" not in output
 
 
 def test_a_crop_is_what_its_box_holds(command, photos):
@@ -283,6 +318,7 @@ def test_images_and_videos_in_one_folder(command, photos):
     assert not list(RESULTS.glob(".*"))
     assert "clip.mp4: 21 frames, " in output
     assert "4 images and 24 frames of 2 videos" in output
+    assert f"Label files of {len(labels(RESULTS))} of 4 images and 24 frames: " in output
     of_frames = [name for name in labels(RESULTS) if name.startswith("clip_")]
     assert len(of_frames) > 4
     assert {int(name[5:-4]) for name in of_frames} <= set(range(1, 22))
@@ -339,7 +375,11 @@ MISTAKES = {
     "weights that are none": (["--weights", "photos/0.png", "--source", "photos"], ["photos/0.png is damaged"]),
     "source not there": (["--weights", "BEST", "--source", "photo"], ["--source photo: not found", "mean 'photos'"]),
     "empty folder": (["--weights", "BEST", "--source", "empty"], ["--source empty: no image or video in this folder"]),
-    "folders below": (["--weights", "BEST", "--source", "."], ["no image or video", "'./**/*' does"]),
+    "folders below": (["--weights", "BEST", "--source", "."], ["no image", "not searched: --source './**/*'"]),
+    "a path alone": (["--weights", "BEST", "photos"], ["unknown argument 'photos'; did you mean '--source photos'?"]),
+    "two sizes": (["--weights", "BEST", "--source", "photos", "--imgsz", "64", "64"], ["unknown argument '64'\n"]),
+    "huge": (["--weights", "BEST", "--source", "photos", "--imgsz", "100000"], ["should be 16384 or less"]),
+    "class by name": (["--weights", "BEST", "--source", "photos", "--classes", "red"], ["'red' should be a whole"]),
     "glob": (["--weights", "BEST", "--source", "photos/*.gif"], ["--source photos/*.gif: no image or video matches"]),
     "expanded glob": (["--weights", "BEST", "--source", "photos/0.png", "photos/1.png"], ["should be in quotes"]),
     "list of nothing": (["--weights", "BEST", "--source", "list.txt"], ["none of its 2 entries is there", "x.jpg"]),
@@ -405,6 +445,18 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(command, photos):
     assert {path.name for path in RESULTS.iterdir()} == {"2.png", "3.png"}
 
 
+@pytest.mark.parametrize("name", ["data.yaml", "found.json", "set.zip", "noname"])
+def test_a_source_of_another_kind_is_told_what_kinds_there_are(command, name):
+    Path(name).write_bytes(b"path: x\n" * 1000)
+    code, _, problems = command("--source", name)
+    assert code == 1
+    assert problems == (
+        f"detect.py: error: {name}: neither an image nor a video that OpenCV can decode; expected an image, a video, "
+        "a folder of these, a glob in quotes such as 'photos/*.jpg', or a .txt list of paths\n"
+    )
+    assert not RESULTS.exists()
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_nothing_readable_is_an_error_and_no_folder(command, photos, count):
     for path in photos.iterdir():
@@ -423,11 +475,16 @@ def test_a_network_that_says_nonsense_is_named(best, cli, photos, tmp_path):
     torch.save(checkpoint, tmp_path / "nan.pt")
     code, output, _ = cli(detect, "--weights", str(tmp_path / "nan.pt"), "--source", str(photos), "--device", "cpu")
     assert code == 0
-    assert "warning: 4 pictures, first 0.png: the network said something that is no finite number" in output
+    assert "warning: 4 pictures, first 0.png: the network computed NaN or infinity" in output
+    assert "the weights may be damaged" in output
 
 
-def test_an_image_size_beyond_all_memory_is_one_line(command, photos):
-    code, _, problems = command("--source", photos, "--imgsz", "10000000")
+def test_an_image_size_beyond_all_memory_is_one_line(command, photos, monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise cv2.error("Failed to allocate 300000000000000 bytes")
+
+    monkeypatch.setattr("utils.data.media.resized_to_base", no_memory)
+    code, _, problems = command("--source", photos)
     assert code == 1
     assert re.fullmatch(r"detect\.py: error: out of memory: lower --batch-size .* or --imgsz .*\n", problems)
 
@@ -449,6 +506,17 @@ def test_a_disk_that_a_video_fills_is_one_line(command, photos, monkeypatch):
     assert code == 1
     assert re.fullmatch(r"detect\.py: error: No space left on device: \S+clip\.mp4\n", problems)
     assert not list(RESULTS.glob(".*"))
+
+
+def test_a_video_that_cannot_be_written_is_one_line_that_says_what_may_be_wrong(command, photos, monkeypatch):
+    film(photos / "clip.avi", sorted(photos.glob("*.png")), frames=4)
+    monkeypatch.setattr(encode, "_plays", lambda path: False)
+    code, _, problems = command("--source", photos / "clip.avi", "--save-txt")
+    assert code == 1
+    assert re.fullmatch(
+        r"detect\.py: error: \S+clip\.mp4: OpenCV could not write .* 64 x 64 px .* --nosave .*\n", problems
+    )
+    assert labels(RESULTS) and not list(RESULTS.glob("*clip*"))
 
 
 def test_ctrl_c_leaves_whole_files(best, start, photos):

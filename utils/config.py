@@ -23,6 +23,7 @@ from utils.structures import DatasetSpec, Download, RunError, UserError
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 SINGLE_CLASS = ("item",)  # the names under --single-cls
+LARGEST_IMGSZ = 16_384  # px; the system kills a process that tries what nobody means
 LATEST = "latest"  # what `--resume` without a path means
 
 Amp = Literal["auto", "bf16", "fp16", "off"]
@@ -32,9 +33,19 @@ Painter = Literal["loader", "device"]
 Task = Literal["train", "val", "test", "speed"]
 
 
-def _flag(default: Any, meaning: str, *, also: Sequence[str] = (), low: float | None = None, bare: Any = None) -> Any:
-    """A field that is a flag: `also` are further spellings, `low` the least value, `bare` the value of a flag alone."""
-    return field(default=default, metadata={"meaning": meaning, "also": tuple(also), "low": low, "bare": bare})
+def _flag(
+    default: Any,
+    meaning: str,
+    *,
+    also: Sequence[str] = (),
+    low: float | None = None,
+    high: float | None = None,
+    bare: Any = None,
+) -> Any:
+    """A field that is a flag: `also` are further spellings, `low` and `high` limits, `bare` what a flag alone says."""
+    return field(
+        default=default, metadata={"meaning": meaning, "also": tuple(also), "low": low, "high": high, "bare": bare}
+    )
 
 
 # Flags that stand for a value of another
@@ -59,6 +70,7 @@ class TrainOptions:
         "network input size in px; default: what the data set YAML says, else 640",
         also=["--img", "--img-size"],
         low=1,
+        high=LARGEST_IMGSZ,
     )
     project: str = _flag("runs/train", "folder that holds the runs")
     name: str = _flag("exp", "name of the run; exp2, exp3, ... when taken")
@@ -115,7 +127,11 @@ class ValOptions:
     data: str = _flag("", "data set YAML (default: the one the checkpoint was trained on)")
     batch_size: int = _flag(32, "images per forward", also=["--batch"], low=1)
     imgsz: int | None = _flag(
-        None, "network input size in px; default: that of the training run", also=["--img", "--img-size"], low=1
+        None,
+        "network input size in px; default: that of the training run",
+        also=["--img", "--img-size"],
+        low=1,
+        high=LARGEST_IMGSZ,
     )
     conf_thres: float = _flag(0.001, "least score of a detection", low=0)
     iou_thres: float = _flag(0.6, "IoU above which NMS drops the weaker detection of a class", low=0)
@@ -151,12 +167,16 @@ class DetectOptions:
     weights: str = _flag("", "checkpoint to detect with (best.pt or last.pt of a run)")
     source: str = _flag("", "image, video, folder, glob such as 'photos/*.jpg' (in quotes), or a .txt list of these")
     imgsz: int | None = _flag(
-        None, "network input size in px; default: that of the training run", also=["--img", "--img-size"], low=1
+        None,
+        "network input size in px; default: that of the training run",
+        also=["--img", "--img-size"],
+        low=1,
+        high=LARGEST_IMGSZ,
     )
     conf_thres: float = _flag(0.25, "least score of a detection", low=0)
     iou_thres: float = _flag(0.45, "IoU above which NMS drops the weaker detection of a class", low=0)
     max_det: int = _flag(1000, "most detections per image", low=1)
-    classes: tuple[int, ...] = _flag((), "only these classes, by number", low=0)
+    classes: tuple[int, ...] = _flag((), "only these classes, by number, from 0 in the order of their names", low=0)
     agnostic: bool = _flag(False, "NMS drops the weaker of two overlapping detections whatever their classes")
     augment: bool = _flag(False, "detect in enlarged, reduced and mirrored images as well, and merge what is found")
     batch_size: int = _flag(16, "images per forward", also=["--batch"], low=1)
@@ -228,14 +248,15 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
             bare = {} if item.metadata["bare"] is None else {"nargs": "?", "const": item.metadata["bare"]}
             parser.add_argument(*spelled, dest=item.name, choices=get_args(base), help=meaning, **bare)
         elif get_origin(base) is tuple:
-            parser.add_argument(*spelled, dest=item.name, nargs="+", type=int, metavar="N", help=meaning)
+            parser.add_argument(*spelled, dest=item.name, nargs="+", type=_whole, metavar="N", help=meaning)
         elif item.metadata["bare"] is not None:
             parser.add_argument(
                 *spelled, dest=item.name, nargs="?", const=item.metadata["bare"], metavar="PATH", help=meaning
             )
         else:
             metavar = {int: "N", float: "X", str: "TEXT"}[base]
-            parser.add_argument(*spelled, dest=item.name, type=base, metavar=metavar, help=meaning)
+            kind_of_text = _whole if base is int else base
+            parser.add_argument(*spelled, dest=item.name, type=kind_of_text, metavar=metavar, help=meaning)
         for short, (_, value) in _shorts_of(item.name):
             meaning = f"the same as {spelling(item.name)} {value}"
             parser.add_argument(spelling(short), dest=short, action="store_true", help=meaning)
@@ -245,13 +266,27 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
         if head.startswith("--") and _is_to_come(kind, head[2:].replace("-", "_")):
             raise UserError(f"{unknown[0]}: not available yet; leave it out")
         flags = [option for action in parser._actions for option in action.option_strings]
-        hint = nearest_name(head, flags)
-        if unknown[0].endswith((".yaml", ".yml")):
-            hint = f"; did you mean '--data {unknown[0]}'?"
-        if kind is DetectOptions and not unknown[0].startswith("-"):
-            hint = "; a glob such as --source 'photos/*.jpg' should be in quotes, or the shell makes many words of it"
+        hint = _meant(kind, unknown[0], vars(values)) or nearest_name(head, flags)
         raise UserError(f"unknown {'flag' if unknown[0].startswith('-') else 'argument'} '{unknown[0]}'{hint}")
     return vars(values)
+
+
+def _meant(kind: type[Options], word: str, given: Container[str]) -> str:
+    """A hint where a word that belongs to no flag tells what is missing around it."""
+    if kind is not DetectOptions:
+        return f"; did you mean '--data {word}'?" if word.endswith((".yaml", ".yml")) else ""
+    if not os.path.exists(word):  # noqa: PTH110 (takes any text)
+        return ""
+    if "source" not in given:
+        return f"; did you mean '--source {word}'?"
+    return "; a glob such as --source 'photos/*.jpg' should be in quotes, or the shell makes many words of it"
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' should be a whole number") from None
 
 
 def _shorts_of(name: str) -> list[tuple[str, tuple[str, Any]]]:
@@ -380,6 +415,9 @@ def _checked(item: Any, base: Any, value: Any) -> Any:
         raise UserError(f"{flag} {value!r}: should be {base.__name__}, got {type(value).__name__}")
     if low is not None and not value >= low:
         raise UserError(f"{flag} {value}: should be {low} or more")
+    high = item.metadata["high"]
+    if high is not None and value > high:
+        raise UserError(f"{flag} {value}: should be {high} or less")
     return value
 
 

@@ -60,7 +60,14 @@ def test_a_folder_is_what_lies_in_it_by_name(tmp_path):
         ("b.jpg", False),
         ("clip.MP4", True),
     ]
-    assert warnings == []
+    assert warnings == ["2 subfolders are not searched: --source './**/*' takes them"]
+
+
+def test_the_glob_that_takes_the_folders_below_is_right_for_any_name():
+    picture("a [1]/b/c.jpg")
+    with pytest.raises(UserError, match="1 subfolder is not searched") as caught:
+        find_media("a [1]")
+    assert paths(str(caught.value).split("'")[1]) == ["a [1]/b/c.jpg"]
 
 
 def test_photos_of_cameras_are_warned_of_unless_they_are_there_as_images_too():

@@ -171,6 +171,11 @@ def test_what_cannot_be_loaded(trained, tmp_path):
         yolo.load(trained / "weights/best.pt", device="77")
     with pytest.raises(UserError, match="imgsz 0: should be"):
         yolo.load(trained / "weights/best.pt", imgsz=0)
+    with pytest.raises(UserError, match="imgsz 100000: should be 16384 or less"):
+        yolo.load(trained / "weights/best.pt", imgsz=100_000)
+    for path in ("", None, 3):
+        with pytest.raises(UserError, match=f"^path {path!r}: should be that of a checkpoint, such as .*best.pt$"):
+            yolo.load(path)
     with pytest.warns(UserWarning, match="using 80"):
         assert yolo.load(trained / "weights/best.pt", device="cpu", imgsz=70).imgsz == 80
 
@@ -211,5 +216,5 @@ def test_a_network_that_says_nonsense_warns(trained, photos, tmp_path):
     first = next(name for name, tensor in checkpoint["ema"].items() if tensor.is_floating_point())
     checkpoint["ema"][first].fill_(float("nan"))
     torch.save(checkpoint, tmp_path / "nan.pt")
-    with pytest.warns(UserWarning, match="no finite number, first of image 0"):
+    with pytest.warns(UserWarning, match="^image 0 and 3 more: the network computed NaN .* may be damaged$"):
         assert [len(one.boxes) for one in yolo.load(tmp_path / "nan.pt", device="cpu").detect(photos)] == [0] * 4

@@ -298,9 +298,11 @@ def test_on_a_terminal_the_bar_shows_speed_and_losses_and_gives_way_to_the_line(
 
 def test_a_bar_of_a_total_is_counted_by_hand():
     stream = Terminal()
-    with Console(stream=stream).bar(40, "drawing") as bar:
+    with Console(stream=stream).bar(40, "drawing", of="frames") as bar:
         bar.update(40)
+        bar.refresh()
     assert "drawing" in stream.getvalue()
+    assert "frames/s" in stream.getvalue() and "images/s" not in stream.getvalue()
 
 
 @pytest.mark.parametrize(("total", "says"), [(40, r"x\.zip +\d+% .* MB/s  \S+ left"), (0, r"x\.zip  30\.0 MB .* MB/s")])

@@ -14,6 +14,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils.data.labels import shown_path
+
 _VIDEO_KINDS = ((".mp4", "mp4v"), (".avi", "MJPG"))  # the second needs nothing but OpenCV itself
 _LEAST_FREE = 8 << 20  # bytes on the drive: a video needs some to be ended properly
 _LOOK_EVERY = 50  # frames
@@ -23,7 +25,7 @@ class VideoFile:
     """A video that grows by a frame at a time. Its name appears when it is closed, and it is whole then.
 
     It is MPEG-4 in .mp4, or Motion JPEG in .avi where this OpenCV has no encoder for that. Raises VideoError where it
-    has none for either, and OSError where it cannot be written.
+    has none for either, or fails without a word, and OSError where folder or disk take no file.
     """
 
     def __init__(self, folder: Path, stem: str, *, rate: float, size: tuple[int, int]) -> None:
@@ -58,7 +60,11 @@ class VideoFile:
         if not _plays(self._unfinished):  # the writer keeps errors to itself
             self._unfinished.unlink(missing_ok=True)
             self._refuse_full_disk()
-            raise OSError(errno.EIO, os.strerror(errno.EIO), os.fspath(self.path))
+            height, width = self._size
+            raise VideoError(
+                f"{shown_path(self.path)}: OpenCV could not write this video, though the disk has room: {width} x "
+                f"{height} px may be more than its encoder takes, or the file larger than a quota allows"
+            )
         self._unfinished.replace(self.path)
 
     def _refuse_unwritable(self) -> None:

@@ -97,21 +97,36 @@ def find_media(source: str) -> tuple[list[Medium], list[str]]:
     found = _several(path)
     if found is None:
         raise UserError(f"--source {source}: {_why_nothing(source, path)}")
-    media, photos = found
-    if not media:
-        raise UserError(f"--source {source}: {_why_empty(path, photos)}")
-    return media, [f"{shown_path(photo)}: {_FOREIGN}; left out" for photo in photos]
+    if not found.media:
+        raise UserError(f"--source {source}: {_why_empty(path, found)}")
+    return found.media, found.warnings()
 
 
 _FOREIGN = "a photo that OpenCV cannot read; convert it to .jpg or .png"
 
 
-def _several(path: str) -> tuple[list[Medium], list[str]] | None:
-    """The media in a folder or of a glob, and photos that nobody can decode; None where it is neither."""
+@dataclass(frozen=True, kw_only=True)
+class _Several:
+    """What lies in a folder, or what a glob matches."""
+
+    media: list[Medium]
+    photos: list[str]  # that nobody can decode
+    unsearched: str  # words on the folders below; empty where there are none
+
+    def warnings(self) -> list[str]:
+        photos = [f"{shown_path(photo)}: {_FOREIGN}; left out" for photo in self.photos]
+        return [self.unsearched, *photos] if self.unsearched else photos
+
+
+def _several(path: str) -> _Several | None:
+    """None where it is neither a folder nor a glob."""
+    below = 0
     if os.path.isdir(path):
         try:
             with os.scandir(path) as entries:
-                files = sorted(entry.path for entry in entries if entry.is_file())
+                found = sorted(entries, key=lambda entry: entry.path)
+            below = sum(entry.is_dir() and entry.name[0] != "." for entry in found)
+            files = [entry.path for entry in found if entry.is_file()]
         except OSError as error:
             raise UserError(f"--source {path}: cannot be read: {error.strerror}") from None
     elif glob.has_magic(path) and not os.path.lexists(path):
@@ -119,9 +134,18 @@ def _several(path: str) -> tuple[list[Medium], list[str]] | None:
     else:
         return None
     names = [os.path.basename(file) for file in files]
-    media = [_medium(file) for file, name in zip(files, names) if is_image(name) or is_video(name)]
     photos = set(foreign_photos(names, list(filter(is_image, names))))
-    return media, [file for file, name in zip(files, names) if name in photos]
+    return _Several(
+        media=[_medium(file) for file, name in zip(files, names) if is_image(name) or is_video(name)],
+        photos=[file for file, name in zip(files, names) if name in photos],
+        unsearched=_unsearched(path, below) if below else "",
+    )
+
+
+def _unsearched(path: str, folders: int) -> str:
+    what = "1 subfolder is" if folders == 1 else f"{folders:,} subfolders are"
+    deeper = shown_path(os.path.join(glob.escape(path), "**", "*"))
+    return f"{what} not searched: --source '{deeper}' takes {'it' if folders == 1 else 'them'}"
 
 
 def is_video(name: str) -> bool:
@@ -143,10 +167,10 @@ def _of_list(file: str) -> tuple[list[Medium], list[str]]:
     media: list[Medium] = []
     warnings: list[str] = []
     for number, line in lines:
-        found, photos = _of_line(line, finder, os.path.dirname(file))
+        found, told = _of_line(line, finder, os.path.dirname(file))
         media += found
-        warnings += [f"{shown_path(photo)}: {_FOREIGN}; left out" for photo in photos]
-        if not found and not photos:
+        warnings += told
+        if not found and not told:
             warnings.append(f"{shown_path(file)}, line {number}: {shown_path(line)}: nothing there; left out")
     if not media:
         first = f"; first: {shown_path(lines[0][1])}" if lines else ""
@@ -169,13 +193,14 @@ def _lines(file: str) -> list[tuple[int, str]]:
 
 
 def _of_line(line: str, finder: Finder, folder: str) -> tuple[list[Medium], list[str]]:
+    """The media that a line names, and warnings."""
     line = os.path.expanduser(line)
     for path in (os.path.join(folder, line), line):
         if os.path.isfile(path):
             return [_medium(path)], []
         found = _several(path)
-        if found and any(found):
-            return found
+        if found and (found.media or found.warnings()):
+            return found.media, found.warnings()
     path = finder.find(line)  # lists come from other machines
     return ([_medium(path)], []) if os.path.isfile(path) else ([], [])
 
@@ -195,14 +220,13 @@ def _why_nothing(source: str, path: str) -> str:
     return f"not found; expected {KINDS}{nearest_name(name, beside)}"
 
 
-def _why_empty(path: str, photos: Sequence[str]) -> str:
-    if photos:
-        return f"none of its photos can be read by OpenCV; convert them to .jpg or .png; first: {shown_path(photos[0])}"
+def _why_empty(path: str, found: _Several) -> str:
+    if found.photos:
+        first = shown_path(found.photos[0])
+        return f"none of its photos can be read by OpenCV; convert them to .jpg or .png; first: {first}"
     if not os.path.isdir(path):
         return "no image or video matches"
-    below = any(entry.is_dir() for entry in os.scandir(path))
-    hint = f"; folders below are not looked at, --source '{os.path.join(path, '**', '*')}' does" if below else ""
-    return f"no image or video in this folder{hint}"
+    return f"no image or video in this folder{found.unsearched and f'; {found.unsearched}'}"
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -313,7 +337,9 @@ class _Video:
     def _missing(self, capture: cv2.VideoCapture) -> str:
         """What a video lacks that has come to an end."""
         if not self._frames:
-            return "not a video that OpenCV can decode"
+            if is_video(os.path.basename(self._path)):
+                return "not a video that OpenCV can decode"
+            return f"neither an image nor a video that OpenCV can decode; expected {KINDS}"
         promised = capture.get(cv2.CAP_PROP_FRAME_COUNT)  # in some formats an estimate
         short = self._frames < 0.95 * promised - 1
         return f"damaged or cut short: {self._frames:,} of {promised:,.0f} frames could be read" if short else ""

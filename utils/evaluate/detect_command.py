@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ from utils.data.images import quiet_opencv
 from utils.data.labels import shown_path
 from utils.data.media import Medium, Picture, Problem, count_pictures, find_media, read_media
 from utils.data.probe import overheard
-from utils.evaluate.detect_files import ResultFiles, Results, file_stems
-from utils.evaluate.detector import Detector, Found, detector_of
+from utils.evaluate.detect_files import CROPS_FOLDER, ResultFiles, Results, file_stems
+from utils.evaluate.detector import NON_FINITE, Detector, Found, detector_of
 from utils.evaluate.nms import NmsRules
+from utils.evaluate.saving import LABELS_FOLDER
 from utils.files import new_run_folder
 from utils.report.loggers import Console
 from utils.runtime import choose_runtime, mendable_errors
@@ -89,7 +91,8 @@ def _rules(detector: Detector, options: DetectOptions) -> NmsRules:
 def _result_folder(options: DetectOptions, media: Sequence[Medium]) -> Path | None:
     """A folder for the results, if there will be any.
 
-    Raises UserError where they could replace what they are made of, or its labels: data sets have a folder `labels`.
+    Raises UserError where they could replace what they are made of, or mingle with label files and crops that are
+    there: those of another run, edited since, or of a data set.
     """
     if options.nosave and not options.save_txt and not options.save_crop:
         return None
@@ -99,9 +102,15 @@ def _result_folder(options: DetectOptions, media: Sequence[Medium]) -> Path | No
         inside = next((one.path for one in media if target in Path(one.path).resolve().parents), None)
         if inside is not None:
             raise UserError(
-                f"--exist-ok: {shown_path(inside)} lies in {folder}, where results could replace it or its labels; "
-                "choose another --name or --project"
+                f"--exist-ok: {shown_path(inside)} lies in {folder}, where results could replace it; choose another "
+                "--name or --project"
             )
+        for asked, below in ((options.save_txt, LABELS_FOLDER), (options.save_crop, CROPS_FOLDER)):
+            if asked and os.path.lexists(folder / below):
+                raise UserError(
+                    f"--exist-ok: {folder / below} is there already, and may have been edited; remove it or choose "
+                    "another --name"
+                )
     return new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
 
 
@@ -112,7 +121,8 @@ def _detect_all(
     detector.warm_up()
     clock = detector.runtime.step_clock(EVALUATION_PARTS)
     reading = closing(read_media(media, detector.imgsz, keep=results.keep_pixels))
-    with results, reading as looks, tally.console.bar(count_pictures(media), "Detecting") as bar:
+    of = "frames" if all(medium.is_video for medium in media) else "images"
+    with results, reading as looks, tally.console.bar(count_pictures(media), "Detecting", of=of) as bar:
         pictures = tally.readable(looks)
         for found in detector.stream(
             pictures, rules, batch_size=options.batch_size, augment=options.augment, clock=clock
@@ -137,14 +147,17 @@ def _conclude(options: DetectOptions, detector: Detector, tally: _Tally, times: 
         raise RunError(
             f"--source {options.source}: none of {len(tally.media)} could be read; first: {first}" if several else first
         )
-    for line in tally.lines():
-        console.line(line)
+    tally.tell_summary()
     ms = times.ms_per_image
     console.line(
         f"Per {'image' if tally.images else 'frame'}: {ms['load']:.1f} ms waiting for pixels, {ms['network']:.1f} ms "
         f"network, {ms['nms']:.1f} ms NMS at {detector.imgsz} px in batches of {options.batch_size} on "
         f"{detector.runtime.device_description}"
     )
+    if options.save_txt and folder:
+        console.line(f"Label files of {tally.with_boxes:,} of {tally.seen()}: {folder / LABELS_FOLDER}")
+    if options.save_crop and folder:
+        console.line(f"Crops of {_plural(int(tally.boxes.sum()), 'box', 'boxes')}: {folder / CROPS_FOLDER}")
     console.line(f"Results: {folder}" if folder else "Results: none kept (--nosave)")
 
 
@@ -162,6 +175,7 @@ class _Tally:
     images: int = 0
     frames: int = 0
     videos: int = 0
+    with_boxes: int = 0  # images and frames in which something was found
     problems: list[Problem] = field(default_factory=list)
     non_finite: list[int] = field(default_factory=list)  # sources
     cut: list[int] = field(default_factory=list)
@@ -187,6 +201,7 @@ class _Tally:
         source = found.picture.source
         counts = np.bincount(found.detections.classes.numpy(), minlength=len(self.names))
         self.boxes += counts
+        self.with_boxes += bool(counts.any())
         if source != self._video:
             self.end_video()
         if found.non_finite:
@@ -199,7 +214,7 @@ class _Tally:
             self._video_boxes += counts
         else:
             self.images += 1
-            self._line(source, f"{_counted(counts, self.names)}")
+            self._line(source, _counted(counts, self.names))
 
     def end_video(self) -> None:
         """Its line, if one was playing."""
@@ -227,22 +242,23 @@ class _Tally:
     def unreadable(self) -> tuple[str, ...]:
         return tuple(self.media[problem.source].path for problem in self.problems if not problem.frames)
 
-    def lines(self) -> Iterator[str]:
-        """The summary."""
+    def seen(self) -> str:
+        """`4 images and 24 frames`."""
+        counts = ((self.images, "image"), (self.frames, "frame"))
+        return " and ".join(_plural(count, one) for count, one in counts if count)
+
+    def tell_summary(self) -> None:
         for sources, what in (
-            (self.non_finite, "the network said something that is no finite number"),
+            (self.non_finite, NON_FINITE),
             (self.cut, "more candidates for a detection than NMS looks at, a higher --conf-thres has fewer"),
         ):
             if sources:
-                yield f"warning: {_plural(len(sources), 'picture')}, first {self._name(sources[0])}: {what}"
-        seen = [_plural(self.images, "image")] if self.images or not self.frames else []
-        if self.frames:
-            seen.append(f"{_plural(self.frames, 'frame')} of {_plural(self.videos, 'video')}")
+                self.console.warn(f"{_plural(len(sources), 'picture')}, first {self._name(sources[0])}: {what}")
+        videos = f" of {_plural(self.videos, 'video')}" if self.frames else ""
         left_out = len(self.unreadable())
         end = f"; {left_out:,} could not be read" if left_out else ""
-        kinds = np.count_nonzero(self.boxes)
-        listed = f": {_counted(self.boxes, self.names)}" if kinds else ""
-        yield f"{' and '.join(seen)}, {_plural(int(self.boxes.sum()), 'box', 'boxes')}{listed}{end}"
+        listed = f": {_counted(self.boxes, self.names)}" if self.boxes.any() else ""
+        self.console.line(f"{self.seen()}{videos}, {_plural(int(self.boxes.sum()), 'box', 'boxes')}{listed}{end}")
 
 
 def _plural(count: int, one: str, many: str = "") -> str:

@@ -29,7 +29,7 @@ from utils.files import write_atomic
 from utils.machine import usable_cores
 from utils.report.annotate import annotated, class_colour
 from utils.report.loggers import Console
-from utils.structures import Detections
+from utils.structures import Detections, RunError
 
 CROPS_FOLDER = "crops"
 
@@ -95,7 +95,7 @@ class ResultFiles(Results):
         for pool in (self._artist, self._writers):
             pool.shutdown(cancel_futures=kind is not None)
         if self._video is not None:  # interrupted: what there is of it is worth having
-            with suppress(OSError):
+            with suppress(OSError, VideoError):
                 self._video.close()
 
     def add(self, found: Found) -> None:
@@ -168,7 +168,10 @@ class ResultFiles(Results):
     def _end_video(self) -> list[Future]:
         video, self._video, self._video_source = self._video, None, -1
         if video is not None:
-            video.close()
+            try:
+                video.close()
+            except VideoError as error:
+                raise RunError(f"{error}; --nosave draws none") from error
         return []
 
     def _write_image(self, stem: str, source: int, drawn: np.ndarray) -> None:
@@ -176,11 +179,10 @@ class ResultFiles(Results):
         _write_bytes(self._folder / f"{stem}{suffix}", data)
 
     def _write_labels(self, stem: str, picture: Picture, detections: Detections) -> None:
-        """As val.py: no file where there is nothing to say, not even one of an earlier run."""
-        path = self._folder / LABELS_FOLDER / f"{stem}.txt"
+        """As val.py: no file where there is nothing to say."""
         if not len(detections.boxes):
-            path.unlink(missing_ok=True)
             return
+        path = self._folder / LABELS_FOLDER / f"{stem}.txt"
         path.parent.mkdir(exist_ok=True)
         scores = detections.scores.numpy() if self._options.save_conf else None
         write_txt(path, detections.boxes.numpy(), detections.classes.numpy(), scores, picture.size)

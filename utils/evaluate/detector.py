@@ -21,7 +21,7 @@ import torch
 from models.yolo import DetectionModel
 from utils.checkpoint import averaged_model, load_checkpoint
 from utils.clock import EVALUATION_PARTS, StepClock
-from utils.config import whole_strides
+from utils.config import LARGEST_IMGSZ, whole_strides
 from utils.data.images import ImageError, decode_image
 from utils.data.labels import shown_path
 from utils.data.loader import EvalBatches
@@ -36,7 +36,10 @@ from utils.structures import Detections, UserError
 # A path; (H, W, 3) u8 RGB, (H, W) grey or (H, W, 4) with alpha, which is left out; or an image of PIL
 Image: TypeAlias = "str | os.PathLike[str] | np.ndarray | Any"
 
+NON_FINITE = "the network computed NaN or infinity, so boxes may be missing; the weights may be damaged"
+
 _WINDOW_BYTES = 256 << 20  # of pixels that are in the network's hands at once
+_NAMES_SHOWN = 10  # of classes, in an error line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class Found:
     picture: Picture
     detections: Detections  # best first
     cut: bool  # there were more candidates than NMS looks at
-    non_finite: bool  # the network said something that is no finite number
+    non_finite: bool  # the network said NaN or infinity somewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +86,10 @@ class Detector:
         )
         _check_count("batch_size", batch_size)
         found = list(self.stream(_pictures(images, self.imgsz), rules, batch_size=batch_size, augment=augment))
-        if any(one.non_finite for one in found):
-            first = next(index for index, one in enumerate(found) if one.non_finite)
-            warnings.warn(f"the network says what is no finite number, first of image {first}", stacklevel=2)
+        broken = [index for index, one in enumerate(found) if one.non_finite]
+        if broken:
+            more = f" and {len(broken) - 1:,} more" if len(broken) > 1 else ""
+            warnings.warn(f"image {broken[0]}{more}: {NON_FINITE}", stacklevel=2)
         return [one.detections for one in found]
 
     def rules(
@@ -172,13 +176,14 @@ class Detector:
         return [found[index] for index in range(len(window))]
 
 
-_NAMES_SHOWN = 10
-
-
 def load_detector(path: str | Path, *, device: str, imgsz: int | None) -> Detector:
     """See `models.yolo.load`."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise UserError(f"path {path!r}: should be that of a checkpoint, such as runs/train/exp/weights/best.pt")
     if imgsz is not None:
         _check_count("imgsz", imgsz)
+        if imgsz > LARGEST_IMGSZ:
+            raise UserError(f"imgsz {imgsz}: should be {LARGEST_IMGSZ} or less")
     benchmark = torch.backends.cudnn.benchmark
     runtime = choose_runtime(device=str(device), amp="off", workers=0)
     torch.backends.cudnn.benchmark = benchmark  # the rest of the program is not ours

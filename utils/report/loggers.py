@@ -316,13 +316,14 @@ class Console:
         self._bars = self._stream.isatty() and not quiet
         self._headed = False
 
-    def bar(self, items: Iterable | int, description: str, *, images_each: int = 1) -> tqdm:
+    def bar(self, items: Iterable | int, description: str, *, images_each: int = 1, of: str = "images") -> tqdm:
         """A bar over an iterable, or of a total that `bar.update(n)` counts up to. It vanishes when it is done.
 
-        `images_each` is the number of images per item, so that the speed is in images/s; `bar.set_postfix_str(text,
-        refresh=False)` adds text such as `format_losses`. Use a bar of a total in a `with`. Without bars it iterates.
+        `images_each` is the number of images, or what they are `of`, per item, so that the speed is in images/s;
+        `bar.set_postfix_str(text, refresh=False)` adds text such as `format_losses`. Use a bar of a total in a `with`.
+        Without bars it iterates.
         """
-        return self._bar(items, description, unit=" images", unit_scale=images_each)
+        return self._bar(items, description, unit=f" {of}", unit_scale=images_each)
 
     def download_bar(self, megabytes: int, description: str) -> tqdm:
         """A bar of a total in MB, 0 where that is not known; see `bar`."""
