@@ -82,7 +82,7 @@ def test_a_network_of_one_class_takes_all_labels_for_it_when_told(tiny, cli):
     (tiny.folder / "labels/val/0.txt").write_text("1 0.5 0.5 0.3 0.3\n")
     code, _, error = cli(val, *flags("--data", str(tiny.data), weights=weights))
     assert code == 2
-    assert "knows 1 classes" in error and "--single-cls takes these for one" in error
+    assert "knows 1 classes" in error and "--single-cls takes all classes for one" in error
     code, output, error = cli(val, *flags("--data", str(tiny.data), "--single-cls", weights=weights))
     assert (code, error) == (0, "")
     assert "thing" in output
@@ -194,7 +194,7 @@ MISTAKES = {
     "threshold": (["--weights", "BEST", "--iou-thres", "60"], ["--iou-thres 60", "between 0 and 1"]),
     "missing data": (["--weights", "BEST", "--data", "none.yaml"], ["--data file not found: none.yaml"]),
     "missing split": (["--weights", "BEST", "--task", "test"], ["data.yaml", "no 'test' split"]),
-    "other number of classes": (["--weights", "BEST", "--data", "THREE"], ["2 classes", "3 names"]),
+    "other number of classes": (["--weights", "BEST", "--data", "THREE"], ["2 classes", "3 names", "--single-cls"]),
     "device": (["--weights", "BEST", "--device", "3"], ["--device 3", "there is", "cpu"]),
     "task speed with files": (["--weights", "BEST", "--task", "speed", "--save-txt"], ["--task speed and --save-txt"]),
     "scores without files": (["--weights", "BEST", "--save-conf"], ["--save-conf", "--save-txt or --save-hybrid"]),
@@ -357,6 +357,17 @@ def test_the_two_files_agree_where_the_scan_left_something_out(trained, best, cl
     np.testing.assert_allclose(tool_figures(against, predictions).twelve, twelve_of(RESULTS), atol=1e-9, rtol=0)
     theirs = np.array(tool_figures(content, predictions).twelve)
     assert not np.allclose(theirs, twelve_of(RESULTS), equal_nan=True)
+
+
+def test_the_two_files_are_of_the_drawn_share_alone(trained, best, cli, tmp_path):
+    as_coco(trained, tmp_path)
+    data = changed_data(trained, tmp_path, train=str(tmp_path / "val.json"), val=0.5)
+    assert cli(val, *flags("--data", data, "--save-json", weights=best))[0] == 0
+    predictions, against = read(RESULTS / "predictions.json"), read(RESULTS / "annotations.json")
+    ids = {item["id"] for item in against["images"]}
+    assert 0 < len(ids) < 4 and ids <= {40, 7, 2**40, 12}
+    assert {item["image_id"] for item in predictions + against["annotations"]} <= ids
+    np.testing.assert_allclose(tool_figures(against, predictions).twelve, twelve_of(RESULTS), atol=1e-9, rtol=0)
 
 
 def test_predictions_of_another_split_come_with_annotations(best, cli):

@@ -168,9 +168,9 @@ def _names(
     if single:
         return learned if len(learned) == 1 else SINGLE_CLASS
     if len(spec.names) != len(learned):
-        hint = "; --single-cls takes these for one" if len(learned) == 1 else ""
         raise UserError(
-            f"{options.weights} knows {len(learned)} classes, {spec.source} has {len(spec.names)} names{hint}"
+            f"{options.weights} knows {len(learned)} classes, {spec.source} has {len(spec.names)} names; "
+            "--single-cls takes all classes for one"
         )
     if spec.names != learned:
         console.warn(f"the names of {spec.source}, or their order, are not those that {options.weights} learned")
