@@ -14,6 +14,7 @@ import train
 import val
 from models.yolo import DetectionModel
 from tests.coco_tool import tool_figures
+from utils.boxes import pairwise_iou
 from utils.evaluate.evaluator import Evaluator
 
 CPU = {"device": "cpu", "workers": 0, "noplots": True}
@@ -81,16 +82,28 @@ def test_a_network_of_one_class_takes_all_labels_for_it_when_told(tiny, cli):
     (tiny.folder / "labels/val/0.txt").write_text("1 0.5 0.5 0.3 0.3\n")
     code, _, error = cli(val, *flags("--data", str(tiny.data), weights=weights))
     assert code == 2
-    assert "knows 1 classes" in error and "--single-cls takes these for one" in error
+    assert "knows 1 classes" in error and "--single-cls takes all classes for one" in error
     code, output, error = cli(val, *flags("--data", str(tiny.data), "--single-cls", weights=weights))
     assert (code, error) == (0, "")
     assert "thing" in output
 
 
-def test_a_network_of_many_classes_is_not_for_a_single_one(best, cli):
-    code, _, error = cli(val, *flags("--single-cls", weights=best))
-    assert code == 2
-    assert "knows 2 classes, and should know one" in error
+def test_a_network_of_many_classes_evaluates_as_one_of_a_single_one(best, cli):
+    """Blue for red is a hit then. An anchor speaks for the one class alone, so boxes that are two classes' are one."""
+    code, output, problems = cli(val, *flags("--single-cls", "--save-json", "--verbose", weights=best))
+    assert (code, problems) == (0, "")
+    assert re.search(r"^ +item +4 +4 ", output, re.MULTILINE) and "blue" not in output
+    figures, predictions = read(FOUND), read(RESULTS / "predictions.json")
+    assert figures["losses"] is None and figures["mAP_0.5"] > 0.3
+    assert [one["name"] for one in figures["per_class"]] == ["item"]
+    assert {item["category_id"] for item in predictions} == {1}
+    several = val.run(weights=best, name="several", save_json=True, **CPU)
+    expected = {item["score"] for item in read(Path("runs/val/several/predictions.json"))}
+    assert several.labels == 4 and max(item["score"] for item in predictions) == max(expected)
+
+
+def test_single_cls_is_for_speed_too(best, cli):
+    assert cli(val, *flags("--single-cls", "--task", "speed", weights=best))[0] == 0
 
 
 def test_command_prints_a_table_and_leaves_pictures(best, cli):
@@ -118,6 +131,37 @@ def test_other_splits(trained, best, tmp_path):
     (tmp_path / "with_test.yaml").write_text(yaml.safe_dump(content))
     metrics = val.run(weights=best, data=tmp_path / "with_test.yaml", task="test", **CPU)
     assert (metrics.images, metrics.labels) == (8, 8)
+
+
+def test_a_data_set_that_is_gone_is_told_from_a_wrong_flag(tiny, cli):
+    train.run(**tiny.options())
+    tiny.data.unlink()
+    code, _, problems = cli(val, *flags(weights="runs/train/exp/weights/best.pt"))
+    assert code == 2
+    learned_from = "the data set that runs/train/exp/weights/best.pt was trained on; name another with --data"
+    assert problems == f"val.py: error: not found: {tiny.data}, {learned_from}\n"
+
+
+NOTE = r"^note: these figures are those of detections above {} alone, {} in an image at most; AP wants the defaults"
+
+
+def test_figures_of_few_detections_are_told_to_be_that(best, cli):
+    assert "note" not in cli(val, *flags("--conf-thres", "0.001", "--max-det", "100", weights=best))[1]
+    for given, confidence, most in (["--conf-thres", "0.2"], "0.2", 300), (["--max-det", "99"], "0.001", 99):
+        output = cli(val, *flags(*given, weights=best))[1]
+        assert len(re.findall(NOTE.format(confidence, most), output, re.MULTILINE)) == 1
+
+
+def test_the_best_confidence_is_one_at_which_there_is_something(best, cli):
+    """F1 is flat below the weakest detection, and the first of equals would be 0."""
+    output = cli(val, *flags("--conf-thres", "0.008", weights=best))[1]
+    (best_at,) = re.findall(r"those at confidence ([\d.]+),", output)
+    assert float(best_at) >= 0.008
+    output = cli(val, *flags("--conf-thres", "0.9999", weights=best))[1]
+    assert "those at confidence" not in output
+    assert re.findall("^Nothing .*", output, re.MULTILINE) == [
+        "Nothing that is labelled was found above confidence 0.9999"
+    ]
 
 
 def test_image_size_is_rounded_up_with_a_note(best, cli):
@@ -150,7 +194,7 @@ MISTAKES = {
     "threshold": (["--weights", "BEST", "--iou-thres", "60"], ["--iou-thres 60", "between 0 and 1"]),
     "missing data": (["--weights", "BEST", "--data", "none.yaml"], ["--data file not found: none.yaml"]),
     "missing split": (["--weights", "BEST", "--task", "test"], ["data.yaml", "no 'test' split"]),
-    "other number of classes": (["--weights", "BEST", "--data", "THREE"], ["2 classes", "3 names"]),
+    "other number of classes": (["--weights", "BEST", "--data", "THREE"], ["2 classes", "3 names", "--single-cls"]),
     "device": (["--weights", "BEST", "--device", "3"], ["--device 3", "there is", "cpu"]),
     "task speed with files": (["--weights", "BEST", "--task", "speed", "--save-txt"], ["--task speed and --save-txt"]),
     "scores without files": (["--weights", "BEST", "--save-conf"], ["--save-conf", "--save-txt or --save-hybrid"]),
@@ -204,6 +248,19 @@ def test_ctrl_c(best, cli, monkeypatch):
     monkeypatch.setattr("models.yolo.DetectionModel.forward", interrupted)
     code, _, problems = cli(val, *flags(weights=best))
     assert (code, problems.strip()) == (130, "val.py: interrupted")
+    assert list(Path("runs/val").iterdir()) == []  # the next one is exp again
+
+
+def test_ctrl_c_leaves_the_evaluation_that_was_to_be_replaced(best, cli, monkeypatch):
+    assert cli(val, "--weights", best, "--device", "cpu", "--workers", "0", "--save-json")[0] == 0
+    before = {path: path.read_bytes() for path in RESULTS.iterdir()}
+
+    def interrupted(*images):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("models.yolo.DetectionModel.forward", interrupted)
+    assert cli(val, *flags("--exist-ok", weights=best))[0] == 130
+    assert {path: path.read_bytes() for path in RESULTS.iterdir()} == before
 
 
 def test_evaluation_changes_no_file_of_the_run(trained, best):
@@ -257,13 +314,60 @@ def test_predictions_of_a_coco_split_carry_its_ids_and_score_the_same(trained, b
     data = as_coco(trained, tmp_path)
     code, _, problems = cli(val, *flags("--data", data, "--save-json", weights=best))
     assert (code, problems) == (0, "")
-    assert sorted(path.name for path in RESULTS.iterdir()) == ["metrics.json", "predictions.json"]
-    predictions = read(RESULTS / "predictions.json")
+    predictions, against = read(RESULTS / "predictions.json"), read(RESULTS / "annotations.json")
     assert {item["image_id"] for item in predictions} == {40, 7, 2**40, 12}
     assert {item["category_id"] for item in predictions} == {5, 90}
     scored = tool_figures(read(tmp_path / "val.json"), predictions).twelve
     np.testing.assert_allclose(scored, twelve_of(RESULTS), atol=1e-9, rtol=0)
     assert scored[1] > 0.3
+    np.testing.assert_allclose(tool_figures(against, predictions).twelve, twelve_of(RESULTS), atol=1e-9, rtol=0)
+    given = read(tmp_path / "val.json")
+    assert {item["id"] for item in against["images"]} == {40, 7, 2**40, 12}
+    assert {item["id"]: item["name"] for item in against["categories"]} == {5: "blue", 90: "red"}
+    keys = ("image_id", "category_id", "bbox", "area", "iscrowd")
+    assert rows_of(against["annotations"], keys) == rows_of(given["annotations"], keys)
+    assert [item["id"] for item in against["annotations"]] == list(range(1, 7))
+
+
+def rows_of(items: list[dict], keys) -> list[str]:
+    return sorted(json.dumps([item[key] for key in keys]) for item in items)
+
+
+def test_the_two_files_agree_where_the_scan_left_something_out(trained, best, cli, tmp_path):
+    """A box that is there twice, an image that cannot be read, and ids from 0: against the user's file none of it."""
+    data = as_coco(trained, tmp_path)
+    content = read(tmp_path / "val.json")
+    twice = content["annotations"][2] | {"id": 77}
+    gone = {"id": 99, "file_name": str(tmp_path / "broken.png"), "height": 10, "width": 10}
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    content["annotations"] += [twice, twice | {"id": 78, "image_id": 99, "bbox": [1, 1, 5, 5]}]
+    content["images"].append(gone)
+    numbers = {40: 0, 7: 1, 2**40: 2, 12: 3, 99: 4}
+    for item in content["images"]:
+        item["id"] = numbers[item["id"]]
+    for item in content["annotations"]:
+        item |= {"image_id": numbers[item["image_id"]], "category_id": {5: 0, 90: 1}[item["category_id"]]}
+        item["id"] -= 1
+    for item in content["categories"]:
+        item["id"] = {5: 0, 90: 1}[item["id"]]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    assert cli(val, *flags("--data", data, "--save-json", weights=best))[0] == 0
+    predictions, against = read(RESULTS / "predictions.json"), read(RESULTS / "annotations.json")
+    assert [item["id"] for item in against["images"]] == [0, 1, 2, 3] and len(against["annotations"]) == 6
+    np.testing.assert_allclose(tool_figures(against, predictions).twelve, twelve_of(RESULTS), atol=1e-9, rtol=0)
+    theirs = np.array(tool_figures(content, predictions).twelve)
+    assert not np.allclose(theirs, twelve_of(RESULTS), equal_nan=True)
+
+
+def test_the_two_files_are_of_the_drawn_share_alone(trained, best, cli, tmp_path):
+    as_coco(trained, tmp_path)
+    data = changed_data(trained, tmp_path, train=str(tmp_path / "val.json"), val=0.5)
+    assert cli(val, *flags("--data", data, "--save-json", weights=best))[0] == 0
+    predictions, against = read(RESULTS / "predictions.json"), read(RESULTS / "annotations.json")
+    ids = {item["id"] for item in against["images"]}
+    assert 0 < len(ids) < 4 and ids <= {40, 7, 2**40, 12}
+    assert {item["image_id"] for item in predictions + against["annotations"]} <= ids
+    np.testing.assert_allclose(tool_figures(against, predictions).twelve, twelve_of(RESULTS), atol=1e-9, rtol=0)
 
 
 def test_predictions_of_another_split_come_with_annotations(best, cli):
@@ -291,6 +395,7 @@ def test_detections_of_a_class_that_the_coco_file_lacks(trained, best, cli, tmp_
     (line,) = (line for line in output.splitlines() if line.startswith("note:"))
     assert re.search(r"\d+ detections left out.*category for: red$", line)
     assert {item["category_id"] for item in read(RESULTS / "predictions.json")} == {5}
+    assert read(RESULTS / "annotations.json")["categories"] == [{"id": 5, "name": "blue"}]
 
 
 def boxes_of(file: Path, size: tuple[int, int]) -> np.ndarray:
@@ -324,6 +429,23 @@ def test_hybrid_labels_hold_the_true_boxes_and_change_no_figure(trained, best):
         assert np.array(first, float) == pytest.approx(np.array(truth, float), abs=1e-6)
 
 
+@pytest.mark.parametrize("iou", ["0.3", "0.9"])
+def test_hybrid_labels_take_another_overlap_for_another_object(best, cli, monkeypatch, iou):
+    monkeypatch.setattr("utils.evaluate.saving._HYBRID_CONFIDENCE", 0.003)  # a network of a few epochs is not sure
+    assert cli(val, *flags("--save-hybrid", "--iou-thres", iou, weights=best))[0] == 0
+    overlaps = []
+    for index, size in enumerate([(64, 64), (45, 61), (63, 50), (64, 64)]):
+        truth, *found = boxes_of(RESULTS / f"labels/{index}.txt", size)
+        overlaps += pairwise_iou(np.array(found).reshape(-1, 4), truth[None]).flatten().tolist()
+    assert max(overlaps, default=0) <= float(iou)
+    assert any(overlap > 0.7 for overlap in overlaps) == (iou == "0.9")
+
+
+def test_hybrid_labels_are_of_what_is_sure(best, cli):
+    assert cli(val, *flags("--save-hybrid", weights=best))[0] == 0
+    assert [len(path.read_text().splitlines()) for path in (RESULTS / "labels").iterdir()] == [1] * 4
+
+
 def test_other_rules_find_other_boxes(best):
     """Fewer with --agnostic, others with --augment."""
     counts = {}
@@ -334,17 +456,29 @@ def test_other_rules_find_other_boxes(best):
 
 
 def test_an_older_evaluation_leaves_nothing_behind(best, cli):
-    assert cli(val, *flags("--save-json", "--save-txt", weights=best))[0] == 0
-    assert (RESULTS / "labels").is_dir()
-    assert cli(val, *flags("--exist-ok", weights=best))[0] == 0
-    assert [path.name for path in RESULTS.iterdir()] == ["metrics.json"]
+    assert cli(val, "--weights", best, "--device", "cpu", "--workers", "0", "--save-json")[0] == 0
+    (RESULTS / "notes.txt").write_text("mine")
+    assert cli(val, *flags("--exist-ok", "--save-txt", weights=best))[0] == 0
+    assert {path.name for path in RESULTS.iterdir()} == {"metrics.json", "notes.txt", "labels"}
+
+
+def test_label_files_that_may_have_been_edited_are_not_replaced(best, cli, monkeypatch):
+    assert cli(val, *flags("--save-hybrid", weights=best))[0] == 0
+    (RESULTS / "labels/0.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    before = {path: path.read_bytes() for path in RESULTS.rglob("*.*")}
+    monkeypatch.setattr("utils.evaluate.command.load_checkpoint", None)  # refused before any work
+    for more in ([], ["--save-txt"]):
+        code, _, problems = cli(val, *flags("--exist-ok", *more, weights=best))
+        assert code == 2
+        assert re.fullmatch(r"val\.py: error: --exist-ok: \S+exp/labels is there .*; remove it or .*--name\n", problems)
+    assert {path: path.read_bytes() for path in RESULTS.rglob("*.*")} == before
 
 
 def test_a_data_set_is_no_folder_for_results(tiny, best, cli):
     where = ["--project", str(tiny.folder.parent), "--name", tiny.folder.name, "--exist-ok"]
     code, _, problems = cli(val, *flags("--save-txt", *where, weights=best))
     assert code == 2
-    assert re.fullmatch(r"val\.py: error: --exist-ok: \S+/labels is not of an evaluation .*\n", problems)
+    assert re.fullmatch(r"val\.py: error: --exist-ok: \S+/labels is there already.*\n", problems)
     assert tiny.label("val", 0).exists()
 
 
@@ -370,6 +504,19 @@ def test_a_full_disk_is_one_line_below_the_figures(best, cli):
     assert [path.name for path in RESULTS.iterdir()] == ["metrics.json"]
 
 
+def test_a_full_disk_at_the_first_picture_costs_no_figure(best, cli):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, hard))
+    try:
+        code, output, problems = cli(val, "--weights", best, "--device", "cpu", "--workers", "0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1
+    assert problems == "val.py: error: File too large: runs/val/exp/val_batch0_labels.jpg\n"
+    assert re.search(r"^ +all +4 +4", output, re.MULTILINE)
+    assert [path.name for path in RESULTS.iterdir()] == ["metrics.json"]
+
+
 def test_a_split_without_labels_is_predicted_and_not_scored(tiny, best, cli):
     for path in (tiny.folder / "labels/val").iterdir():
         path.unlink()
@@ -390,7 +537,12 @@ def test_a_split_without_labels_is_predicted_and_not_scored(tiny, best, cli):
     assert "no usable label in 'val', so there is nothing to score" in output
     assert "mAP" not in output and "AP50" not in output
     assert read(RESULTS / "predictions.json") and list((RESULTS / "labels").iterdir())
-    assert read(FOUND)["labels"] == 0
+    figures = read(FOUND)
+    assert figures["labels"] == 0 and figures["images"] == 4
+    for one in (figures, *figures["per_class"]):
+        assert [one[name] for name in ("precision", "recall", "f1", "best_confidence")] == [None] * 4
+    assert {figures["mAP_0.5"], figures["fitness"], figures["per_class"][0]["map50"]} == {None}
+    assert {path.name for path in RESULTS.glob("*g")} == {name for name in PICTURES if name.startswith("val_batch")}
 
 
 def test_outputs_that_are_no_numbers_are_a_warning(best, cli, monkeypatch):
@@ -405,7 +557,8 @@ def test_outputs_that_are_no_numbers_are_a_warning(best, cli, monkeypatch):
     code, output, _ = cli(val, *flags("--batch", "1", weights=best))
     assert code == 0
     (line,) = (line for line in output.splitlines() if line.startswith("warning:"))
-    assert "4 of 4 images" in line
+    assert "4 of 4 images" in line and best in line
+    assert line.endswith("its weights may be damaged: take another checkpoint")
     assert "nan" not in output.replace("NaN", "")
 
 
@@ -432,6 +585,10 @@ def test_a_training_run_on_a_coco_split_leaves_its_predictions(trained, tiny, tm
     folder = Path("runs/train/exp")
     scored = tool_figures(read(tmp_path / "val.json"), read(folder / "predictions.json")).twelve
     np.testing.assert_allclose(scored, twelve_of(folder), atol=1e-9, rtol=0)
-    assert not (folder / "annotations.json").exists()
-    train.run(**tiny.options())
-    assert not Path("runs/train/exp2/predictions.json").exists()
+    against = tool_figures(read(folder / "annotations.json"), read(folder / "predictions.json")).twelve
+    np.testing.assert_allclose(against, twelve_of(folder), atol=1e-9, rtol=0)
+
+
+def test_a_training_run_on_another_split_leaves_none(trained):
+    assert (trained / "metrics.json").exists()
+    assert not list(trained.glob("predictions*")) and not list(trained.glob("annotations*"))

@@ -147,12 +147,21 @@ class ValOptions:
     workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
     cache_dir: str = _flag("", "folder for label caches; default: beside the data, else ~/.cache")
     strict: bool = _flag(False, "stop at any finding in the data")
-    single_cls: bool = _flag(False, "treat all classes as one; by itself for a checkpoint trained so")
+    single_cls: bool = _flag(
+        False, "treat all classes as one, those of the network too; by itself for a checkpoint trained so"
+    )
     verbose: bool = _flag(False, "results per class, whatever the number of classes")
-    save_json: bool = _flag(False, "write the detections as COCO results, predictions.json")
+    save_json: bool = _flag(
+        False,
+        "write the detections as COCO results, predictions.json, and annotations.json to score them",
+    )
     save_txt: bool = _flag(False, "write the detections of each image to labels/IMAGE.txt, as YOLO labels")
     save_conf: bool = _flag(False, "with --save-txt: the score at the end of each line")
-    save_hybrid: bool = _flag(False, "as --save-txt, with the true boxes, and the detections that overlap none")
+    save_hybrid: bool = _flag(
+        False,
+        "as --save-txt, with the true boxes, and detections above 0.25 (or --conf-thres, if higher) that overlap none "
+        "of them, of any class, by more than --iou-thres",
+    )
     project: str = _flag("runs/val", "folder that holds the results")
     name: str = _flag("exp", "name of the results folder; exp2, exp3, ... when taken")
     exist_ok: bool = _flag(False, "write into an existing folder")

@@ -20,6 +20,7 @@ from tests.stores import ImageLabels, build_store
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches
 from utils.data.plan import letterbox_plan, source_to_network
+from utils.evaluate import nms
 from utils.evaluate.evaluator import Evaluator
 from utils.evaluate.nms import NmsRules, non_max_suppression
 from utils.evaluate.predict import to_source
@@ -206,6 +207,65 @@ def test_figures_of_several_ranks_are_those_of_one_to_the_last_bit(scene, networ
                 assert (one.cut, one.times.images) == (other.cut, other.times.images) == (0, len(images))
         assert expected[0].metrics.map50 > 0 or images is one_image
         assert expected[1].metrics.losses.objectness > 0
+
+
+def test_the_order_of_the_ranks_and_of_their_batches_does_not_matter(scene, network, monkeypatch):
+    """Losses are sums of floats, whose last digit goes by the order."""
+    store, claims = scene
+    gains = LossGains.for_head(Hyperparameters(), network.head, IMGSZ)
+    mine = evaluator(store, 1)
+    expected = mine.evaluation(network, gains=gains), mine.evaluation(Oracle(store, claims))
+    shuffled = np.random.default_rng(0).permutation(len(SIZES))
+    for order in (shuffled, shuffled[::-1], np.arange(len(SIZES))[::-1]):
+
+        def dealt(self, value, order=order):
+            seen, times = value
+            return [([seen[at] for at in order[:3]], times), ([seen[at] for at in order[3:]], times)]
+
+        monkeypatch.setattr(Runtime, "gather", dealt)
+        found = mine.evaluation(network, gains=gains), mine.evaluation(Oracle(store, claims))
+        for one, other in zip(found, expected):
+            np.testing.assert_equal(plain(one.metrics), plain(other.metrics))
+            np.testing.assert_equal(plain(one.evidence), plain(other.evidence))
+
+
+def test_equal_scores_go_by_the_ids_of_the_images(scene):
+    """As in COCO's tool: a hit before a false alarm is worth more than behind it."""
+    store, _ = scene
+    with_label = int(np.flatnonzero(np.diff(store.offsets))[0])
+    label = store.rows(with_label).start
+    hit, kind = store.boxes[label], int(store.classes[label])
+    claims = [[] for _ in SIZES]
+    claims[with_label], claims[-1] = [(hit, kind, 0.5)], [((0, 0, 9, 9), kind, 0.5)]
+    ids = np.arange(len(SIZES))
+    told = {}
+    for name, image_ids in (("ascending", ids), ("descending", ids[::-1])):
+        numbered = replace(store, image_ids=image_ids, category_ids=np.arange(len(NAMES)))
+        told[name] = evaluator(numbered, 3)(Oracle(store, claims)).per_class[kind].map50
+    assert told["ascending"] == pytest.approx(2 * told["descending"]) and told["descending"] > 0
+
+
+def test_what_is_done_once_on_a_machine_is_not_on_the_clock(scene, monkeypatch):
+    store, claims = scene
+    order = []
+    made, started = nms.native_library, Runtime.step_clock
+    monkeypatch.setattr(nms, "native_library", lambda *given: order.append("library") or made(*given))
+    monkeypatch.setattr(Runtime, "step_clock", lambda *given: order.append("clock") or started(*given))
+    for name in ("evaluation", "measured"):
+        nms._native.cache_clear()
+        getattr(evaluator(store, 3), name)(Oracle(store, claims))
+    assert order == ["library", "clock"] * 2
+
+
+def test_classes_of_a_network_count_as_one_by_the_best_of_each_anchor(scene):
+    """An anchor that speaks for two classes makes one detection, and a wrong name is no mistake."""
+    store, claims = scene
+    single = replace(store, classes=np.zeros_like(store.classes))
+    wrong = [[(box, (kind + 1) % len(NAMES), score) for box, kind, score in listed] for listed in claims]
+    expected = evaluator(single, 3)(Oracle(store, [[(box, 0, score) for box, _, score in each] for each in claims]))
+    merged = evaluator(single, 3, names=("item",), merge_classes=True).evaluation(Oracle(store, wrong))
+    assert merged.metrics.map50_95 == pytest.approx(expected.map50_95) and expected.map50_95 > 0.2
+    assert [one.name for one in merged.metrics.per_class] == ["item"] and set(merged.evidence.classes) == {0}
 
 
 def test_parts_of_the_time_are_told(scene):

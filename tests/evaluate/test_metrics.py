@@ -162,15 +162,19 @@ def test_curves_equal_a_count_at_each_confidence(random_scene, seed):
             assert metrics.curves.recall[row, at] == pytest.approx(recall)
             expected_f1 = 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0
             assert metrics.curves.f1[row, at] == pytest.approx(expected_f1)
-    best = metrics.curves.f1.mean(0).argmax()
+    best = highest_of_best(metrics.curves.f1.mean(0))
     assert metrics.best_confidence == CONFIDENCES[best]
     assert metrics.f1 == pytest.approx(metrics.curves.f1[:, best].mean())
     assert metrics.precision == pytest.approx(metrics.curves.precision[:, best].mean())
     assert metrics.recall == pytest.approx(np.mean([metrics.per_class[index].recall for index in with_labels]))
     for row, index in enumerate(with_labels):
         assert metrics.per_class[index].best_f1 == metrics.curves.f1[row].max()
-        assert metrics.per_class[index].best_confidence == CONFIDENCES[metrics.curves.f1[row].argmax()]
+        assert metrics.per_class[index].best_confidence == CONFIDENCES[highest_of_best(metrics.curves.f1[row])]
         assert metrics.per_class[index].f1 == metrics.curves.f1[row, best]
+
+
+def highest_of_best(f1) -> int:
+    return max(at for at in range(1000) if f1[at] == max(f1))
 
 
 def test_a_class_without_a_claim_has_no_precision_in_its_curve_and_none_in_the_table():
@@ -189,6 +193,8 @@ def test_a_class_without_a_claim_has_no_precision_in_its_curve_and_none_in_the_t
     cat, dog, owl = metrics.per_class
     assert np.isnan(metrics.curves.precision[1]).all() and not metrics.curves.f1[1].any()
     assert np.isnan(metrics.curves.precision[0, 950]) and metrics.curves.precision[0, 500] == 1
+    assert metrics.best_confidence == cat.best_confidence == CONFIDENCES[CONFIDENCES < 0.9][-1]
+    assert dog.best_confidence == 0  # F1 is 0 everywhere
     assert (cat.precision, cat.best_f1, dog.precision, dog.f1, dog.best_f1) == (1, 1, 0, 0, 0)
     assert metrics.precision == 0.5
     assert dog.coco.ap == 0 and owl.coco.ap is None and owl.map50_95 == 0

@@ -115,6 +115,18 @@ def test_the_rest_of_the_batch_changes_nothing():
 
 
 @pytest.mark.skipif(nms._native() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("wrong", ["boxes", "classes", "counts"])
+def test_nothing_but_what_it_expects_goes_to_the_library(wrong):
+    """It takes plain addresses, and would read on behind a table that is too short."""
+    boxes, classes, counts = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.int64), [3]
+    boxes = boxes.float() if wrong == "boxes" else boxes
+    classes = classes.int() if wrong == "classes" else classes
+    counts = [4] if wrong == "counts" else counts
+    with pytest.raises(AssertionError):
+        list(nms._kept_by_library(nms._native(), boxes, classes, counts, NmsRules()))
+
+
+@pytest.mark.skipif(nms._native() is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("agnostic", [False, True])
 def test_with_and_without_the_library_it_is_the_same(monkeypatch, agnostic):
     predictions = random_predictions(8, 3, 900, 3, size=200)

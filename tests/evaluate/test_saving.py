@@ -18,7 +18,15 @@ from pycocotools.cocoeval import COCOeval
 from tests.stores import ImageLabels, build_store
 from utils.evaluate.matching import Labels
 from utils.evaluate.metrics import collect, compute_metrics
-from utils.evaluate.saving import clear_results, coco_ids, label_names, write_labels, write_predictions, write_txt
+from utils.evaluate.saving import (
+    check_folder,
+    clear_results,
+    coco_ids,
+    label_names,
+    write_labels,
+    write_predictions,
+    write_txt,
+)
 from utils.structures import CROWD, DIFFICULT, Detections, UserError
 
 NAMES = ("cat", "größe", "猫")
@@ -111,7 +119,9 @@ def test_equal_scores_go_by_the_ids_of_the_file(seed, tmp_path):
     store = store_of(*labels, image_ids=shuffled, category_ids=np.array([7, 1, 90]))
     evidence = evidence_of(store, *detections)
     assert write_predictions(tmp_path, evidence, store, NAMES) == []
-    assert not (tmp_path / "annotations.json").exists()  # the user has it
+    metrics = compute_metrics(evidence, NAMES, image_ids=coco_ids(store, len(NAMES)).images)
+    scored = twelve_by_the_tool(tmp_path / "annotations.json", tmp_path / "predictions.json")
+    assert scored == pytest.approx(twelve(metrics), abs=1e-9)
     nameless = replace(store, image_ids=np.full(len(store), -1))
     write_predictions(made(tmp_path / "other"), evidence, nameless, NAMES)
     content = json.loads((tmp_path / "other/annotations.json").read_text())
@@ -232,14 +242,15 @@ def test_label_files_are_those_of_images_with_something_in_them(tmp_path):
 
 
 def test_hybrid_labels_are_the_truth_and_what_else_was_found(tmp_path):
+    """Not what is known by another name, nor what is hardly there; a crowd hides nothing."""
     truth = labelled((1, 0, 0, 50, 40), (0, 0, 0, 100, 80), ignore=np.array([0, CROWD]))
     store = store_of(truth, labelled((2, 10, 10, 20, 20)))
     same, other_class, elsewhere = (1, 0.9, 1, 1, 50, 40), (2, 0.8, 1, 1, 50, 40), (1, 0.7, 60, 40, 100, 80)
-    in_crowd = (0, 0.6, 0, 0, 100, 80)
-    evidence = evidence_of(store, found(same, other_class, elsewhere, in_crowd), found())
+    in_crowd, least, weak = (0, 0.6, 0, 0, 100, 80), (0, 0.26, 70, 0, 90, 20), (0, 0.25, 70, 0, 90, 20)
+    evidence = evidence_of(store, found(same, other_class, elsewhere, in_crowd, least, weak), found())
     assert write_labels(tmp_path, evidence, store, scores=True, hybrid_iou=0.6) == 2
     rows = [line.split() for line in (tmp_path / "labels/0.txt").read_text().splitlines()]
-    assert [(int(row[0]), float(row[5])) for row in rows] == [(1, 1.0), (2, 0.8), (1, 0.7), (0, 0.6)]
+    assert [(int(row[0]), float(row[5])) for row in rows] == [(1, 1.0), (1, 0.7), (0, 0.6), (0, 0.26)]
     assert (tmp_path / "labels/1.txt").read_text() == "2 0.15 0.1875 0.1 0.125 1.0\n"
 
 
@@ -272,21 +283,16 @@ def test_results_of_an_earlier_evaluation_go(tmp_path):
     files += " results.csv notes.txt worst_day.jpg"
     for name in files.split():
         (tmp_path / name).write_text("old")
-    (made(tmp_path / "labels") / "x.txt").write_text("old")
+    check_folder(tmp_path)
     clear_results(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "notes.txt", "worst_day.jpg"}
     clear_results(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["labels", "annotations.json"])
-def test_a_folder_of_the_users_is_left_as_it_is(name, tmp_path):
-    if name == "labels":
-        (made(tmp_path / name) / "x.txt").write_text("mine")
-    else:
-        (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=f"--exist-ok: .*{name} is not of an evaluation"):
-        clear_results(tmp_path)
-    assert (tmp_path / name).exists()
+def test_a_file_of_the_users_is_not_replaced(tmp_path):
+    (tmp_path / "annotations.json").write_text("mine")
+    with pytest.raises(UserError, match=r"--exist-ok: .*annotations\.json is not of an evaluation"):
+        check_folder(tmp_path)
 
 
 def test_a_full_disk_leaves_no_half_a_file(tmp_path):

@@ -357,6 +357,12 @@ def test_the_twelve_figures_are_shown_by_name_and_a_dash_stands_for_none():
     assert "confidence 0.300" in note
 
 
+def test_nothing_found_is_said_in_place_of_a_confidence():
+    nothing = replace(METRICS, f1=0.0, best_confidence=0.0)
+    assert result(nothing, False).splitlines()[-1] == "Nothing that is labelled was found above confidence 0.001"
+
+
 def test_outputs_that_are_no_numbers_are_counted():
     assert strange_outputs(METRICS) == ""
+    assert "best.pt said" in strange_outputs(replace(METRICS, non_finite=3), "best.pt")
     assert "3 of 1,000 images" in strange_outputs(replace(METRICS, images=1000, non_finite=3))

@@ -183,6 +183,16 @@ def test_confusion_of_very_many_classes_adds_up_those_it_leaves_out():
     assert merged[-1, labels.index("77")] == 50 and merged[-1, -1] == 7
 
 
+@pytest.mark.parametrize(("mistaken", "title"), [(0, "0 classes with"), (1, "1 class with"), (3, "3 classes with")])
+def test_classes_without_a_mistake_are_not_those_with_the_most(tmp_path, monkeypatch, mistaken, title):
+    confusion = np.diag(np.full(501, 7))
+    confusion[500, 10 : 10 + mistaken] = 5
+    _, labels = plots._most_confused(confusion, [str(index) for index in range(500)])
+    assert labels == [*("10", "11", "12")[:mistaken], "all others", "background"]
+    said = texts_of(monkeypatch, lambda: plot_confusion(confusion, [str(index) for index in range(500)], tmp_path))
+    assert sum(f"{title} mistakes, {500 - mistaken} others as one" in text for text in said) == 2
+
+
 def test_importing_and_drawing_leave_matplotlib_as_it_was(tmp_path):
     """In a fresh process: no pyplot, no changed style, nothing on the terminal."""
     program = f"""

@@ -319,6 +319,18 @@ def test_pictures_of_a_finished_evaluation(tmp_path, store):
     }
 
 
+def test_without_labels_there_is_nothing_to_judge_in_pictures_and_figures(tmp_path, store):
+    nothing = replace(METRICS, labels=0, per_class=(replace(METRICS.per_class[0], labels=0),))
+    PictureFiles(tmp_path, ("größe",), val=store).finished(nothing)
+    assert list(tmp_path.iterdir()) == []
+    write_metrics(tmp_path / "metrics.json", nothing)
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    (one,) = figures["per_class"]
+    assert {one[name] for name in ("precision", "recall", "f1", "map50", "map50_95", "best_f1")} == {None}
+    assert figures["fitness"] is figures["mAP_0.5"] is figures["best_confidence"] is None
+    assert (figures["images"], figures["losses"]["box"], one["name"], one["labels"]) == (3, 0.1, "größe", 0)
+
+
 def test_the_null_object_draws_nothing(tmp_path, store):
     pictures = Pictures()
     pictures.labels()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,22 @@ from typing import Any
 from models.yolo import DetectionModel
 from utils.checkpoint import METRICS_FILE, Checkpoint, averaged_model, load_checkpoint
 from utils.clock import TimeSplit
-from utils.config import DetectOptions, ValOptions, validated, whole_strides
+from utils.config import SINGLE_CLASS, DetectOptions, ValOptions, find_file, validated, whole_strides
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches, faults_named
 from utils.data.scan import open_dataset, refuse_findings, scan_dataset
 from utils.data.store import single_class
 from utils.evaluate.evaluator import Evaluation, Evaluator
+from utils.evaluate.figures import MOST_DETECTIONS
 from utils.evaluate.nms import MAX_CANDIDATES, NmsRules
-from utils.evaluate.saving import LABELS_FOLDER, clear_results, write_labels, write_predictions
+from utils.evaluate.saving import LABELS_FOLDER, check_folder, clear_results, write_labels, write_predictions
 from utils.files import new_run_folder
 from utils.hyp import hyperparameters
 from utils.loss import LossGains
 from utils.report.loggers import Console, result, strange_outputs
 from utils.report.run_report import PictureFiles, Pictures, write_metrics
 from utils.runtime import Runtime, choose_runtime, mendable_errors
-from utils.structures import DatasetSpec, HeadSpec, LabelStore, Metrics, UserError
+from utils.structures import Batch, DatasetSpec, Detections, HeadSpec, LabelStore, Metrics, UserError
 
 _CLASSES_SHOWN = 30  # more, and only --verbose lists them
 _IN_USE = {"conf_thres": DetectOptions.conf_thres, "iou_thres": DetectOptions.iou_thres}  # `--task speed`, unless given
@@ -43,6 +45,11 @@ class _Parts:
     store: LabelStore
     imgsz: int
     console: Console
+
+    @property
+    def merges_classes(self) -> bool:
+        """Whether what the network tells apart counts as one, by --single-cls."""
+        return len(self.names) < self.model.head.num_classes
 
     def evaluator(self, batch_size: int) -> Evaluator:
         stride = max(self.model.head.strides)
@@ -63,40 +70,55 @@ class _Parts:
                 agnostic=self.options.agnostic,
             ),
             augment=self.options.augment,
+            merge_classes=self.merges_classes,
         )
 
 
 def evaluate(values: Mapping[str, Any]) -> Metrics | None:
     """Evaluate for options by name; without a result for `task="speed"`. Raises UserError for what a user can mend."""
-    parts = _parts(values)
-    if parts.options.task == "speed":
-        _measure(parts)
+    options = _options(values)
+    if options.task == "speed":
+        _measure(_parts(options))
         return None
-    options = parts.options
+    if options.exist_ok:
+        check_folder(Path(options.project) / options.name)
+    parts = _parts(options)
     folder = new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
-    clear_results(folder)
+    try:
+        return _evaluated(parts, folder)
+    except BaseException:
+        with suppress(OSError):  # there is something in it
+            folder.rmdir()
+        raise
+
+
+def _evaluated(parts: _Parts, folder: Path) -> Metrics:
+    """The figures first, on the screen and on disk: what could go wrong with the pictures costs nobody these."""
+    options = parts.options
     pictures = Pictures() if options.noplots else PictureFiles(folder, parts.names, val=parts.store)
+    pictured: list[tuple[int, Batch, list[Detections]]] = []
     evaluator = parts.evaluator(options.batch_size)
     with mendable_errors(batch_size=options.batch_size, imgsz=parts.imgsz), faults_named(evaluator.stream):
         evaluation = evaluator.evaluation(
             parts.model.to(parts.runtime.device),
-            gains=_gains(parts.checkpoint, parts.model.head, parts.imgsz),
-            on_batch=pictures.evaluated_batch,
+            gains=None if parts.merges_classes else _gains(parts.checkpoint, parts.model.head, parts.imgsz),
+            on_batch=lambda *seen: pictured.append(seen) if seen[0] < pictures.batches else None,
             watch=lambda batches: parts.console.bar(batches, "Evaluating", images_each=batches.batch_size),
         )
         _tell(parts, evaluation)
         _save(parts, evaluation, folder)
+        for seen in pictured:
+            pictures.evaluated_batch(*seen)
         pictures.finished(evaluation.metrics)
     parts.console.line(f"Results: {folder}")
     return evaluation.metrics
 
 
-def _parts(values: Mapping[str, Any]) -> _Parts:
-    options = _options(values)
+def _parts(options: ValOptions) -> _Parts:
     console = Console(quiet=options.quiet)
     runtime = choose_runtime(device=options.device, amp=options.amp, workers=options.workers)
     checkpoint = load_checkpoint(Path(options.weights))
-    spec = open_dataset(options.data or checkpoint["options"]["data"], note=console.note, bar=console.download_bar)
+    spec = open_dataset(_data(options, checkpoint), note=console.note, bar=console.download_bar)
     single = options.single_cls or checkpoint["options"].get("single_cls", False)
     names = _names(options, spec, checkpoint, single=single, console=console)
     split = "val" if options.task == "speed" else options.task
@@ -126,19 +148,29 @@ def _options(values: Mapping[str, Any]) -> ValOptions:
     return validated(ValOptions, {**_IN_USE, **given} if given.get("task") == "speed" else given)
 
 
+def _data(options: ValOptions, checkpoint: Checkpoint) -> str:
+    """The data set to evaluate on. Raises UserError where it is that of the checkpoint, and gone."""
+    if options.data:
+        return options.data
+    learned_from = checkpoint["options"]["data"]
+    if not find_file(learned_from, "data").exists():
+        raise UserError(
+            f"not found: {learned_from}, the data set that {options.weights} was trained on; name another with --data"
+        )
+    return learned_from
+
+
 def _names(
     options: ValOptions, spec: DatasetSpec, checkpoint: Checkpoint, *, single: bool, console: Console
 ) -> tuple[str, ...]:
     """The classes to tell apart. Raises UserError where those of network and data set do not agree."""
     learned = tuple(checkpoint["names"])
-    if single and len(learned) > 1:
-        raise UserError(f"--single-cls: {options.weights} knows {len(learned)} classes, and should know one")
     if single:
-        return learned
+        return learned if len(learned) == 1 else SINGLE_CLASS
     if len(spec.names) != len(learned):
-        hint = "; --single-cls takes these for one" if len(learned) == 1 else ""
         raise UserError(
-            f"{options.weights} knows {len(learned)} classes, {spec.source} has {len(spec.names)} names{hint}"
+            f"{options.weights} knows {len(learned)} classes, {spec.source} has {len(spec.names)} names; "
+            "--single-cls takes all classes for one"
         )
     if spec.names != learned:
         console.warn(f"the names of {spec.source}, or their order, are not those that {options.weights} learned")
@@ -156,17 +188,23 @@ def _gains(checkpoint: Checkpoint, head: HeadSpec, imgsz: int) -> LossGains:
 
 def _tell(parts: _Parts, evaluation: Evaluation) -> None:
     options, console, metrics = parts.options, parts.console, evaluation.metrics
-    if strange := strange_outputs(metrics):
-        console.warn(strange)
+    if strange := strange_outputs(metrics, options.weights):
+        remedy = ", or use --amp off" if parts.runtime.amp_dtype else ""
+        console.warn(f"{strange}; its weights may be damaged: take another checkpoint{remedy}")
     if evaluation.cut:
         console.note(
             f"in {evaluation.cut:,} of {metrics.images:,} images there were more than {MAX_CANDIDATES:,} candidates "
             "for a detection: NMS took the best of them"
         )
     if metrics.labels:
-        console.line(
-            result(metrics, verbose=options.verbose or len(parts.names) <= _CLASSES_SHOWN, best=options.verbose)
-        )
+        verbose = options.verbose or len(parts.names) <= _CLASSES_SHOWN
+        console.line(result(metrics, verbose=verbose, best=options.verbose, least=options.conf_thres))
+        if options.conf_thres > ValOptions.conf_thres or options.max_det < MOST_DETECTIONS:
+            console.note(
+                f"these figures are those of detections above {options.conf_thres:g} alone, {options.max_det:,} in an "
+                f"image at most; AP wants the defaults, --conf-thres {ValOptions.conf_thres:g} and --max-det "
+                f"{ValOptions.max_det}"
+            )
     else:
         console.line(
             f"{parts.spec.source}: no usable label in '{options.task}', so there is nothing to score; "
@@ -177,6 +215,7 @@ def _tell(parts: _Parts, evaluation: Evaluation) -> None:
 
 def _save(parts: _Parts, evaluation: Evaluation, folder: Path) -> None:
     options, evidence = parts.options, evaluation.evidence
+    clear_results(folder)
     write_metrics(folder / METRICS_FILE, evaluation.metrics)  # first: it says whose the other files are
     if options.save_json:
         for line in write_predictions(folder, evidence, parts.store, parts.names):

@@ -20,7 +20,7 @@ from utils.clock import EVALUATION_PARTS, StepClock, TimeSplit
 from utils.data.loader import EvalBatches, Stream
 from utils.evaluate.matching import Labels
 from utils.evaluate.metrics import Evidence, collect, compute_metrics, merge
-from utils.evaluate.nms import NmsRules, Suppressed, non_max_suppression
+from utils.evaluate.nms import NmsRules, Suppressed, non_max_suppression, prepare_nms
 from utils.evaluate.predict import for_evaluation, predicted, to_source
 from utils.evaluate.saving import coco_ids
 from utils.evaluate.worst import worst_images
@@ -62,6 +62,7 @@ class Evaluator:
     runtime: Runtime
     rules: NmsRules = NmsRules()
     augment: bool = False
+    merge_classes: bool = False  # those of the network into one, the best of each anchor; without losses
     stream: Stream = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ class Evaluator:
         watch: Watch | None = None,
     ) -> Evaluation:
         """All that is found out on the split; with `gains` the losses too. `on_batch` sees each batch, for pictures."""
-        network, seen = for_evaluation(model, self.runtime), []
+        network, seen = self._prepared(model), []
         clock = self.runtime.step_clock(EVALUATION_PARTS)
         for number, batch in self._loaded(clock, watch):
             suppressed, losses = self._detect(network, batch, clock, gains)
@@ -111,13 +112,18 @@ class Evaluator:
     @torch.no_grad()
     def measured(self, model: DetectionModel, *, watch: Watch | None = None) -> TimeSplit:
         """How long the images take, without figures; the first batch, in which all gets going, unless it is alone."""
-        network = for_evaluation(model, self.runtime)
+        network = self._prepared(model)
         clock = self.runtime.step_clock(EVALUATION_PARTS)
         for number, batch in self._loaded(clock, watch):
             self._detect(network, batch, clock, None)
             if number == self._numbers[0] and len(self._numbers) > 1:
                 clock.split()
         return clock.split()
+
+    def _prepared(self, model: DetectionModel) -> DetectionModel:
+        """What is evaluated; nothing that is done but once on a machine is left for the clock to count."""
+        prepare_nms(self.runtime.device)
+        return for_evaluation(model, self.runtime)
 
     def _loaded(self, clock: StepClock, watch: Watch | None) -> Iterator[tuple[int, Batch]]:
         """The batches of this rank with their numbers, and the wait for each on the clock."""
@@ -136,6 +142,8 @@ class Evaluator:
     ) -> tuple[Suppressed, Losses | None]:
         with clock.part("network"):
             predictions, losses = predicted(network, batch, self.runtime, gains=gains, augment=self.augment)
+        if self.merge_classes:
+            predictions = torch.cat([predictions[..., :5], predictions[..., 5:].amax(-1, keepdim=True)], -1)
         with clock.part("nms"):
             return non_max_suppression(predictions, self.rules), losses
 

@@ -109,7 +109,7 @@ def compute_metrics(
     figures = class_figures(claims, evidence.labels)
     labelled = np.flatnonzero(evidence.labels[:, 0])
     curves = _curves(claims, evidence.labels[:, 0], figures, labelled)
-    best = int(curves.f1.mean(0).argmax()) if len(labelled) else 0
+    best = _highest_of_best(curves.f1.mean(0)) if len(labelled) else 0
     precision = np.nan_to_num(curves.precision[:, best])  # a class that makes no claim there has earned nothing
     coco = as_figures(mean_figures(figures.coco))
     return Metrics(
@@ -136,6 +136,14 @@ def _places(image_ids: np.ndarray) -> np.ndarray:
     return places
 
 
+def _highest_of_best(f1: np.ndarray) -> int:
+    """Where (1000,) F1 is best: it is flat where there is no detection, and a higher confidence says the same of less.
+
+    0 where nothing is found at any confidence.
+    """
+    return len(f1) - 1 - int(f1[::-1].argmax()) if f1.any() else 0
+
+
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else 0.0
 
@@ -149,7 +157,7 @@ def _per_class(
     for index, name in enumerate(names):
         coco, row = as_figures(figures.coco[index]), row_of[index]
         labelled = labels[index] > 0
-        own_best = int(curves.f1[row].argmax()) if labelled else 0
+        own_best = _highest_of_best(curves.f1[row]) if labelled else 0
         result.append(
             ClassMetrics(
                 name=name,

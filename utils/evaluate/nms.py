@@ -73,6 +73,12 @@ def non_max_suppression(predictions: Tensor, rules: NmsRules) -> Suppressed:
     return Suppressed(detections=detections, cut=cut, non_finite=non_finite.numpy(force=True))
 
 
+def prepare_nms(device: torch.device) -> None:
+    """Make and load what suppresses on this device, which takes seconds the first time on a machine."""
+    if device.type == "cuda" or _native() is None:
+        import torchvision.ops  # noqa: F401
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Candidates:
     """Candidates of several images in one table: image after image, and best first."""
@@ -205,6 +211,9 @@ def _kept_by_library(
 ) -> Iterator[Tensor]:
     num_classes = int(classes.max()) + 1 if len(classes) else 1
     boxes, classes = boxes.contiguous(), classes.contiguous()
+    assert boxes.dtype == torch.float64 and boxes.shape == (sum(counts), 4)  # C++ takes our word for it
+    assert classes.dtype == torch.int64 and classes.shape == (sum(counts),) and (classes >= 0).all()
+    assert boxes.device.type == classes.device.type == "cpu"
     start = 0
     for count in counts:
         kept = torch.empty(min(count, rules.max_detections), dtype=torch.int64)

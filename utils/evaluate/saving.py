@@ -1,7 +1,7 @@
 """The files that an evaluation leaves besides its figures: results in COCO's format, label files in YOLO's.
 
-The surprise: where a split has no ids of images and categories, the results get ids of their own, and an annotation
-file goes with them, so that any COCO tool can score them.
+The surprise: results never go without an annotation file of what they were scored against, so that any COCO tool
+comes to our figures. Where a split has no ids of images and categories, the two have ids of their own.
 """
 
 from __future__ import annotations
@@ -29,24 +29,31 @@ PREDICTIONS_FILE = "predictions.json"
 ANNOTATIONS_FILE = "annotations.json"
 LABELS_FOLDER = "labels"
 
-_SAVED = (LABELS_FOLDER, PREDICTIONS_FILE, ANNOTATIONS_FILE)
+_SAVED = (PREDICTIONS_FILE, ANNOTATIONS_FILE)
 _PICTURES = (
     *("val_batch?_labels.jpg", "val_batch?_pred.jpg", "confusion_matrix.png", "confusion_matrix_counts.png"),
     *("F1_curve.png", "P_curve.png", "R_curve.png", "PR_curve.png", "worst_images.jpg"),
 )
+_HYBRID_CONFIDENCE = 0.25  # what is below would be taken out again by hand
 _AT_ONCE = 100_000  # detections turned into text in one go
 
 
-def clear_results(folder: Path) -> None:
-    """Remove what an earlier evaluation left in a folder, so that none of it passes for the results of a new one.
+def check_folder(folder: Path) -> None:
+    """Refuse a folder whose contents results would replace, or pass for them, and that nobody can make again.
 
-    Raises UserError for the folder of a training run, and where there are files of such names that no evaluation wrote,
-    as there may be in a data set's.
+    Raises UserError for that of a training run, for label files, which a user may have gone on to edit, and for files
+    of our names that no evaluation wrote.
     """
     if (folder / WEIGHTS_FOLDER).exists():
         raise UserError(
             f"--exist-ok: {folder} is the folder of a training run, whose results would be replaced; choose another "
             "--name or --project"
+        )
+    labels = folder / LABELS_FOLDER
+    if os.path.lexists(labels):
+        raise UserError(
+            f"--exist-ok: {labels} is there already, with label files that may have been edited; remove it or choose "
+            "another --name"
         )
     saved = [path for path in map(folder.joinpath, _SAVED) if os.path.lexists(path)]
     if saved and not (folder / METRICS_FILE).exists():
@@ -54,12 +61,14 @@ def clear_results(folder: Path) -> None:
             f"--exist-ok: {saved[0]} is not of an evaluation (there is no {METRICS_FILE} beside it) and would be "
             "replaced; choose another --name or --project"
         )
+
+
+def clear_results(folder: Path) -> None:
+    """Remove what an earlier evaluation left, but for label files, so that none of it passes for that of a new one."""
     pictures = [path for pattern in _PICTURES for path in folder.glob(pattern)]
-    for path in (*pictures, *saved, folder / METRICS_FILE):  # that one last: it says whose the others are
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    saved = [folder / name for name in (*_SAVED, METRICS_FILE)]  # that one last: it says whose the others are
+    for path in (*pictures, *saved):
+        path.unlink(missing_ok=True)
 
 
 # ---- COCO results -------------------------------------------------------------------------------------------------
@@ -97,7 +106,7 @@ def _has_category_ids(store: LabelStore, num_classes: int) -> bool:
 
 
 def write_predictions(folder: Path, evidence: Evidence, store: LabelStore, names: Sequence[str]) -> list[str]:
-    """Write predictions.json and, for a split that has no ids, annotations.json; lines for the user.
+    """Write predictions.json and annotations.json, what they are scored against; lines for the user.
 
     Boxes are xywh in px of the source image. Detections of a class without a category are left out.
     """
@@ -112,14 +121,13 @@ def write_predictions(folder: Path, evidence: Evidence, store: LabelStore, names
         )
     by_image = np.argsort(evidence.image, kind="stable")
     _write_list(folder / PREDICTIONS_FILE, _results(evidence, by_image[~nameless[by_image]], ids))
-    if ids.invented:
-        write_atomic(folder / ANNOTATIONS_FILE, lambda file: _write_annotations(file, store, names, ids))
-        difficult = int((store.ignore == DIFFICULT).sum())
-        if difficult:
-            lines.append(
-                f"{ANNOTATIONS_FILE}: {difficult:,} difficult boxes, which COCO's tool takes for ordinary ones: "
-                f"its figures differ from those in {METRICS_FILE}"
-            )
+    write_atomic(folder / ANNOTATIONS_FILE, lambda file: _write_annotations(file, store, names, ids))
+    difficult = int((store.ignore == DIFFICULT).sum())
+    if difficult:
+        lines.append(
+            f"{ANNOTATIONS_FILE}: {difficult:,} difficult boxes, which COCO's tool takes for ordinary ones: "
+            f"its figures differ from those in {METRICS_FILE}"
+        )
     return lines
 
 
@@ -138,7 +146,8 @@ def _write_annotations(file: IO[bytes], store: LabelStore, names: Sequence[str],
         _dumped({"id": int(number), "file_name": name.replace(os.sep, "/"), "width": int(width), "height": int(height)})
         for number, name, (height, width) in zip(ids.images, _below_common_folder(store), store.sizes)
     )
-    categories = (_dumped({"id": int(number), "name": name}) for number, name in zip(ids.categories, names))
+    named = zip(ids.categories.tolist(), names)
+    categories = (_dumped({"id": number, "name": name}) for number, name in named if number >= 0)
     lists = {"images": images, "annotations": _annotations(store, ids), "categories": categories}
     for place, (key, items) in enumerate(lists.items()):
         file.write(f"{',' if place else '{'}\n{json.dumps(key)}: ".encode())
@@ -188,7 +197,8 @@ def write_labels(
     """Write `labels/IMAGE.txt` below `folder` for each image with something in it; how many these are.
 
     There must be no such folder yet, and it appears when it is whole. With `hybrid_iou` the true boxes come first, with
-    score 1, and detections that overlap one of their class by more are left out.
+    score 1, and of the detections only those are left that score above 0.25 and overlap no true box, of any class, by
+    more.
     """
     unfinished = folder / f".{LABELS_FOLDER}"
     shutil.rmtree(unfinished, ignore_errors=True)  # of an evaluation that was killed
@@ -211,7 +221,9 @@ def _write_label_files(
     for image, (name, rows) in enumerate(zip(label_names(store), of_image)):
         boxes, classes, confidences = evidence.boxes[rows], evidence.classes[rows], evidence.scores[rows]
         if hybrid_iou is not None:
-            boxes, classes, confidences = _with_truth(store, image, boxes, classes, confidences, hybrid_iou)
+            sure = confidences > _HYBRID_CONFIDENCE
+            found = boxes[sure], classes[sure], confidences[sure]
+            boxes, classes, confidences = _with_truth(store, image, *found, hybrid_iou)
         if len(boxes):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,8 +238,7 @@ def _with_truth(
     rows = store.rows(image)
     objects = store.ignore[rows] != CROWD
     true_boxes, true_classes = store.boxes[rows][objects], store.classes[rows][objects]
-    overlaps = pairwise_iou(boxes.astype(np.float64), true_boxes.astype(np.float64)) > iou  # (K, N)
-    known = (overlaps & (classes[:, None] == true_classes)).any(1)
+    known = (pairwise_iou(boxes.astype(np.float64), true_boxes.astype(np.float64)) > iou).any(1)  # (K,)
     return (
         np.concatenate([true_boxes, boxes[~known]]),
         np.concatenate([true_classes, classes[~known]]),

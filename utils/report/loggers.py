@@ -272,16 +272,20 @@ def table(metrics: Metrics, verbose: bool, *, best: bool = False) -> str:
     return "\n".join(lines)
 
 
-def result(metrics: Metrics, verbose: bool, *, best: bool = False) -> str:
-    """`table`, and below it the twelve figures of COCO in two lines, and what P, R and F1 are read at."""
+def result(metrics: Metrics, verbose: bool, *, best: bool = False, least: float = 0.001) -> str:
+    """`table`, and below it the twelve figures of COCO in two lines, and what P, R and F1 are read at.
+
+    `least` is the confidence that all detections exceed.
+    """
     figures = [
         f"  {name:>5} {'-' if value is None else f'{value:.3f}':>5}" for name, value in coco_names(metrics.coco).items()
     ]
+    at = f"P, R and F1 are those at confidence {metrics.best_confidence:.3f}, where the mean F1 is best"
     lines = (
         "",
         "COCO" + "".join(figures[:6]),
         "    " + "".join(figures[6:]),
-        f"P, R and F1 are those at confidence {metrics.best_confidence:.3f}, where the mean F1 is best",
+        at if metrics.f1 else f"Nothing that is labelled was found above confidence {least:g}",
     )
     return table(metrics, verbose, best=best) + "\n".join(lines)
 
@@ -291,12 +295,12 @@ def coco_names(figures: CocoFigures) -> dict[str, float | None]:
     return {name: getattr(figures, field) for name, field in _COCO_NAMES.items()}
 
 
-def strange_outputs(metrics: Metrics) -> str:
+def strange_outputs(metrics: Metrics, whose: str = "the network") -> str:
     """A line for the user where the network said something that is no number; else empty."""
     if not metrics.non_finite:
         return ""
     return (
-        f"for {metrics.non_finite:,} of {metrics.images:,} images the network said something that is no finite number "
+        f"for {metrics.non_finite:,} of {metrics.images:,} images {whose} said something that is no finite number "
         "(NaN or infinity): left out of the detections"
     )
 

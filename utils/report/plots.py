@@ -354,7 +354,7 @@ def plot_curves(metrics: Metrics, folder: Path) -> None:
     """
     curves, classes = metrics.curves, [one for one in metrics.per_class if one.labels]
     colours = [class_colour(index) for index, one in enumerate(metrics.per_class) if one.labels]
-    at = f"; legend: at confidence {metrics.best_confidence:.3f}, the best mean F1" if classes else ""
+    at = f"; legend: at confidence {metrics.best_confidence:.3f}, the best mean F1" if metrics.f1 else ""
     for kind, title, values in (
         ("F1", "F1", curves.f1),
         ("P", "Precision", curves.precision),
@@ -468,7 +468,7 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], folder: Path) ->
     """confusion_matrix.png, shares of each true class (column), and confusion_matrix_counts.png.
 
     `confusion` holds (C + 1, C + 1) counts, predicted x true, last = background. Of very many classes those with the
-    most mistakes are shown, and the others as one.
+    most mistakes are shown, if they have any, and the others as one.
     """
     counts, labels = _most_confused(confusion, names)
     totals = counts.sum(0, keepdims=True)
@@ -476,21 +476,27 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], folder: Path) ->
     rules = f"\nconfidence above {CONFUSION_CONFIDENCE:g}, IoU from {CONFUSION_IOU:g}"
     if len(names) > MAX_CONFUSED:
         counts[-2, -2] = shares[-2, -2] = np.nan  # among the others: right and wrong in one
-        rules += f"\n{MOST_CONFUSED} classes with the most mistakes, {len(names) - MOST_CONFUSED:,} others as one"
+        shown = len(labels) - 2
+        which = "the most mistakes" if shown == MOST_CONFUSED else "mistakes"
+        rules += f"\n{shown} class{'es' * (shown != 1)} with {which}, {len(names) - shown:,} others as one"
     _plot_matrix(100 * shares, labels, f"Percent of each true class{rules}", folder / "confusion_matrix.png", top=100)
     _plot_matrix(counts, labels, f"Counts{rules}", folder / "confusion_matrix_counts.png")
 
 
 def _most_confused(confusion: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """The matrix as f64, other classes than the `MOST_CONFUSED` most confused ones added up, and its labels."""
+    """The matrix as f64, other classes than the `MOST_CONFUSED` most confused ones added up, and its labels.
+
+    Classes without any mistake are among the others.
+    """
     count = len(names)
     if count <= MAX_CONFUSED:
         return confusion.astype(np.float64), [*names, "background"]
-    mistakes = confusion.sum(0) + confusion.sum(1) - 2 * confusion.diagonal()
-    shown = np.sort(np.argsort(-mistakes[:count], kind="stable")[:MOST_CONFUSED])
-    place = np.full(count + 1, MOST_CONFUSED)
-    place[shown], place[count] = np.arange(MOST_CONFUSED), MOST_CONFUSED + 1
-    merged = np.zeros((MOST_CONFUSED + 2, MOST_CONFUSED + 2))
+    mistakes = (confusion.sum(0) + confusion.sum(1) - 2 * confusion.diagonal())[:count]
+    most = np.argsort(-mistakes, kind="stable")[:MOST_CONFUSED]
+    shown = np.sort(most[mistakes[most] > 0])
+    place = np.full(count + 1, len(shown))
+    place[shown], place[count] = np.arange(len(shown)), len(shown) + 1
+    merged = np.zeros((len(shown) + 2, len(shown) + 2))
     np.add.at(merged, (place[:, None], place), confusion)
     return merged, [*(names[index] for index in shown.tolist()), "all others", "background"]
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,13 +32,13 @@ from utils.report.loggers import (
     result_row,
 )
 from utils.report.timing import bottleneck, time_table, timing_row
-from utils.structures import Batch, Detections, LabelStore, LossMeans, Metrics
-
-_PICTURED_BATCHES = 3
+from utils.structures import Batch, ClassMetrics, Detections, LabelStore, LossMeans, Metrics
 
 
 class Pictures:
     """The picture files of a run. This class draws none: it is the null object of `--noplots`."""
+
+    batches: ClassVar[int] = 0  # so many from the first are drawn
 
     def labels(self) -> None:
         """The label statistics of the training split."""
@@ -49,13 +50,17 @@ class Pictures:
         """A batch of the final evaluation: labels, and detections in network px."""
 
     def finished(self, metrics: Metrics) -> None:
-        """Curves and the worst images of the final evaluation, and curves of the run where there was one."""
+        """Curves and the worst images of the final evaluation, and curves of the run where there was one.
+
+        Without any label there are none of the evaluation.
+        """
 
 
 @dataclass(frozen=True)
 class PictureFiles(Pictures):
     """Pictures in a folder."""
 
+    batches: ClassVar[int] = 3
     folder: Path
     names: tuple[str, ...]
     val: LabelStore
@@ -65,11 +70,11 @@ class PictureFiles(Pictures):
         plots.plot_labels(self.train, self.names, self.folder)
 
     def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> None:
-        if index < _PICTURED_BATCHES:
+        if index < self.batches:
             self._batch(f"train_batch{index}.jpg", batch.to(torch.device("cpu")), self.train)
 
     def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
-        if index >= _PICTURED_BATCHES:
+        if index >= self.batches:
             return
         self._batch(f"val_batch{index}_labels.jpg", batch, self.val)
         found = replace(
@@ -82,13 +87,21 @@ class PictureFiles(Pictures):
         self._batch(f"val_batch{index}_pred.jpg", _cut_to_images(found, self.val), self.val, scores)
 
     def finished(self, metrics: Metrics) -> None:
+        if metrics.labels:  # else there is nothing to judge by
+            self._judgements(metrics)
+        if (self.folder / "results.csv").exists():
+            plots.plot_results(self.folder / "results.csv", self.folder / "results.png")
+
+    def _judgements(self, metrics: Metrics) -> None:
         plots.plot_curves(metrics, self.folder)
         plots.plot_confusion(metrics.confusion, self.names, self.folder)
         mosaics.plot_worst(
-            metrics.worst, self.val, self.names, self.folder / "worst_images.jpg", confidence=metrics.best_confidence
+            metrics.worst,
+            self.val,
+            self.names,
+            self.folder / "worst_images.jpg",
+            confidence=metrics.best_confidence if metrics.f1 else None,
         )
-        if (self.folder / "results.csv").exists():
-            plots.plot_results(self.folder / "results.csv", self.folder / "results.png")
 
     def _batch(self, name: str, batch: Batch, store: LabelStore, scores: np.ndarray | None = None) -> None:
         mosaics.plot_batch(
@@ -210,8 +223,11 @@ class RunReport:
 
 
 def write_metrics(path: Path, metrics: Metrics) -> None:
-    """The figures of an evaluation as JSON, at full precision; nothing that an identical run would not repeat."""
-    figures = {
+    """The figures of an evaluation as JSON, at full precision; nothing that an identical run would not repeat.
+
+    Those that do not exist, because there is no label to find, are null.
+    """
+    scores = {
         "fitness": metrics.fitness,
         "precision": metrics.precision,
         "recall": metrics.recall,
@@ -219,11 +235,21 @@ def write_metrics(path: Path, metrics: Metrics) -> None:
         "mAP_0.5": metrics.map50,
         "mAP_0.5:0.95": metrics.map50_95,
         "best_confidence": metrics.best_confidence,
+    }
+    figures = {
+        **(scores if metrics.labels else dict.fromkeys(scores)),
         "images": metrics.images,
         "labels": metrics.labels,
         "non_finite": metrics.non_finite,
         "coco": coco_names(metrics.coco),
         "losses": asdict(metrics.losses) if metrics.losses else None,
-        "per_class": [{**asdict(one), "coco": coco_names(one.coco)} for one in metrics.per_class],
+        "per_class": [_class_figures(one) for one in metrics.per_class],
     }
     write_text(path, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+
+
+def _class_figures(one: ClassMetrics) -> dict[str, Any]:
+    figures = {**asdict(one), "coco": coco_names(one.coco)}
+    if not one.labels:
+        figures |= {name: None for name, value in figures.items() if isinstance(value, float)}
+    return figures

@@ -151,7 +151,7 @@ class Trainer:
     def finish(self) -> Metrics:
         """Evaluate best.pt as it was written, with the pictures of a finished run.
 
-        What it detects is written for COCO's tool where the split has ids of images and categories.
+        What it detects, and what that is scored against, is written where the split has ids of images and categories.
         """
         best = averaged_model(load_checkpoint(self.run.best)).to(self.runtime.device)
         with self.clock.part("evaluate"):
