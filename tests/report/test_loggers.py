@@ -1,8 +1,10 @@
 import csv
 import io
+import itertools
 import math
 import re
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -171,7 +173,9 @@ def test_a_resumed_run_leaves_the_csv_files_of_an_uninterrupted_one(tmp_path):
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
 
 
-def test_tensorboard_shows_the_columns_as_tags_and_a_resumed_run_once(tmp_path):
+def test_tensorboard_shows_the_columns_as_tags_and_a_resumed_run_once(tmp_path, monkeypatch):
+    seconds = itertools.count(int(time.time()))  # event files of one second and process are read 10 before 9
+    monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     log_run(tmp_path, 3)
     log_run(tmp_path, 4, start_epoch=2)
