@@ -55,10 +55,11 @@ def test_hue_saturation_and_value_are_bytes_times_factors(way, hsv):
 def test_either_way_is_opencvs_conversion_to_hsv_and_back(way, seed, hsv):
     picture = noise(seed)
     levels = cv2.cvtColor(picture, cv2.COLOR_BGR2HSV) * np.array(hsv)
+    seam = levels[..., 0] >= 179 * hsv[0]  # or 0, where it is rounded the other way; their products are far apart
     levels[..., 0] %= 180
     expected = cv2.cvtColor(np.clip(np.rint(levels), 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
     way(picture, hsv)
-    error = np.abs(picture.astype(int) - expected)
+    error = np.abs(picture.astype(int) - expected)[~seam]
     assert error.max() <= 9 * (2 + np.ceil(hsv[0]))  # of a hue that is rounded the other way
     assert error.mean() < 0.8  # factors such as a half have many ties
     assert (error > 1).mean() < 0.15
