@@ -693,6 +693,27 @@ def test_a_death_is_named_wherever_the_main_process_is(batches, evaluation):
             time.sleep(0.1)
 
 
+@pytest.mark.parametrize("torn", [ConnectionResetError, EOFError])
+def test_a_death_that_cuts_a_batch_off_is_named(evaluation, monkeypatch, torn):
+    """A process may end while it hands over a batch: what is told first is that of the connection."""
+
+    def cut_off(supply, batches):
+        supply._processes[0].kill()
+        raise torn
+        yield
+
+    monkeypatch.setattr(loader._Supply, "_awaited", cut_off)
+    stream = Stream(evaluation, evaluation.numbers(), workers=1)
+    with pytest.raises(RunError, match=r"^loader process 1 \(pid \d+\) was killed \(signal 9\)"), faults_named(stream):
+        list(stream)
+
+
+@pytest.mark.parametrize("other", [ConnectionResetError, OSError])
+def test_errors_of_connections_that_no_death_explains_pass_through(evaluation, other):
+    with pytest.raises(other), faults_named(Stream(evaluation, evaluation.numbers(), workers=0)):
+        raise other
+
+
 def test_other_errors_pass_through_unnamed(batches):
     stream = TrainStream(batches, start_epoch=0, end_epoch=1, workers=1, num_classes=3)
     with pytest.raises(RuntimeError, match="mine"), faults_named(stream):

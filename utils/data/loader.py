@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import connection
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -400,6 +401,10 @@ class TrainStream:
         self._supply.end()
 
 
+_SIGNS_OF_DEATH = (RuntimeError, ConnectionError, EOFError)  # torch says so, or a batch is cut off on its way
+_DYING_S = 2.0  # from its last connection to the end of a process
+
+
 @contextmanager
 def faults_named(*streams: Stream | TrainStream) -> Iterator[None]:
     """Deaths of loader processes are reported by name, wherever in the block the main process is when it is told.
@@ -408,7 +413,7 @@ def faults_named(*streams: Stream | TrainStream) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except _SIGNS_OF_DEATH as error:
         fault = next(filter(None, (stream.fault() for stream in streams)), "")
         if not fault:
             raise
@@ -481,12 +486,23 @@ class _Supply(Generic[_Batches, _Key]):
                 if isinstance(result, _Failure):
                     raise UserError(result.message)
                 yield result
-        except RuntimeError as error:  # torch's word for what happened to a process
-            fault = self.death() or (self._hang() if "timed out" in str(error) else "")
+        except _SIGNS_OF_DEATH as error:
+            fault = self._fault(error)
             if not fault:
                 raise
             self.end()
             raise RunError(fault) from error
+
+    def _fault(self, error: Exception) -> str:
+        """What the processes have to do with it; empty where nothing."""
+        if self._processes and not isinstance(error, RuntimeError):
+            with suppress(RuntimeError):  # of torch's handler, which shall hear of it here and not later
+                ended = connection.wait([process.sentinel for process in self._processes], timeout=_DYING_S)
+                for process in self._processes:
+                    if process.sentinel in ended:
+                        process.join()
+        hangs = isinstance(error, RuntimeError) and "timed out" in str(error)
+        return self.death() or (self._hang() if hangs else "")
 
     def _awaited(self, batches: Iterator[_Result]) -> Iterator[_Result]:
         """The same, patiently: a wait in vain is followed by another, as the whole run may have been stopped (Ctrl-Z)
