@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
-from benchmarks.workers import ROOT, Measurement, run_worker
+from benchmarks.workers import ROOT, Measurement, first_failure, run_worker
 from utils.structures import CocoFigures
 
 _WIDTH, _HEIGHT = 640, 480  # of every image, px
@@ -175,7 +175,7 @@ def summary(name: str, turns: Sequence[dict[str, Any]], ours: Sequence[dict[str,
 
     `evaluate` is from what is loaded to the figures, `files` from the files to the figures.
     """
-    failed = next((turn["failed"] for turn in [*turns, *ours] if "failed" in turn), None)
+    failed = first_failure([*turns, *ours])
     if failed:
         return {"name": name, "failed": failed, "rounds": list(turns)}
     mine, others = _medians(turns), _medians(ours)

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.cases import BCCD, CPU_STEPS, CUDA_STEPS, StepSize, step_measurement
 from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
 from benchmarks.val_case import val_case, validation_table, validator
-from benchmarks.workers import ROOT, Measurement, run_worker
+from benchmarks.workers import ROOT, Measurement, comparison, run_worker
 from utils.machine import usable_cores
 
 _STEPS = 8  # that count, per turn
@@ -187,9 +187,8 @@ def contender(one: Measurement, mine: list[dict[str, Any]], peers: list[dict[str
 
     Memory above 1 means that ours takes more.
     """
-    failed = next((turn["failed"] for turn in [*mine, *peers] if "failed" in turn), None)
-    summary: dict[str, Any] = {"name": one.name, "command": one.command, "failed": failed, "rounds": mine}
-    if failed:
+    summary = comparison(one, mine, peers)
+    if summary["failed"]:
         return summary
     pairs = list(zip(mine, peers))
     ratios = [turn["images_per_second"] / peer["images_per_second"] for turn, peer in pairs]
@@ -224,9 +223,8 @@ def _divided(mine: float | None, peers: float | None) -> float | None:
 def sampler(one: Measurement, rounds: Rounds) -> dict[str, Any]:
     """One side's CPU time per sample, the median over rounds, and the peer's, who comes first, over it."""
     mine, peers = rounds[one.name], next(iter(rounds.values()))
-    failed = next((turn["failed"] for turn in [*mine, *peers] if "failed" in turn), None)
-    summary: dict[str, Any] = {"name": one.name, "command": one.command, "failed": failed, "rounds": mine}
-    if failed:
+    summary = comparison(one, mine, peers)
+    if summary["failed"]:
         return summary
     ratios = [peer["cpu_ms"] / turn["cpu_ms"] for turn, peer in zip(mine, peers)]
     cpu_ms, peer_ms = (_median(turns, "cpu_ms") for turns in (mine, peers))

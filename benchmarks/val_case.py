@@ -21,7 +21,7 @@ import yaml
 from benchmarks.cases import BCCD
 from benchmarks.evaluation import newest_weights
 from benchmarks.results import figure, table
-from benchmarks.workers import Measurement, run_worker
+from benchmarks.workers import Measurement, comparison, run_worker
 from utils.checkpoint import averaged_model, load_checkpoint
 
 
@@ -128,9 +128,8 @@ def validator(
 ) -> dict[str, Any]:
     """One side's figures: medians over rounds, images/s over the peer's, who comes first, and its APs."""
     mine, peers = rounds[one.name], next(iter(rounds.values()))
-    failed = next((turn["failed"] for turn in [*mine, *peers] if "failed" in turn), None)
-    summary: dict[str, Any] = {"name": one.name, "command": one.command, "failed": failed, "rounds": mine}
-    if failed:
+    summary = comparison(one, mine, peers)
+    if summary["failed"]:
         return summary
     ratios = [turn["images_per_second"] / peer["images_per_second"] for turn, peer in zip(mine, peers)]
     rate, peer_rate = (statistics.median(turn["images_per_second"] for turn in turns) for turns in (mine, peers))

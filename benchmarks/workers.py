@@ -35,6 +35,16 @@ class Measurement:
         return shlex.join([str(python), "-m", f"benchmarks.{self.module}", *self.flags])
 
 
+def comparison(one: Measurement, mine: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """What one side's figures begin with; `failed` is the first complaint of a turn of either side, or None."""
+    failed = first_failure([*mine, *others])
+    return {"name": one.name, "command": one.command, "failed": failed, "rounds": mine}
+
+
+def first_failure(turns: Sequence[dict[str, Any]]) -> str | None:
+    return next((turn["failed"] for turn in turns if "failed" in turn), None)
+
+
 def run_worker(measurement: Measurement, *, threads: int, compile_cache: Path | None = None) -> dict[str, Any]:
     """The figures of a measurement, or {"failed": the last line of its complaint}.
 

@@ -238,14 +238,16 @@ def _is_to_come(kind: type[Options], name: str) -> bool:
 # ---- command line -------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
+    """What it cannot parse is a UserError."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
 
 def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> dict[str, Any]:
     """The options that a command line names, by field name; defaults are left out. Raises UserError for bad usage."""
-    parser = _Parser(prog=program, description=kind.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = FlagParser(prog=program, description=kind.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for item, base in _typed_fields(kind):
         meaning = item.metadata["meaning"].replace("%", "%%")
         if item.default not in (None, "", False, ()):

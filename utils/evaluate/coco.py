@@ -6,7 +6,6 @@ need not be there.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import sys
@@ -18,7 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from utils.config import run_command
+from utils.config import FlagParser, run_command
 from utils.evaluate.figures import coco_figures
 from utils.evaluate.matching import DetectionTable, LabelTable
 from utils.files import json_kind, read_json
@@ -60,13 +59,8 @@ def main() -> int:
     return run_command(_PROGRAM, lambda: report(_parsed(sys.argv[1:])))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _parsed(argv: Sequence[str]) -> CocoOptions:
-    parser = _Parser(prog=_PROGRAM, description=CocoOptions.__doc__, allow_abbrev=False)
+    parser = FlagParser(prog=_PROGRAM, description=CocoOptions.__doc__, allow_abbrev=False)
     parser.add_argument("annotations", type=Path, metavar="ANNOTATIONS", help="COCO file: images, annotations, ...")
     parser.add_argument("results", type=Path, metavar="RESULTS", help="list of image_id, category_id, bbox and score")
     return CocoOptions(**vars(parser.parse_args(argv)))
