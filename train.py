@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from utils.config import TrainOptions, parse_flags, run_command
+from utils.stopping import stop_signals
 
 if TYPE_CHECKING:
     from utils.structures import Metrics
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
 def run(**options: Any) -> Metrics:
     """Train with options by the names of the flags, e.g. `run(data="my.yaml", imgsz=320)`; the metrics of best.pt.
 
-    Raises ValueError (structures.UserError) with one line for anything that a user can mend.
+    Raises ValueError (structures.UserError) with one line for anything that a user can mend, and KeyboardInterrupt
+    (stopping.Interrupted), with the run saved, when a signal asks to stop.
     """
-    from utils.train.build import build_trainer  # torch only now, so that --help is instant
+    with stop_signals() as stop:
+        with stop.at_once():
+            from utils.train.build import build_trainer  # torch only now, so that --help is instant
 
-    return build_trainer(options).fit()
+            trainer = build_trainer(options, stop)
+        return trainer.fit()
 
 
 def main() -> int:

@@ -76,7 +76,7 @@ def _measured(store: LabelStore, flags: argparse.Namespace) -> dict[str, object]
         images=BaseImages(store=store, imgsz=64),
     )
     stream = TrainStream(
-        batches, start_epoch=0, end_epoch=1, workers=2, image_weights=flags.image_weights, num_classes=80
+        batches, end_epoch=1, workers=2, image_weights=flags.image_weights, num_classes=80
     )
     before, epoch = _private_mb("self"), stream.epoch(0, [0.5] * 80 if flags.image_weights else ())
     next(epoch)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from utils.files import nearest_name, printable, read_yaml
+from utils.stopping import Interrupted, signals_raised
 from utils.structures import DatasetSpec, Download, RunError, UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +116,9 @@ class TrainOptions:
     )
     patience: int = _flag(100, "epochs without improvement before stopping; 0: never", low=0)
     seed: int = _flag(0, "of weights, order and augmentation", low=0)
+    save_every: float = _flag(
+        10.0, "minutes between checkpoints within an epoch, besides the one at its end; 0: none within", low=0
+    )
     save_period: int = _flag(-1, "also keep weights/epochN.pt, every so many epochs; -1: never", low=-1)
     local_rank: int = _flag(-1, "accepted for old launchers and ignored; the environment decides")
 
@@ -221,7 +225,7 @@ Options = TypeVar("Options", TrainOptions, ValOptions, DetectOptions, ScanOption
 # Options that users of this family know and that are still to be built: a guess at a misspelling would mislead
 _NOT_YET = {
     TrainOptions: (
-        *("evolve", "save_every", "nproc", "dist_timeout"),
+        *("evolve", "nproc", "dist_timeout"),
         *("tb_histograms", "bucket", "entity", "upload_dataset", "bbox_interval", "artifact_alias"),
     ),
     ValOptions: ("nproc", "dist_timeout"),
@@ -334,10 +338,13 @@ def _typed_fields(kind: type[Options]) -> list[tuple[Any, Any]]:
 def run_command(program: str, command: Callable[[], object]) -> int:
     """Run a command line and return its exit code: 2 for wrong usage, 1 for a failure on the way, 130 for Ctrl-C.
 
+    For other signals that ask to stop it is 128 and their number, as shells have it.
+
     What a user can mend is one line on standard error; anything else is our bug and keeps its traceback.
     """
     try:
-        command()
+        with signals_raised():
+            command()
     except RunError as error:
         _complain(f"{program}: error: {error}")
         return 1
@@ -352,6 +359,9 @@ def run_command(program: str, command: Callable[[], object]) -> int:
             raise
         _complain(f"{program}: error: {error.strerror}{f': {error.filename}' if error.filename else ''}")
         return 1
+    except Interrupted as interrupted:
+        _complain(f"\n{program}: interrupted{interrupted.by}{f'; {interrupted}' if str(interrupted) else ''}")
+        return 128 + interrupted.signum
     except KeyboardInterrupt as interrupt:
         _complain(f"\n{program}: interrupted{f'; {interrupt}' if str(interrupt) else ''}")
         return 130
@@ -446,6 +456,7 @@ def _checked_numbers(flag: str, value: Any, low: int) -> tuple[int, ...]:
 _EXCLUDED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("linear_lr", "cos_lr"), "choose one"),
     (("nosave", "save_period"), "the one writes no weights before the end, the other does; choose one"),
+    (("nosave", "save_every"), "the one writes no weights before the end, the other does; choose one"),
     (("noval", "patience"), "patience waits for better evaluations, and there are none before the end; choose one"),
     (("noval", "image_weights"), "the weights of the images come from evaluations; choose one"),
     (("image_weights", "repeat_factor"), "both say how often an image is shown; choose one"),

@@ -30,21 +30,23 @@ _PACK_MAGIC = b"YOLOPACK1\n"
 _PACK_ALIGN = 64
 
 
-def write_atomic(path: Path, write: Callable[[IO[bytes]], None], *, lasting: bool = True) -> None:
+def write_atomic(
+    path: Path, write: Callable[[IO[bytes]], None], *, lasting: bool = True, predecessor: Path | None = None
+) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it over `path`.
 
     A flush takes some milliseconds, which thousands of files have not: those that can be made anew go without, not
-    `lasting`. An OSError on the way names `path`.
+    `lasting`. What `path` was before is kept as `predecessor`, if that is named. An OSError on the way names `path`.
     """
     try:
-        _write_atomic(path, write, lasting)
+        _write_atomic(path, write, lasting, predecessor)
     except OSError as error:
         if error.errno is not None:
             error.filename = os.fspath(path)  # a full disk has none, other errors that of the temporary file
         raise
 
 
-def _write_atomic(path: Path, write: Callable[[IO[bytes]], None], lasting: bool) -> None:
+def _write_atomic(path: Path, write: Callable[[IO[bytes]], None], lasting: bool, predecessor: Path | None) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     file = temporary.open("xb")  # with the permissions that any new file gets; asking for them would race with threads
     try:
@@ -53,12 +55,34 @@ def _write_atomic(path: Path, write: Callable[[IO[bytes]], None], lasting: bool)
             if lasting:
                 file.flush()
                 os.fsync(file.fileno())
+        if predecessor is not None and path.exists():
+            _keep(path, predecessor)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if lasting:
         _flush_folder(path.parent)
+
+
+def _keep(path: Path, predecessor: Path) -> None:
+    """Give the file at `path` a second name, so that there is one under the first at any time; where links are not to
+    be had, there is none until the next moment."""
+    link = path.with_name(f".{predecessor.name}.{secrets.token_hex(4)}")
+    try:
+        link.hardlink_to(path)
+    except OSError:
+        path.replace(predecessor)
+    else:
+        link.replace(predecessor)
+        link.unlink(missing_ok=True)  # still there where both names were of one file
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `write_atomic` left in `folder` where the program was killed half-way."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, lasting: bool = True) -> None:

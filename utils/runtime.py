@@ -115,6 +115,12 @@ class Runtime:
         return f"{self.device_description}{', compiled' * self.compile}, {processes}"
 
     @property
+    def made_on(self) -> str:
+        """All of the machine that the last digits of a result may depend on."""
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"{self.device_description}{', compiled' * self.compile}, {capability}"
+
+    @property
     def device_description(self) -> str:
         """What computes, and how exactly, e.g. `CPU (2 threads), bf16`."""
         if self.device.type == "cuda":

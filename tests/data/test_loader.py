@@ -74,7 +74,7 @@ def content(batch: Batch) -> dict[str, bytes | None]:
 
 def streamed(batches: TrainBatches, start: int = 0, end: int = 1, *, workers: int = 0) -> list[Batch]:
     """The batches of the epochs `start` to `end` - 1."""
-    stream = TrainStream(batches, start_epoch=start, end_epoch=end, workers=workers, num_classes=3)
+    stream = TrainStream(batches, end_epoch=end, workers=workers, num_classes=3)
     return [batch for epoch in range(start, end) for batch in stream.epoch(epoch)]
 
 
@@ -315,7 +315,7 @@ MAPS = [(), (0.9, 0.1, 0.0), (0.2, 0.8, 0.5)]
 
 
 def weighted(batches, maps=MAPS) -> list[list[Batch]]:
-    stream = TrainStream(batches, start_epoch=0, end_epoch=len(maps), workers=0, image_weights=True, num_classes=3)
+    stream = TrainStream(batches, end_epoch=len(maps), workers=0, image_weights=True, num_classes=3)
     return [list(stream.epoch(epoch, class_maps)) for epoch, class_maps in enumerate(maps)]
 
 
@@ -355,7 +355,7 @@ def test_any_number_of_workers_streams_the_same_epochs(changes, drawn, batches):
     each = replace(batches, **changes)
 
     def epochs(workers: int, start: int = 0) -> list[list[dict]]:
-        stream = TrainStream(each, start_epoch=start, end_epoch=3, workers=workers, image_weights=drawn, num_classes=3)
+        stream = TrainStream(each, end_epoch=3, workers=workers, image_weights=drawn, num_classes=3)
         assert stream.workers == workers
         return [[content(batch) for batch in stream.epoch(epoch, MAPS[epoch])] for epoch in range(start, 3)]
 
@@ -375,12 +375,12 @@ def test_batches_can_be_made_in_a_process_that_is_not_forked(batches):
 @pytest.mark.parametrize("drawn", [False, True])
 def test_an_epoch_taken_by_count_is_followed_by_the_next(drawn, batches):
     """As a loop does that knows how many batches there are, and never asks for one more."""
-    stream = TrainStream(batches, start_epoch=0, end_epoch=3, workers=1, image_weights=drawn, num_classes=3)
+    stream = TrainStream(batches, end_epoch=3, workers=1, image_weights=drawn, num_classes=3)
     taken = []
     for epoch in range(3):
         made = stream.epoch(epoch)
         taken += [content(next(made)) for _ in range(batches.per_epoch)]
-    other = TrainStream(batches, start_epoch=0, end_epoch=3, workers=0, image_weights=drawn, num_classes=3)
+    other = TrainStream(batches, end_epoch=3, workers=0, image_weights=drawn, num_classes=3)
     assert taken == [content(batch) for epoch in range(3) for batch in other.epoch(epoch)]
 
 
@@ -388,7 +388,7 @@ def test_an_epoch_taken_by_count_is_followed_by_the_next(drawn, batches):
 def test_the_training_stream_names_an_image_that_vanished(workers, batches, store, random_states):
     before = random_states()
     Path(store.path(7)).unlink()
-    stream = TrainStream(batches, start_epoch=0, end_epoch=1, workers=workers, num_classes=3)
+    stream = TrainStream(batches, end_epoch=1, workers=workers, num_classes=3)
     with pytest.raises(UserError, match=f"^{re.escape(store.path(7))}: No such file"):
         list(stream.epoch(0))
     assert random_states() == before
@@ -664,7 +664,7 @@ def test_the_batch_of_a_killed_process_is_counted_as_people_do(batches):
     plain = still(batches, batch_size=2)
     deadly = replace(plain, images=Deadly(plain.images, 7, partial(signal.raise_signal, signal.SIGSEGV)))
     number = next(lot.index for lot in lots(plain, 1) if 7 in lot.images) + 1
-    stream = TrainStream(deadly, start_epoch=1, end_epoch=2, workers=1, num_classes=3)
+    stream = TrainStream(deadly, end_epoch=2, workers=1, num_classes=3)
     with pytest.raises(RunError, match=rf"signal 11\) while it made batch {number} of epoch 2: a crash in a library"):
         list(stream.epoch(1))
 
@@ -678,7 +678,7 @@ def test_a_process_killed_in_an_evaluation_is_reported(evaluation):
 
 def test_a_death_is_named_wherever_the_main_process_is(batches, evaluation):
     """It is told while it computes, and of another stream than the one it asked last."""
-    stream = TrainStream(batches, start_epoch=0, end_epoch=9, workers=1, num_classes=3)
+    stream = TrainStream(batches, end_epoch=9, workers=1, num_classes=3)
     other = Stream(evaluation, evaluation.numbers(), workers=1)
     with (
         pytest.raises(RunError, match=r"^loader process 1 \(pid \d+\) was killed \(signal 9\)"),
@@ -715,7 +715,7 @@ def test_errors_of_connections_that_no_death_explains_pass_through(evaluation, o
 
 
 def test_other_errors_pass_through_unnamed(batches):
-    stream = TrainStream(batches, start_epoch=0, end_epoch=1, workers=1, num_classes=3)
+    stream = TrainStream(batches, end_epoch=1, workers=1, num_classes=3)
     with pytest.raises(RuntimeError, match="mine"), faults_named(stream):
         next(stream.epoch(0))
         raise RuntimeError("mine")
@@ -725,7 +725,7 @@ def test_a_hanging_process_is_reported_with_the_image_it_reads(start_method, bat
     plain = still(batches, batch_size=2)
     last = int(lots(plain, 0)[4].images[1])
     hanging = replace(plain, images=Deadly(plain.images, last, hang))
-    stream = TrainStream(hanging, start_epoch=0, end_epoch=1, workers=2, num_classes=3)
+    stream = TrainStream(hanging, end_epoch=1, workers=2, num_classes=3)
     made = stream.epoch(0)
     next(made)  # the processes have begun, which may take long
     patience(stream, monkeypatch, 1)
@@ -746,7 +746,7 @@ def test_a_slow_process_that_goes_on_is_waited_for(batches, monkeypatch):
     """Its batch takes longer than patience lasts, but each image only a small part of that."""
     plain = still(batches, batch_size=11)
     slow = replace(plain, images=Slow(plain.images, 0.15))
-    stream = TrainStream(slow, start_epoch=0, end_epoch=1, workers=1, num_classes=3)
+    stream = TrainStream(slow, end_epoch=1, workers=1, num_classes=3)
     made = stream.epoch(0)
     first = next(made)
     patience(stream, monkeypatch, 1.0)
@@ -769,7 +769,7 @@ def test_a_run_that_was_stopped_and_continued_goes_on(batches, monkeypatch):
     """As by Ctrl-Z and fg: while nobody could do anything, the patience of the main process ran out."""
     plain = still(batches, batch_size=5)
     slow = replace(plain, images=Slow(plain.images, 0.2))
-    stream = TrainStream(slow, start_epoch=0, end_epoch=1, workers=1, num_classes=3)
+    stream = TrainStream(slow, end_epoch=1, workers=1, num_classes=3)
     made = stream.epoch(0)
     first = next(made)
     [process] = stream._supply._processes
@@ -797,7 +797,7 @@ def test_threads_of_opencv_in_the_main_process_do_not_stop_a_forked_one(batches,
 def test_processes_that_never_begin_are_reported(batches, monkeypatch):
     monkeypatch.setattr(loader, "_PATIENCE_S", 1)
     monkeypatch.setattr(loader, "_start_worker", stopped)
-    stream = TrainStream(batches, start_epoch=0, end_epoch=1, workers=1, num_classes=3)
+    stream = TrainStream(batches, end_epoch=1, workers=1, num_classes=3)
     with pytest.raises(RunError, match=r"^the loader processes have made nothing for 2 s; --workers 0"):
         next(stream.epoch(0))
     stream._supply._processes[0].kill()
@@ -827,7 +827,7 @@ def test_an_epoch_under_a_repeat_factor_has_its_images_as_often_as_they_are_due(
     each = train_batches(rare)
 
     def epochs(workers: int) -> list[list[int]]:
-        stream = TrainStream(each, start_epoch=0, end_epoch=3, workers=workers, repeat_factor=0.3, num_classes=3)
+        stream = TrainStream(each, end_epoch=3, workers=workers, repeat_factor=0.3, num_classes=3)
         return [[image for batch in stream.epoch(epoch) for image in batch.indices.tolist()] for epoch in range(3)]
 
     alone = epochs(0)

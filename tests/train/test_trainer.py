@@ -3,7 +3,9 @@
 import csv
 import itertools
 import json
+import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from utils.checkpoint import LateRunFolder, RunFolder, averaged_model, load_chec
 from utils.data.loader import TrainStream
 from utils.evaluate.evaluator import Evaluator
 from utils.report.run_report import PictureFiles
+from utils.stopping import Interrupted
 from utils.structures import ClassMetrics, CocoFigures, LossMeans, Metrics, RunError, UserError
 from utils.train.build import build_trainer
 from utils.train.optim import Schedule
@@ -44,7 +47,7 @@ def same(first: Path, second: Path) -> bool:
     """Whether two last.pt hold the same run, bit for bit, wherever it lies."""
     one, two = load_checkpoint(first), load_checkpoint(second)
     for checkpoint in (one, two):
-        for place in ("project", "name", "workers"):
+        for place in ("project", "name", "workers", "save_every"):
             checkpoint["options"].pop(place)
     ours, theirs = tensors(one), tensors(two)
     assert len(ours) > 200
@@ -66,14 +69,16 @@ def augmented(tiny):
     return tiny
 
 
-def interrupt(monkeypatch, *, epoch: int, batch: int):
-    """Ctrl-C at a batch of an epoch, both counted from 0."""
+def interrupt(monkeypatch, *, epoch: int, batch: int, signum: int | None = None):
+    """The end, as by a kill, before a batch of an epoch, both counted from 0; or a signal that asks for it there."""
     honest = TrainStream.epoch
 
-    def interrupted(self, number, *args):
-        for index, one in enumerate(honest(self, number, *args)):
+    def interrupted(self, number, *args, start=0):
+        for index, one in enumerate(honest(self, number, *args, start=start), start):
             if (number, index) == (epoch, batch):
-                raise KeyboardInterrupt
+                if signum is None:
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), signum)
             yield one
 
     monkeypatch.setattr(TrainStream, "epoch", interrupted)
@@ -134,6 +139,69 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(augmented, monkeypatch,
     for name in ("results.csv", "metrics.json"):
         assert (RUNS / "whole" / name).read_bytes() == (RUNS / "exp" / name).read_bytes()
     assert metrics.images == 4
+
+
+STOPS = [(1, 1, signal.SIGTERM), (2, 0, signal.SIGINT), (0, 1, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize(("epoch", "batch", "signum"), STOPS)
+def test_a_signal_stops_between_two_steps_and_the_run_goes_on_from_there(augmented, monkeypatch, epoch, batch, signum):
+    train.run(**augmented.options(name="whole", epochs=3, nominal_batch="4", batch_size=2))
+    with monkeypatch.context() as context, pytest.raises(Interrupted, match="--resume") as stopped:
+        interrupt(context, epoch=epoch, batch=batch, signum=signum)
+        train.run(**augmented.options(epochs=3, nominal_batch="4", batch_size=2))
+    assert stopped.value.signum == signum
+    left = load_checkpoint(LAST)
+    assert left["epoch"] == epoch and batch <= left["batch"] <= batch + 1  # after warm-up two batches make an update
+    train.run(resume=str(LAST))
+    assert same(RUNS / "whole/weights/last.pt", LAST)
+    for name in ("results.csv", "metrics.json"):
+        assert (RUNS / "whole" / name).read_bytes() == (RUNS / "exp" / name).read_bytes()
+
+
+@pytest.mark.parametrize("chosen", [{}, {"noval": True}])
+def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(augmented, monkeypatch, chosen):
+    train.run(**augmented.options(name="whole", epochs=3, **chosen))
+    honest = Trainer.evaluate
+
+    def asked(self):
+        if self.state.epoch == (2 if chosen else 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self)
+
+    with monkeypatch.context() as context, pytest.raises(Interrupted):
+        context.setattr(Trainer, "evaluate", asked)
+        train.run(**augmented.options(epochs=3, **chosen))
+    left = load_checkpoint(LAST)
+    assert (left["epoch"], left["batch"]) == (2 if chosen else 1, 2)
+    train.run(resume=str(LAST))
+    assert same(RUNS / "whole/weights/last.pt", LAST)
+    assert (RUNS / "whole/results.csv").read_bytes() == (RUNS / "exp/results.csv").read_bytes()
+
+
+def test_checkpoints_within_an_epoch_change_nothing(augmented):
+    """One after every update, as often as there can be."""
+    for name, minutes in (("seldom", 10), ("often", 1e-9)):
+        train.run(**augmented.options(name=name, epochs=3, save_every=minutes))
+        (RUNS / name / "weights/last.pt").touch()
+    assert same(RUNS / "seldom/weights/last.pt", RUNS / "often/weights/last.pt")
+    assert (RUNS / "seldom/results.csv").read_bytes() == (RUNS / "often/results.csv").read_bytes()
+
+
+@pytest.mark.parametrize("nosave", [False, True])
+def test_a_run_dies_within_an_epoch_and_goes_on_from_its_last_checkpoint(augmented, monkeypatch, nosave):
+    options = augmented.options(epochs=2, batch_size=1, nominal_batch="1", save_every=None if nosave else 1e-9)
+    train.run(**options, name="whole", nosave=nosave)
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        interrupt(context, epoch=1, batch=5)
+        train.run(**options, nosave=nosave)
+    if nosave:
+        assert not LAST.exists()
+        return
+    assert load_checkpoint(LAST)["batch"] == 5
+    train.run(resume=str(LAST))
+    assert same(RUNS / "whole/weights/last.pt", LAST)
+    assert (RUNS / "whole/results.csv").read_bytes() == (RUNS / "exp/results.csv").read_bytes()
 
 
 def test_a_death_before_the_checkpoint_leaves_no_gap_in_the_table(augmented, monkeypatch):
@@ -375,8 +443,8 @@ def test_image_weights_follow_the_last_evaluation(tiny, monkeypatch):
     monkeypatch.setattr(Trainer, "evaluate", lambda self: replace(metrics_of(0.1), per_class=tuple(certain)))
     shown, honest = {0: set(), 1: set()}, TrainStream.epoch
 
-    def watched(self, number, *args):
-        for batch in honest(self, number, *args):
+    def watched(self, number, *args, **choices):
+        for batch in honest(self, number, *args, **choices):
             shown[number] |= set(batch.classes.tolist())
             yield batch
 

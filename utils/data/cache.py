@@ -76,6 +76,11 @@ class CachedImages:
         (height, width), start = self._shapes[image].tolist(), int(self._starts[image])
         return self._pixels[start : start + height * width * 3].reshape(height, width, 3)
 
+    def release(self) -> None:
+        """No longer in use by this process: one in memory goes with its last user."""
+        if self._lease is not None:
+            self._lease.end()
+
     def __reduce__(self) -> tuple[type, tuple]:
         return CachedImages, (self.path, self._key)
 

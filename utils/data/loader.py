@@ -13,12 +13,15 @@ import math
 import multiprocessing
 import shutil
 import signal
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import connection
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -48,6 +51,7 @@ from utils.data.probe import silence_libraries
 from utils.data.render import render, render_quad
 from utils.data.render_torch import Allocate, PackedPlans, PackedQuads, pack, paint
 from utils.hyp import Hyperparameters
+from utils.stopping import signals_held_back
 from utils.structures import Batch, LabelStore, QuadPlan, RunError, SamplePlan, UserError
 
 _UNPAINTED_SIZE = 2  # in painted ones: 1.2 on average with scale 0.5, as much again for mixup
@@ -339,9 +343,13 @@ class Stream:
         """Kill the processes, after a fault."""
         self._supply.end()
 
+    def close(self) -> None:
+        """End the processes. Iterating again would start new ones."""
+        self._supply.close()
+
 
 class TrainStream:
-    """The training batches of the epochs `start_epoch` to `end_epoch` - 1, one epoch after the other.
+    """The training batches of the epochs up to `end_epoch` - 1, one epoch after the other, from wherever it is asked.
 
     As Stream otherwise. Without image weights, the processes do not stop between epochs. With them, an epoch has as
     many images as the split, drawn by what the class mAPs of the evaluation before it say; it cannot begin earlier.
@@ -352,7 +360,6 @@ class TrainStream:
         self,
         batches: TrainBatches,
         *,
-        start_epoch: int,
         end_epoch: int,
         workers: int,
         pin_memory: bool = False,
@@ -362,35 +369,41 @@ class TrainStream:
     ):
         assert not (image_weights and repeat_factor)
         self._batches, self._num_classes = batches, num_classes
-        self._image_weights = image_weights
-        self._next_epoch = start_epoch
-        self._lots = _Lots(batches, range(start_epoch, end_epoch))
+        self._image_weights, self._end_epoch = image_weights, end_epoch
+        self._next_epoch = -1  # that the processes work on already
+        self._lots = _Lots(batches)
         if repeat_factor:
             factors = repeat_factors(batches.store, num_classes, repeat_factor)
             self._lots.draw = partial(even_order, batches.seed, weights=factors)
         self._supply = _Supply(
             batches, TrainBatches.batch_of, _trained_at, self._lots, workers=workers, pin_memory=pin_memory
         )
-        self._all_epochs = iter(self._supply)
+        self._following: Iterator[Batch | UnpaintedBatch] = iter(())
 
     @property
     def workers(self) -> int:
         return self._supply.workers
 
-    def epoch(self, epoch: int, class_maps: Sequence[float] = ()) -> Iterator[Batch | UnpaintedBatch]:
-        """The batches of an epoch. Each epoch is asked for once, in order, and taken to its end.
+    def epoch(
+        self, epoch: int, class_maps: Sequence[float] = (), *, start: int = 0
+    ) -> Iterator[Batch | UnpaintedBatch]:
+        """The batches of an epoch, from the one of number `start` on, to be taken to their end.
 
         `class_maps` are the mAPs of all classes, 0..1, empty before any evaluation; they matter to image weights only.
         """
-        assert epoch == self._next_epoch, f"epoch {epoch}, not {self._next_epoch}"
-        self._next_epoch += 1
-        if not self._image_weights:
-            return itertools.islice(self._all_epochs, self._batches.per_epoch)
-        store, seed = self._batches.store, self._batches.seed
-        weights = image_weights(store, class_weights(store, self._num_classes, class_maps))
-        self._lots.epochs = range(epoch, epoch + 1)
-        self._lots.draw = partial(epoch_order, seed, num_images=len(store), weights=weights)
-        return iter(self._supply)
+        if self._image_weights:
+            store, seed = self._batches.store, self._batches.seed
+            weights = image_weights(store, class_weights(store, self._num_classes, class_maps))
+            self._lots.draw = partial(epoch_order, seed, num_images=len(store), weights=weights)
+            self._seek(range(epoch, epoch + 1), start)
+        elif start or epoch != self._next_epoch:
+            self._seek(range(epoch, self._end_epoch), start)
+        self._next_epoch = epoch + 1
+        return itertools.islice(self._following, self._batches.per_epoch - start)
+
+    def _seek(self, epochs: range, start: int) -> None:
+        self._lots.epochs, self._lots.start = epochs, start
+        self._following = iter(self._supply)
 
     def fault(self) -> str:
         """What a process died of; empty while all are well."""
@@ -400,16 +413,21 @@ class TrainStream:
         """Kill the processes, after a fault."""
         self._supply.end()
 
+    def close(self) -> None:
+        """End the processes. Iterating again would start new ones."""
+        self._supply.close()
+
 
 _SIGNS_OF_DEATH = (RuntimeError, ConnectionError, EOFError)  # torch says so, or a batch is cut off on its way
 _DYING_S = 2.0  # from its last connection to the end of a process
+_CLOSING_S = 3.0  # that a process has to finish a batch which nobody waits for
 
 
 @contextmanager
 def faults_named(*streams: Stream | TrainStream) -> Iterator[None]:
     """Deaths of loader processes are reported by name, wherever in the block the main process is when it is told.
 
-    torch raises an error of its own out of a signal handler.
+    torch raises an error of its own out of a signal handler. After the block there are no such processes any more.
     """
     try:
         yield
@@ -420,19 +438,23 @@ def faults_named(*streams: Stream | TrainStream) -> Iterator[None]:
         for stream in streams:
             stream.end()
         raise RunError(fault) from error
+    finally:
+        for stream in streams:
+            stream.close()
 
 
 class _Lots:
     """The lots of some epochs, made when they are due: the order of an epoch is in no process but the main one."""
 
-    def __init__(self, batches: TrainBatches, epochs: range):
-        self.batches, self.epochs = batches, epochs
+    def __init__(self, batches: TrainBatches):
+        self.batches, self.epochs = batches, range(0)
+        self.start = 0  # of the first of them, the number of its first batch
         self.draw: Callable[[int], np.ndarray | None] = lambda epoch: None  # the images of an epoch; None: each once
 
     def __iter__(self) -> Iterator[Lot]:
         for epoch in self.epochs:
             order = self.batches.order(epoch, self.draw(epoch))
-            for index in range(self.batches.per_epoch):
+            for index in range(self.start if epoch == self.epochs[0] else 0, self.batches.per_epoch):
                 yield self.batches.lot(epoch, index, order)
 
 
@@ -479,9 +501,11 @@ class _Supply(Generic[_Batches, _Key]):
 
     def __iter__(self) -> Iterator[Batch | UnpaintedBatch]:
         try:
-            batches = iter(self._loader)
-            if self.workers:
+            with signals_held_back():
+                batches = iter(self._loader)
+            if self.workers and not self._processes:
                 self._processes = batches._workers
+                Finalize(None, _kill_those_of, args=(weakref.ref(self),), exitpriority=0)
             for result in self._awaited(batches):
                 if isinstance(result, _Failure):
                     raise UserError(result.message)
@@ -557,6 +581,32 @@ class _Supply(Generic[_Batches, _Key]):
             with suppress(RuntimeError):  # torch's handler hears of this death, too
                 process.kill()
                 process.join(timeout=5)
+
+    def close(self) -> None:
+        """End the processes as torch does, which lets them finish what they are at; but not for long."""
+        iterator, self._loader._iterator = self._loader._iterator, None
+        processes, self._processes = self._processes, ()
+        if iterator is None:
+            return
+        timer = threading.Timer(_CLOSING_S, _kill, args=(processes,))
+        timer.start()
+        with suppress(RuntimeError):  # torch's handler tells of those that were killed
+            iterator._shutdown_workers()
+        timer.cancel()
+        _kill(processes)
+
+
+def _kill_those_of(supply: weakref.ref[_Supply]) -> None:
+    """At the exit of the program, if something keeps it alive until then."""
+    if supply() is not None:
+        _kill(supply()._processes)
+
+
+def _kill(processes: Sequence[multiprocessing.Process]) -> None:
+    """Those still alive; they hear of no other signal, and would be waited for when this process ends."""
+    for process in processes:
+        if process.is_alive():
+            process.kill()
 
 
 _LOWER = "lower --workers, --batch-size or --imgsz"
@@ -704,7 +754,7 @@ def _moved(batch: Batch | UnpaintedBatch) -> Batch | UnpaintedBatch | _Failure:
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer, once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `signals_held_back` holds none
     cv2.setNumThreads(0)
     silence_libraries()  # the scan has named damaged images, once
 

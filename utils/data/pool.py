@@ -11,10 +11,10 @@ import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from utils.stopping import signals_held_back
 from utils.structures import RunError, UserError
 
 Task = TypeVar("Task")
@@ -66,7 +66,7 @@ class _Worker:
     def __init__(self, function: Callable) -> None:
         self.pipe, theirs = multiprocessing.Pipe()
         self.process = multiprocessing.Process(target=_serve, args=(function, theirs), daemon=True)
-        with _ctrl_c_held_back():
+        with signals_held_back():
             self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
         self.index, self.task = -1, None  # what it is at
@@ -79,19 +79,6 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.pipe.close()
-
-
-@contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
-    """Ctrl-C reaches the whole process group: never a child, which starts inside, and this process afterwards."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _results(workers: list[_Worker], tasks: Iterator[tuple[int, Any]], name: Callable) -> Iterator[tuple[int, Any]]:

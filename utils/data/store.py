@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,14 @@ def _first_known(parts: Sequence[np.ndarray]) -> np.ndarray:
 def single_class(store: LabelStore) -> LabelStore:
     """The store with all classes 0, however many boxes there are, in the memory of one."""
     return replace(store, classes=np.broadcast_to(np.int32(0), store.classes.shape))
+
+
+def content_digest(store: LabelStore) -> str:
+    """32 hexadecimal digits of images and labels in their order, wherever their files lie."""
+    digest = blake2b(digest_size=16)
+    for name in ("digests", "sizes", "offsets", "boxes", "classes", "ignore"):
+        digest.update(np.ascontiguousarray(getattr(store, name)))
+    return digest.hexdigest()
 
 
 # ---- mapping ------------------------------------------------------------------------------------------------------

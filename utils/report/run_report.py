@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -26,13 +26,14 @@ from utils.report.loggers import (
     Console,
     EpochSummary,
     Logger,
+    NonFiniteTable,
     coco_names,
     format_duration,
     result,
     result_row,
 )
 from utils.report.timing import bottleneck, time_table, timing_row
-from utils.structures import Batch, ClassMetrics, Detections, LabelStore, LossMeans, Metrics
+from utils.structures import BadUpdate, Batch, ClassMetrics, Detections, LabelStore, LossMeans, Metrics
 
 
 class Pictures:
@@ -139,23 +140,46 @@ class RunReport:
         pictures: Pictures,
         epochs: int,
         batch_size: int,
-        start_epoch: int = 0,
+        train: LabelStore,
+        start: tuple[int, int] = (0, 0),
         flags: Container[str] = (),
     ):
-        """`flags` are those that were given, which the last words then do not advise."""
+        """The run goes on at `start`, an epoch and a batch of it, on the images of `train`.
+
+        `flags` are those that were given, which the last words then do not advise.
+        """
         self.folder, self.console, self.pictures, self._flags = folder, console, pictures, flags
-        self._epochs, self._batch_size, self._start_epoch = epochs, batch_size, start_epoch
-        self._loggers: list[Logger] = [
-            make(folder, start_epoch=start_epoch, note=console.note) for make in LOGGERS.values()
-        ]
+        self._epochs, self._batch_size, self._start_epoch, self._train = epochs, batch_size, start[0], train
+        self._loggers = self._loggers_from(start[0])
+        self._nonfinite = NonFiniteTable(folder)
+        self._nonfinite.keep(*start)
         self._times: list[TimeSplit] = []  # of the epochs
         self._started = time.perf_counter()
         (folder / METRICS_FILE).unlink(missing_ok=True)  # a run that goes on is not finished
 
+    def _loggers_from(self, epoch: int) -> list[Logger]:
+        return [make(self.folder, start_epoch=epoch, note=self.console.note) for make in LOGGERS.values()]
+
+    def go_back(self, epoch: int) -> None:
+        """What was said of epochs from this one on is withdrawn; but not which numbers were not finite."""
+        for logger in self._loggers:
+            logger.close()
+        self._loggers = self._loggers_from(epoch)
+
+    def skipped(self, bad: Sequence[BadUpdate]) -> None:
+        """Updates were skipped as their numbers were not finite."""
+        self._nonfinite.append(bad, self._train)
+
+    @property
+    def nonfinite(self) -> Path:
+        """The file that names them."""
+        return self._nonfinite.path
+
     @contextmanager
-    def training_bar(self, epoch: int, batches: int) -> Iterator:
-        """A bar of one epoch; `update(1)` is true when it was drawn."""
-        with self.console.bar(batches, f"Epoch {epoch + 1}/{self._epochs}", images_each=self._batch_size) as bar:
+    def training_bar(self, epoch: int, batches: int, *, start: int = 0) -> Iterator:
+        """A bar of one epoch, of which `start` batches are done; `update(1)` is true when it was drawn."""
+        title = f"Epoch {epoch + 1}/{self._epochs}"
+        with self.console.bar(batches, title, images_each=self._batch_size, start=start) as bar:
             yield bar
 
     def evaluation_bar(self, batches: Stream) -> Iterable[Batch]:
@@ -176,14 +200,16 @@ class RunReport:
         metrics: Metrics | None,
         learning_rates: Sequence[float],
         times: TimeSplit,
+        *,
+        skipped: int = 0,
     ) -> None:
-        """An epoch is over, evaluated or not: its line, its rows, its scalars.
+        """An epoch is over, evaluated or not: its line, its rows, its scalars. So many updates were skipped.
 
         To be called before its checkpoint is written: a resumed run drops a row too many, but never adds one.
         """
         self._times.append(times)
         for logger in self._loggers:
-            logger.epoch(result_row(epoch, losses, metrics, learning_rates), timing_row(epoch, times))
+            logger.epoch(result_row(epoch, losses, metrics, learning_rates, skipped=skipped), timing_row(epoch, times))
         recent = [one.wall - one.rest for one in self._times[-5:]]  # pictures are drawn once
         self.console.epoch(
             EpochSummary(
@@ -195,11 +221,25 @@ class RunReport:
                 seconds_left=sum(recent) / len(recent) * (self._epochs - epoch - 1),
             )
         )
+        if skipped:
+            self.console.warn(
+                f"epoch {epoch + 1}: {skipped} update{'s' * (skipped > 1)} skipped, as loss or gradient was no finite "
+                f"number; {self.nonfinite} names the batches"
+            )
 
-    def finished(self, metrics: Metrics, *, best_epoch: int, epochs: int, last_times: Callable[[], TimeSplit]) -> None:
+    def finished(
+        self,
+        metrics: Metrics,
+        *,
+        best_epoch: int,
+        epochs: int,
+        digests: Mapping[str, str],
+        last_times: Callable[[], TimeSplit],
+    ) -> None:
         """The last words of a run: the table, metrics.json, the pictures, and where everything lies.
 
-        `last_times` tells what came since the row of the last epoch; it is asked when the pictures are drawn.
+        `digests` are those of the weights, by file. `last_times` tells what came since the row of the last epoch; it is
+        asked when the pictures are drawn.
         """
         for logger in self._loggers:
             logger.close()
@@ -211,6 +251,7 @@ class RunReport:
         self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
         self.console.line(result(metrics, verbose=True))
         self._account_for_time(last_times())
+        self.console.line(f"Digest of the weights: {', '.join(f'{digest} {file}' for file, digest in digests.items())}")
         self.console.line(f"Weights, tables and pictures: {self.folder}")
         logdir = shlex.quote(str(self.folder.parent))
         self.console.line(f"Curves: {this_python()} -m tensorboard.main --logdir {logdir}")

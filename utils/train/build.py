@@ -15,7 +15,16 @@ import torch
 
 from models.norm_silu import accelerate
 from models.yolo import DetectionModel, count_parameters, gflops, read_network
-from utils.checkpoint import Checkpoint, LateRunFolder, RunFolder, load_checkpoint, newest_checkpoint, transfer
+from utils import __version__
+from utils.checkpoint import (
+    Checkpoint,
+    LateRunFolder,
+    RunFolder,
+    load_checkpoint,
+    load_last,
+    newest_checkpoint,
+    transfer,
+)
 from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling, validated, whole_strides
 from utils.data import colours
 from utils.data.cache import NoRoom, cached_images, remove_abandoned, summary
@@ -25,7 +34,7 @@ from utils.data.loader import EvalBatches, TrainBatches, TrainStream
 from utils.data.pixels import check_transforms
 from utils.data.plan import repeat_factors
 from utils.data.scan import DatasetScan, open_dataset, refuse_findings, refuse_no_label, scan_dataset
-from utils.data.store import single_class
+from utils.data.store import content_digest, single_class
 from utils.evaluate.evaluator import Evaluator, evaluated_at_once
 from utils.files import from_here, new_run_folder, write_yaml
 from utils.hyp import Hyperparameters, hyperparameters, plain_values, read_hyp
@@ -33,6 +42,7 @@ from utils.loss import LossGains
 from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport
 from utils.runtime import Note, Runtime, choose_runtime, mendable_errors, raise_or_note
+from utils.stopping import StopRequest
 from utils.structures import DatasetSpec, LabelStore, UserError
 from utils.train.anchors import choose_anchors
 from utils.train.batchsize import largest_batch_size
@@ -51,7 +61,7 @@ _DEFAULT_EPOCHS = 300
 _DEFAULT_IMGSZ = 640
 _DEFAULT_CFG = "yolov5n.yaml"
 _CLASSES_SHOWN = 6  # in the report on the data; `python -m utils.data.scan` shows more
-_WITH_RESUME = ("resume", "epochs", "device", "workers", "patience", "quiet")  # options that may accompany --resume
+_WITH_RESUME = ("resume", "epochs", "device", "workers", "patience", "save_every", "quiet")  # may accompany --resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +78,17 @@ class _Parts:
     images: Mapping[str, ImageSource]  # of train and val
     run: RunFolder
     console: Console
+    stop: StopRequest
 
 
-def build_trainer(values: Mapping[str, Any]) -> Trainer:
-    """A trainer, new or resumed, for options by name. Raises UserError before anything is written."""
+def build_trainer(values: Mapping[str, Any], stop: StopRequest | None = None) -> Trainer:
+    """A trainer, new or resumed, for options by name; it heeds `stop`. Raises UserError before anything is written."""
     given = validated(TrainOptions, dict(values))
-    console = Console(quiet=given.quiet)
-    return _new(given, console) if given.resume is None else _resumed(values, given, console)
+    console, stop = Console(quiet=given.quiet), stop or StopRequest()
+    return _new(given, console, stop) if given.resume is None else _resumed(values, given, console, stop)
 
 
-def _new(given: TrainOptions, console: Console) -> Trainer:
+def _new(given: TrainOptions, console: Console, stop: StopRequest) -> Trainer:
     hyp = _hyperparameters(given)
     spec = open_dataset(given.data, note=console.note, bar=console.download_bar)
     names = _names(given, spec)
@@ -92,7 +103,7 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
         console.note(f"{given.hyp}: 'copy_paste: {hyp.copy_paste:g}' does nothing: no label of 'train' is a polygon")
     options = _resolved(given, spec, model, console)
     options = _with_batch_size(options, hyp, model, runtime, train=train, val=val, console=console)
-    images = _images(options, spec, train=train, val=val, console=console)
+    images = _images(options, spec, stop, train=train, val=val, console=console)
     lines += _choose_anchors(model, options, hyp, train) + _repeated(options, names, train)
     run = _run_folder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok), options)
     write_yaml(run.path / "hyp.yaml", plain_values(hyp))
@@ -112,11 +123,12 @@ def _new(given: TrainOptions, console: Console) -> Trainer:
         images=images,
         run=run,
         console=console,
+        stop=stop,
     )
     return _assemble(parts, RunState())
 
 
-def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -> Trainer:
+def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console, stop: StopRequest) -> Trainer:
     refused = sorted(name for name in values if name not in _WITH_RESUME and values[name] is not None)
     if refused:
         allowed = ", ".join("--" + name.replace("_", "-") for name in _WITH_RESUME[1:])
@@ -124,7 +136,7 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
             f"--resume continues a run as it was; --{refused[0].replace('_', '-')} cannot change, only {allowed}"
         )
     path = newest_checkpoint(Path("runs")) if given.resume == LATEST else Path(given.resume)
-    checkpoint = load_checkpoint(path)
+    checkpoint, source = load_last(path, console.warn)
     changed = {name: values[name] for name in values if name != "resume" and values[name] is not None}
     options = validated(TrainOptions, {**checkpoint["options"], **changed})
     hyp = hyperparameters(checkpoint["hyp"], source=str(path))
@@ -140,8 +152,7 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
     model.freeze(options.freeze)
     runtime = _accelerated(model, runtime, note=console.note)
     train, val = _stores(options, _scan(options, spec, console))
-    images = _images(options, spec, train=train, val=val, console=console, note=console.note)
-    console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}")
+    images = _images(options, spec, stop, train=train, val=val, console=console, note=console.note)
     parts = _Parts(
         options=options,
         hyp=hyp,
@@ -153,10 +164,37 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console) -
         images=images,
         run=run,
         console=console,
+        stop=stop,
     )
+    for line in _what_differs(checkpoint, parts):
+        console.note(line)
+    if checkpoint["data"]["train"] != content_digest(train):
+        checkpoint["batch"] = state.batch = 0  # the epoch under way is another one now
+    within = f" and batch {state.batch} of the next" if state.batch else ""
+    console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}{within}")
+    run.take_over(source)
     trainer = _assemble(parts, state, accumulation=checkpoint["accumulation"])
-    trainer.step.load_state_dict(checkpoint)
+    trainer.load_state_dict(checkpoint)
     return trainer
+
+
+def _what_differs(checkpoint: Checkpoint, parts: _Parts) -> list[str]:
+    """Lines on what is no longer as it was when the run was saved."""
+    lines = []
+    before, now = (checkpoint["made_on"], checkpoint["torch"]), (parts.runtime.made_on, str(torch.__version__))
+    if before != now:
+        ours, theirs = (f"{device}, torch {version}" for device, version in (now, before))
+        lines.append(
+            f"the run was saved on {theirs}; this is {ours}: it goes on, and figures may differ in their last digits "
+            "from those it would have had there"
+        )
+    if checkpoint["project"] != __version__:
+        lines.append(f"the run was saved by version {checkpoint['project']} of this trainer, this is {__version__}")
+    for split, store in (("train", parts.train), ("val", parts.val)):
+        if checkpoint["data"][split] != content_digest(store):
+            anew = "; the epoch under way is begun anew" if split == "train" and checkpoint["batch"] else ""
+            lines.append(f"images or labels of '{split}' are no longer those of the run so far{anew}")
+    return lines
 
 
 def _run_folder(path: Path, options: TrainOptions, *, saved: bool = False) -> RunFolder:
@@ -179,7 +217,7 @@ def _run_of(path: Path, checkpoint: Checkpoint, options: TrainOptions) -> RunFol
 
 def _unfinished_state(path: Path, checkpoint: Checkpoint, run: RunFolder, options: TrainOptions) -> RunState:
     """Where the run stands. Raises UserError when there is nothing left to do."""
-    state = RunState(**{name: checkpoint[name] for name in asdict(RunState()) if name in checkpoint})
+    state = RunState.of(checkpoint)
     if state.best_epoch < 0 and state.epoch >= options.epochs:  # with --noval, and --epochs lowered
         raise UserError(f"--resume {path}: {state.epoch} epochs are done and none was evaluated; raise --epochs")
     if run.finished and state.epoch >= options.epochs:
@@ -335,6 +373,7 @@ def _with_batch_size(
 def _images(
     options: TrainOptions,
     spec: DatasetSpec,
+    stop: StopRequest,
     *,
     train: LabelStore,
     val: LabelStore,
@@ -356,6 +395,8 @@ def _images(
     except NoRoom as refusal:
         raise_or_note(refusal, note, "without it")
         return files
+    for cache in caches.values():
+        stop.before_leaving(cache.release)
     console.line(summary(options.cache, caches))
     return caches
 
@@ -399,7 +440,7 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
         model = parts.model.to(runtime.device, memory_format=torch.channels_last)
     write_yaml(parts.run.path / "opt.yaml", asdict(options))
     batches = _batches(parts)
-    schedule = _schedule(parts, batches.per_epoch, accumulation=accumulation)
+    schedule = _schedule(parts, batches.per_epoch, accumulation=accumulation, lr_scale=state.lr_scale)
     return Trainer(
         options=options,
         hyp=parts.hyp,
@@ -409,7 +450,6 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
         schedule=schedule,
         stream=TrainStream(
             batches,
-            start_epoch=state.epoch,
             end_epoch=options.epochs,
             workers=runtime.workers,
             pin_memory=runtime.pin_memory,
@@ -419,8 +459,10 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
         ),
         evaluator=_evaluator(parts),
         run=parts.run,
-        report=_report(parts, schedule, start_epoch=state.epoch),
+        report=_report(parts, schedule, start=(state.epoch, state.batch)),
         state=state,
+        data={"train": content_digest(parts.train), "val": content_digest(parts.val)},
+        stop=parts.stop,
     )
 
 
@@ -442,7 +484,7 @@ def _batches(parts: _Parts) -> TrainBatches:
     )
 
 
-def _schedule(parts: _Parts, per_epoch: int, *, accumulation: int | None) -> Schedule:
+def _schedule(parts: _Parts, per_epoch: int, *, accumulation: int | None, lr_scale: float) -> Schedule:
     """The schedule of so many batches per epoch; without `accumulation` one is chosen."""
     options, stride = parts.options, max(parts.model.head.strides)
     chosen = accumulation or choose_accumulation(
@@ -455,6 +497,7 @@ def _schedule(parts: _Parts, per_epoch: int, *, accumulation: int | None) -> Sch
         accumulation=chosen,
         linear=options.linear_lr,
         seed=options.seed,
+        lr_scale=lr_scale,
         scales=multi_scales(options.imgsz, stride) if options.multi_scale else (1.0,),
     )
 
@@ -498,7 +541,7 @@ def _evaluator(parts: _Parts) -> Evaluator:
     )
 
 
-def _report(parts: _Parts, schedule: Schedule, *, start_epoch: int) -> RunReport:
+def _report(parts: _Parts, schedule: Schedule, *, start: tuple[int, int]) -> RunReport:
     """The reporter, after its first lines: what is trained, on what, and where to."""
     options, model, folder = parts.options, parts.model, parts.run.path
     network = f"Network of {options.weights}" if options.weights and not options.cfg else options.cfg or _DEFAULT_CFG
@@ -518,6 +561,7 @@ def _report(parts: _Parts, schedule: Schedule, *, start_epoch: int) -> RunReport
         pictures=Pictures() if options.noplots else files,
         epochs=options.epochs,
         batch_size=options.batch_size,
-        start_epoch=start_epoch,
+        train=parts.train,
+        start=start,
         flags=[spelling(name) for name, value in asdict(options).items() if value is True],
     )

@@ -5,16 +5,14 @@ Everything it works with is made by `build.py`. All state that a resumed run nee
 
 from __future__ import annotations
 
-import math
 import shlex
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-import torch
-
-from utils.checkpoint import RunFolder, averaged_model, load_checkpoint
+from utils.checkpoint import RunFolder, averaged_model, checksum, load_checkpoint
 from utils.config import TrainOptions
 from utils.data.loader import TrainStream, faults_named
 from utils.evaluate.evaluator import Evaluator
@@ -24,11 +22,18 @@ from utils.hyp import Hyperparameters, plain_values
 from utils.report.loggers import format_losses, strange_outputs
 from utils.report.run_report import RunReport
 from utils.runtime import Runtime, mendable_errors
+from utils.stopping import Interrupted, StopRequest
 from utils.structures import Batch, Detections, LossMeans, Metrics, UserError
+from utils.train.health import HealthReport
 from utils.train.optim import Schedule, StepSettings
 from utils.train.step import TrainStep
 
 _LEAST_LOSS_SCALE = 2.0**-10  # it starts at 2^16 and is halved by each step that is skipped
+_BAD_IN_ROW = 20  # updates that were no finite numbers, after which training is out of hand
+
+
+class _Diverged(Exception):
+    """Training is out of hand."""
 
 
 @dataclass(kw_only=True)
@@ -36,9 +41,15 @@ class RunState:
     """Where a run stands."""
 
     epoch: int = 0  # finished epochs
+    batch: int = 0  # of the epoch under way, those that were trained on
     best_fitness: float = -1.0
     best_epoch: int = -1
     class_maps: tuple[float, ...] = ()  # mAP@.5:.95 per class of the last evaluation; 0 where there is no label
+    lr_scale: float = 1.0  # of all learning rates; below 1 once the run went back for numbers that are none
+
+    @classmethod
+    def of(cls, checkpoint: dict[str, Any]) -> RunState:
+        return cls(**{item.name: checkpoint[item.name] for item in fields(cls)})
 
     def finish_epoch(self, metrics: Metrics | None, *, only: bool = False) -> bool:
         """Count the epoch, evaluated or not; whether it is the best so far.
@@ -50,7 +61,7 @@ class RunState:
             self.best_fitness, self.best_epoch = metrics.fitness, self.epoch
         if metrics is not None:
             self.class_maps = tuple(one.map50_95 if one.labels else 0.0 for one in metrics.per_class)
-        self.epoch += 1
+        self.epoch, self.batch = self.epoch + 1, 0
         return improved
 
     def out_of_patience(self, patience: int) -> bool:
@@ -72,34 +83,53 @@ class Trainer:
     run: RunFolder
     report: RunReport
     state: RunState
+    data: dict[str, str]  # by split, a digest of images and labels
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
         self.clock = self.step.clock
         self._warned = False
+        self._between_updates = True  # nothing is half done: gradients are not summed yet
+        self._saved_at = time.monotonic()
 
     def fit(self) -> Metrics:
         """Train until the last epoch or until patience ends; the metrics of best.pt.
 
-        Raises RunError for what a user can mend: no memory, no disk space, a loss that is no number.
+        Raises RunError for what a user can mend: no memory, no disk space, a loss that is no number. Raises Interrupted
+        when a signal asks to stop, with the run saved and how to continue it.
         """
         options = self.options
         with (
-            _interruptible(self),
             mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz),
             faults_named(self.stream, self.evaluator.stream),
+            _interruptible(self),
         ):
+            if self.finished or not self.run.saved:
+                self._save(final=self.finished)  # so that a run can be continued from its first moment
             while not self.finished:
-                losses = self.train_epoch()
-                with self.clock.part("evaluate"):
-                    metrics = self.evaluate() if self._evaluates else None
-                self._warn_of_strange_outputs(metrics)
-                improved = self.state.finish_epoch(metrics, only=options.noval)
-                self.report.epoch(self.state.epoch - 1, losses, metrics, self._last_settings().lrs, self.clock.split())
-                with self.clock.part("save"):
-                    self.run.save(self.checkpoint(), best=improved, final=self.finished, keep=self._keeps)
+                try:
+                    self._run_epoch()
+                except _Diverged:
+                    self._go_back()
             if self.state.epoch < options.epochs:
                 self.report.console.line(f"Stopped early: no improvement in {options.patience} epochs (--patience)")
-            return self.finish()
+            with self.stop.at_once():
+                return self.finish()
+
+    def _run_epoch(self) -> None:
+        losses = self.train_epoch()
+        metrics = self._evaluated()
+        self._warn_of_strange_outputs(metrics)
+        improved = self.state.finish_epoch(metrics, only=self.options.noval)
+        self.report.epoch(
+            self.state.epoch - 1,
+            losses,
+            metrics,
+            self._last_settings().lrs,
+            self.clock.split(),
+            skipped=self.step.health.poll().skipped,
+        )
+        self._save(best=improved, final=self.finished, keep=self._keeps)
 
     @property
     def finished(self) -> bool:
@@ -117,32 +147,48 @@ class Trainer:
         return self.options.save_period > 0 and self.state.epoch % self.options.save_period == 0
 
     def train_epoch(self) -> LossMeans:
-        """One pass over the images; the means of its losses over images."""
+        """One pass over the images, or what is left of it; the means of its losses over images."""
         self.step.model.train()
-        batches = self.stream.epoch(self.state.epoch, self.state.class_maps)
-        epoch, per_epoch = self.state.epoch, self.schedule.batches_per_epoch
-        sums, images = torch.zeros(3, device=self.runtime.device), 0
-        with self.report.training_bar(epoch, per_epoch) as bar:
-            for index in range(per_epoch):
-                with self.clock.part("data_wait"):
-                    batch = next(batches)
-                losses = self.step(batch, self.schedule(epoch * per_epoch + index))
-                sums += len(batch.indices) * torch.stack([losses.box, losses.objectness, losses.classification])
-                images += len(batch.indices)
+        epoch, start, per_epoch = self.state.epoch, self.state.batch, self.schedule.batches_per_epoch
+        batches = self.stream.epoch(epoch, self.state.class_maps, start=start)
+        if start == 0:
+            self.step.health.start_epoch()
+        with self.report.training_bar(epoch, per_epoch, start=start) as bar:
+            for index in range(start, per_epoch):
+                batch = self._next(batches)
+                settings = self.schedule(epoch * per_epoch + index)
+                self.step(batch, settings)
+                self.clock.count(len(batch.indices))
+                self.state.batch, self._between_updates = index + 1, settings.update
                 self.report.train_batch(epoch, index, batch)
                 if bar.update(1):  # the bar was drawn: only now are losses read back from the device
-                    bar.set_postfix_str(format_losses(_means(sums, images)), refresh=False)
-        self.clock.count(images)
-        means = _means(sums, images)  # waits for what the device has not done yet
-        if not all(map(math.isfinite, asdict(means).values())):
-            remedy = "use --amp bf16 or --amp off, or lower" if self.step.scaler.is_enabled() else "lower"
-            raise UserError(f"the loss is no longer a number in epoch {epoch + 1}: {remedy} lr0 (now {self.hyp.lr0:g})")
+                    bar.set_postfix_str(format_losses(self.step.health.means()), refresh=False)
+                self._heed(self.step.health.poll())
+                if self._is_time_to_save:
+                    self._save()
+        self._heed(self.step.health.poll(now=True))  # waits for what the device has not done yet
         if self.step.scaler.is_enabled() and self.step.scaler.get_scale() < _LEAST_LOSS_SCALE:
             raise UserError(
                 f"the gradients overflow in fp16 at every step of epoch {epoch + 1}, so nothing is learned: "
                 "use --amp bf16 or --amp off"
             )
-        return means
+        return self.step.health.means()
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, for which a signal does not wait where nothing would be lost."""
+        with self.clock.part("data_wait"), self.stop.at_once() if self._between_updates else nullcontext():
+            return next(batches)
+
+    @property
+    def _is_time_to_save(self) -> bool:
+        due_s = 60 * self.options.save_every
+        return self._between_updates and 0 < due_s <= time.monotonic() - self._saved_at
+
+    def _evaluated(self) -> Metrics | None:
+        """The evaluation of an epoch, where one is due. Ended by a signal, it is for the resumed run to make."""
+        self.run.settle()  # loader processes may start, and none should be forked while a thread is writing
+        with self.clock.part("evaluate"), self.stop.at_once():
+            return self.evaluate() if self._evaluates else None
 
     def evaluate(self) -> Metrics:
         """The averaged model on the val split."""
@@ -153,7 +199,9 @@ class Trainer:
 
         What it detects, and what that is scored against, is written where the split has ids of images and categories.
         """
-        best = averaged_model(load_checkpoint(self.run.best)).to(self.runtime.device)
+        self.run.settle()
+        checkpoint = load_checkpoint(self.run.best)
+        best = averaged_model(checkpoint).to(self.runtime.device)
         with self.clock.part("evaluate"):
             evaluation = self.evaluator.evaluation(
                 best, gains=self.step.gains, on_batch=self._picture, watch=self.report.evaluation_bar
@@ -163,8 +211,15 @@ class Trainer:
         if not coco_ids(store, len(self.names)).invented:
             for line in write_predictions(self.run.path, evaluation.evidence, store, self.names):
                 self.report.console.note(line)
+        self.run.tidy()
+        state = self.step.state_dict()
+        trained = {name: state[name] for name in ("model", "ema")}
         self.report.finished(
-            metrics, best_epoch=self.state.best_epoch, epochs=self.state.epoch, last_times=self.clock.split
+            metrics,
+            best_epoch=checkpoint["epoch"] - 1,
+            epochs=self.state.epoch,
+            digests={self.run.best.name: checksum(checkpoint["ema"]), self.run.last.name: checksum(trained)},
+            last_times=self.clock.split,
         )
         return metrics
 
@@ -180,6 +235,54 @@ class Trainer:
         self.report.pictures.evaluated_batch(index, batch, detections)
         self.clock.skip()
 
+    # ---- numbers that are none --------------------------------------------------------------------------------------
+
+    def _heed(self, health: HealthReport) -> None:
+        """Raises _Diverged where training is out of hand."""
+        self.report.skipped(health.bad)
+        if health.longest >= _BAD_IN_ROW:
+            raise _Diverged
+
+    def _go_back(self) -> None:
+        """To the last checkpoint, at half the learning rate. Raises UserError where that was done, or cannot be."""
+        self.run.settle()
+        told = f"{_BAD_IN_ROW} updates in a row gave no finite numbers"
+        if self.state.lr_scale < 1:
+            told += ", at half the learning rate as well"
+        if self.state.lr_scale < 1 or not self.run.saved:
+            amp = "" if self.runtime.amp_dtype is None else " or use --amp off"
+            raise UserError(
+                f"{told}: {self.report.nonfinite} names batches and images; look at these, lower lr0 (now "
+                f"{self.hyp.lr0:g}){amp}"
+            )
+        checkpoint = load_checkpoint(self.run.last)
+        self.load_state_dict(checkpoint)
+        self.state.lr_scale = 0.5
+        self.schedule = replace(self.schedule, lr_scale=0.5)
+        self.report.go_back(self.state.epoch)
+        self.report.console.warn(
+            f"{told}: back to the last checkpoint, after epoch {self.state.epoch}, and on at half the learning rate"
+        )
+
+    # ---- what is saved ----------------------------------------------------------------------------------------------
+
+    def _save(self, *, best: bool = False, final: bool = False, keep: bool = False) -> None:
+        """Write a checkpoint. Not in the midst of numbers that are none: it would be one to go back to."""
+        health = self.step.health.poll(now=True)
+        self._heed(health)
+        if health.in_row == 0 or final or not self.run.saved:
+            with self.clock.part("save"):
+                self.run.save(self.checkpoint(), best=best, final=final, keep=keep)
+            self._saved_at = time.monotonic()
+
+    def save_for_later(self) -> None:
+        """Before a signal ends the run; what comes after the last epoch is made anew."""
+        health = self.step.health.poll(now=True)
+        self.report.skipped(health.bad)
+        if self._between_updates and not self.finished and (health.in_row == 0 or not self.run.saved):
+            self.run.save(self.checkpoint(), final=True)
+        self.run.settle()
+
     def checkpoint(self) -> dict[str, Any]:
         """Tensors and plain values that continue this run."""
         return {
@@ -189,31 +292,38 @@ class Trainer:
             "options": asdict(self.options),
             "hyp": plain_values(self.hyp),
             "accumulation": self.schedule.accumulation,
+            "made_on": self.runtime.made_on,
+            "data": self.data,
             **asdict(self.state),
         }
+
+    def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from there, in the same run."""
+        self.step.load_state_dict(checkpoint)
+        self.state = RunState.of(checkpoint)
 
     def _last_settings(self) -> StepSettings:
         return self.schedule(self.state.epoch * self.schedule.batches_per_epoch - 1)
 
 
-def _means(sums: torch.Tensor, images: int) -> LossMeans:
-    box, objectness, classification = (sums / images).tolist()
-    return LossMeans(box=box, objectness=objectness, classification=classification)
-
-
 @contextmanager
 def _interruptible(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C leaves with a line on how to continue."""
+    """A signal leaves with the run saved and a line on how to go on; however the block ends, no file is half done."""
     try:
         yield
-    except KeyboardInterrupt:
+    except Interrupted as interrupted:
+        trainer.save_for_later()
+        raise Interrupted(interrupted.signum, _how_to_continue(trainer)) from None
+    except KeyboardInterrupt:  # of a thread that may not ask for signals
+        trainer.run.settle()
         raise KeyboardInterrupt(_how_to_continue(trainer)) from None
+    finally:
+        with suppress(Exception):  # the first one is on its way already
+            trainer.run.settle()
 
 
 def _how_to_continue(trainer: Trainer) -> str:
-    """What to type after Ctrl-C."""
+    """What to type to go on."""
     if trainer.run.saved:
         return f"continue with: {this_python()} train.py --resume {shlex.quote(str(trainer.run.last))}"
-    waits = trainer.options.nosave and trainer.state.epoch > 0
-    reason = "--nosave saves nothing before the end" if waits else "no epoch was finished"
-    return f"{reason}, so there is no checkpoint to continue from"
+    return "--nosave saves nothing before the end, so there is no checkpoint to continue from"

@@ -1,0 +1,173 @@
+"""Signals that ask a run to stop, and how it hears them: between two steps, or at once where nothing is lost by it.
+
+The surprise: a thread listens as well. The main one hears of a signal between two lines of Python only, which may be
+many seconds apart, and a second Ctrl-C should not wait for that.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+# as terminals, batch schedulers and service managers send; there is no SIGUSR1 on Windows
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+_SILENT_S = 1.0  # a stop that takes longer is announced
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended the work; the text, if any, says how to go on."""
+
+    def __init__(self, signum: int, text: str = "") -> None:
+        super().__init__(text)
+        self.signum = signum
+
+    @property
+    def by(self) -> str:
+        """How to tell a person; nothing for Ctrl-C, which they pressed themselves."""
+        return "" if self.signum == signal.SIGINT else f" by {signal.Signals(self.signum).name}"
+
+
+class StopRequest:
+    """Whether a signal has asked to stop. One that nobody connects to signals never has: the null object."""
+
+    def __init__(self) -> None:
+        self._signum: int | None = None
+        self._raises = False
+        self._leaving: list[Callable[[], object]] = []
+
+    @property
+    def requested(self) -> bool:
+        return self._signum is not None
+
+    def check(self) -> None:
+        """Raises Interrupted where a signal has come."""
+        if self._signum is not None:
+            raise Interrupted(self._signum)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that a signal ends wherever it is, by Interrupted. Nothing in it may be half done for good."""
+        before, self._raises = self._raises, True
+        try:
+            self.check()
+            yield
+        finally:
+            self._raises = before
+        self.check()  # what was raised may have been swallowed, as in a __del__
+
+    def before_leaving(self, clean: Callable[[], object]) -> None:
+        """Call this, too, when a second Ctrl-C ends the process."""
+        self._leaving.append(clean)
+
+    def receive(self, signum: int, _frame: object = None) -> None:
+        """What the signals are connected to."""
+        self._signum = self._signum or signum
+        if self._raises:
+            self._raises = False  # a second one must not strike while the first is on its way out
+            raise Interrupted(self._signum)
+
+    def leave(self) -> None:
+        """End the process here and now, with its children."""
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join(_SILENT_S)
+        for clean in self._leaving:
+            with suppress(Exception):
+                clean()
+        _say("left at once; the last checkpoint is as it was")
+        os._exit(128 + signal.SIGINT)
+
+
+@contextmanager
+def signals_raised() -> Iterator[None]:
+    """STOP_SIGNALS are raised as Interrupted within the block, as far as nobody else has taken them over: those that
+    have a handler, and those that are ignored, as under nohup, are left alone."""
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    mine = [signum for signum in STOP_SIGNALS if _in_main_thread() and signal.getsignal(signum) in usual]
+    handlers = {signum: signal.signal(signum, _raise) for signum in mine}
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def _raise(signum: int, _frame: object) -> None:
+    raise Interrupted(signum)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """STOP_SIGNALS make a request of themselves within the block; a second SIGINT ends the process at once.
+
+    Outside of the main thread, which alone may ask for signals, nothing is ever requested.
+    """
+    stop = StopRequest()
+    if not _in_main_thread():
+        yield stop
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    thread = threading.Thread(target=_listen, args=(stop, reader), name="signals", daemon=True)
+    thread.start()
+    handlers = {signum: signal.signal(signum, stop.receive) for signum in STOP_SIGNALS}
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield stop
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        writer.close()
+        thread.join()
+        reader.close()
+
+
+def _listen(stop: StopRequest, reader: socket.socket) -> None:
+    """Hears of signals as they come, until the other end of the pipe is closed."""
+    interrupts, asked, announced = 0, False, False
+    while True:
+        waits = asked and not announced
+        if not select.select([reader], [], [], _SILENT_S if waits else None)[0]:
+            announced = True
+            _say("stopping as soon as this step is done; a second Ctrl-C does not wait for it")
+            continue
+        numbers = reader.recv(64)
+        if not numbers:
+            return
+        asked = asked or any(number in STOP_SIGNALS for number in numbers)
+        interrupts += numbers.count(signal.SIGINT)
+        if interrupts > 1:
+            stop.leave()
+
+
+def _say(text: str) -> None:
+    """By a system call: the main thread may be in the midst of a line of its own."""
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """For the start of child processes, which inherit this for good: what asks to stop is the main process's alone.
+
+    It reaches this process afterwards, once, where a signal to the whole group would also have ended the children.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
