@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -226,6 +226,23 @@ class Losses:
     objectness: Tensor
     classification: Tensor
     total: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedBatch:
+    """A batch of training, to be told of."""
+
+    epoch: int  # from 0
+    index: int  # in its epoch, from 0
+    images: tuple[int, ...]  # indices into the LabelStore, as Batch.indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadUpdate:
+    """An update that was skipped because a number in it was not finite, and the batches that may be at fault."""
+
+    what: Literal["loss", "gradient"]  # a loss whenever one was not finite, as its gradient then is not, either
+    batches: tuple[NamedBatch, ...]  # those with such a loss; for a gradient, all of the update
 
 
 @dataclass(frozen=True, kw_only=True)

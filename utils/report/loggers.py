@@ -20,7 +20,7 @@ from tqdm import tqdm
 from utils.clock import PARTS
 from utils.data.findings import shortened
 from utils.files import printable, write_text
-from utils.structures import CocoFigures, LossMeans, Metrics
+from utils.structures import BadUpdate, CocoFigures, LabelStore, LossMeans, Metrics
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -41,7 +41,10 @@ RESULT_COLUMNS = (
     "x/lr1",
     "x/lr2",
 )
+NONFINITE_COLUMNS = ("epoch", "batch", "what", "images")
 TIMING_COLUMNS = ("epoch", "images_per_s", "epoch_s", *(f"{part}_s" for part in PARTS))
+
+_LONGEST_CELL = 2**31 - 1  # csv's own limit is less than the paths of a large batch can take
 
 Row = Mapping[str, float]  # by column; a column may be missing, and `epoch` counts from 1 as people do
 Note = Callable[[str], object]
@@ -77,8 +80,9 @@ def _loss_columns(split: str, losses: LossMeans) -> dict[str, float]:
 class CsvTable:
     """A CSV file that grows by a row per epoch and survives being killed at any moment.
 
-    Cells are right-aligned with spaces after the comma; read it with `skipinitialspace`, or strip. Opening an existing
-    file keeps its whole rows, moves them below today's columns if those are others, and drops a last row cut short.
+    Cells are right-aligned with spaces after the comma, text in quotes where it needs them; read it with
+    `skipinitialspace`, or strip. Opening an existing file keeps its whole rows, moves them below today's columns if
+    those are others, and drops a last row cut short.
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
@@ -92,15 +96,17 @@ class CsvTable:
             text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
-        header, *rows = csv.reader(text[: text.rfind("\n") + 1].splitlines() or [""])
-        names = [cell.strip() for cell in header]
-        return [dict(zip(names, map(str.strip, row))) for row in rows if len(row) == len(names)]
+        csv.field_size_limit(_LONGEST_CELL)
+        names, *rows = map(_cells, text[: text.rfind("\n") + 1].splitlines() or [""])
+        return [dict(zip(names, row)) for row in rows if len(row) == len(names)]
 
-    def append(self, row: Row) -> None:
-        """Add one row. A value is rounded to 6 significant digits; a missing one leaves its cell empty."""
+    def append(self, row: Mapping[str, float | str]) -> None:
+        """Add one row. A number is rounded to 6 significant digits; a missing value leaves its cell empty."""
         unknown = set(row) - set(self.columns)
         assert not unknown, f"{self.path.name} has no column {sorted(unknown)}"
-        cells = {name: _six_digits(value) for name, value in row.items()}
+        cells = {
+            name: _on_one_line(value) if isinstance(value, str) else _six_digits(value) for name, value in row.items()
+        }
         with self.path.open(
             "a", encoding="utf-8", newline=""
         ) as file:  # one write, so that a kill cuts at most one row
@@ -108,8 +114,12 @@ class CsvTable:
 
     def truncate(self, keep_epochs: int) -> None:
         """Drop the rows after the first `keep_epochs` epochs, which a resumed run is about to write again."""
+        self.keep(lambda row: _is_within(row.get("epoch", ""), keep_epochs))
+
+    def keep(self, wanted: Callable[[dict[str, str]], bool]) -> None:
+        """Drop the other rows."""
         rows = self.rows()
-        kept = [row for row in rows if _is_within(row.get("epoch", ""), keep_epochs)]
+        kept = [row for row in rows if wanted(row)]
         if len(kept) < len(rows):
             self._replace(kept)
 
@@ -120,7 +130,21 @@ class CsvTable:
         return "".join(map(self._line, [dict(zip(self.columns, self.columns)), *rows]))
 
     def _line(self, cells: Mapping[str, str]) -> str:
-        return ", ".join(cells.get(name, "").rjust(max(len(name), 11)) for name in self.columns) + "\n"
+        return ", ".join(_quoted(cells.get(name, "")).rjust(max(len(name), 11)) for name in self.columns) + "\n"
+
+
+def _cells(line: str) -> list[str]:
+    """Of one line by itself, so that a stray quote swallows no other."""
+    return [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True), [])]
+
+
+def _quoted(cell: str) -> str:
+    return '"' + cell.replace('"', '""') + '"' if "," in cell or '"' in cell else cell
+
+
+def _on_one_line(text: str) -> str:
+    """With escapes for line breaks, and for bytes of a file name that are no text."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _six_digits(value: float) -> str:
@@ -169,6 +193,37 @@ class CsvLogger(Logger):
     def epoch(self, results: Row, timing: Row) -> None:
         self._results.append(results)
         self._timing.append(timing)
+
+
+class NonFiniteTable:
+    """nonfinite.csv: the batches of updates that were skipped because a number was not finite. Made by the first one.
+
+    Epochs and batches count from 1. `images` are paths joined by "; ": those that the order of the epoch named, without
+    the partners that mosaic, mixup or copy-paste drew for them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._table = CsvTable(folder / "nonfinite.csv", NONFINITE_COLUMNS)
+
+    def append(self, bad: Iterable[BadUpdate], store: LabelStore) -> None:
+        """`store` is that of the training split."""
+        for update in bad:
+            for batch in update.batches:
+                images = "; ".join(map(store.path, batch.images))
+                place = {"epoch": batch.epoch + 1, "batch": batch.index + 1}
+                self._table.append({**place, "what": update.what, "images": images})
+
+    def keep(self, before_epoch: int, before_batch: int) -> None:
+        """Drop what happened at or after a batch of an epoch, both from 0, from which a resumed run goes on."""
+        self._table.keep(lambda row: _place(row) < (before_epoch, before_batch))
+
+
+def _place(row: Mapping[str, str]) -> tuple[float, float]:
+    """Epoch and batch of a row, from 0; after all others where they are no numbers."""
+    try:
+        return int(row["epoch"]) - 1, int(row["batch"]) - 1
+    except (KeyError, ValueError):
+        return math.inf, math.inf
 
 
 class TensorBoardLogger(Logger):
