@@ -48,6 +48,7 @@ class StepSettings:
     momentum: float
     update: bool  # the optimizer steps after this batch
     scale: float = 1.0  # of the network input
+    place: tuple[int, int] = (0, 0)  # its epoch, and its number there, both from 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ class Schedule:
             or self._accumulation(step + 1) > accumulation  # else the next update could hold up to twice as many
             or index + 1 == self.batches_per_epoch,
             scale=self._scale(epoch, index),
+            place=(epoch, index),
         )
 
     def _scale(self, epoch: int, index: int) -> float:
@@ -116,6 +118,7 @@ def multi_scales(imgsz: int, stride: int) -> tuple[float, ...]:
 _ADAM_BETA2 = 0.999
 _SGD_LR0, _SGD_WARMUP_BIAS_LR = 0.01, 0.1
 _ADVISED_LR = 0.001
+_ASK_FOUND_INF = ("cpu", "cuda")  # devices whose fused kernels do; of those of MPS nobody says so
 
 
 def make_optimizer(
@@ -197,6 +200,20 @@ def apply_settings(optimizer: torch.optim.Optimizer, settings: StepSettings) -> 
             group["momentum"] = settings.momentum
 
 
+def guarded_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Step, but leave parameters and state as they are if `skip`, a () bool on the device of the parameters.
+
+    A fused kernel reads that itself, as it does for a GradScaler, so that nobody waits for the device; else we do.
+    """
+    fused = all(group["fused"] for group in optimizer.param_groups)
+    if fused and skip.device.type in _ASK_FOUND_INF:
+        optimizer.grad_scale, optimizer.found_inf = None, skip.float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    elif not skip:
+        optimizer.step()
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take up a saved state; how steps are computed stays what suits this machine."""
     ways = [{way: group[way] for way in ("fused", "foreach")} for group in optimizer.param_groups]
@@ -235,13 +252,22 @@ class WeightAverage:
         self._source: nn.Module | None = None
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move towards `model`, whose tensors stay where they are between updates: looking them up takes longer."""
+    def update(self, model: nn.Module, skip: Tensor | None = None) -> None:
+        """Move towards `model`, whose tensors stay where they are between updates: looking them up takes longer.
+
+        But not if `skip`, a () bool on their device. Such an update counts nevertheless: `updates` are those that were
+        due, which is known without waiting for the device.
+        """
         if model is not self._source:
             self._pair_up(model)
         self.updates += 1
-        decay = _EMA_DECAY * (1 - math.exp(-self.updates / _EMA_RAMP))
-        torch._foreach_lerp_(*self._averaged, 1 - decay)
+        weight = 1 - _EMA_DECAY * (1 - math.exp(-self.updates / _EMA_RAMP))
+        if skip is not None and skip.is_cuda:
+            blend_unless(skip, *self._averaged, weight)
+        elif skip is None or not skip:
+            torch._foreach_lerp_(*self._averaged, weight)
+        else:
+            return
         if self._copied[0]:
             torch._foreach_copy_(*self._copied)
 
@@ -256,3 +282,10 @@ class WeightAverage:
 
 def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
+
+
+def blend_unless(skip: Tensor, mine: list[Tensor], theirs: list[Tensor], weight: float) -> None:
+    """mine += weight (theirs - mine), unless `skip`, which nobody waits for."""
+    steps = torch._foreach_sub(theirs, mine)
+    torch._foreach_mul_(steps, torch.where(skip, 0.0, weight))
+    torch._foreach_add_(mine, steps)

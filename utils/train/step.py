@@ -16,14 +16,25 @@ from utils.data.loader import UnpaintedBatch, resized
 from utils.loss import LossGains, detection_losses, pad_labels
 from utils.runtime import Runtime
 from utils.structures import Batch, Losses
-from utils.train.optim import StepSettings, WeightAverage, apply_settings, restore_optimizer, trained_parameters
+from utils.train.health import RunningStatistics, StepHealth
+from utils.train.optim import (
+    StepSettings,
+    WeightAverage,
+    apply_settings,
+    guarded_step,
+    restore_optimizer,
+    trained_parameters,
+)
 
 _MAX_GRADIENT_NORM = 10.0
 
 
 @dataclass(kw_only=True)
 class TrainStep:
-    """Calling it with a batch and its settings trains on them: forward, loss, backward, an update where one is due."""
+    """Calling it with a batch and its settings trains on them: forward, loss, backward, an update where one is due.
+
+    An update of which a loss or the gradient is not finite is skipped, and what `health` says of it is all it leaves.
+    """
 
     runtime: Runtime
     model: DetectionModel
@@ -31,12 +42,15 @@ class TrainStep:
     gains: LossGains
     average: WeightAverage = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
+    health: StepHealth = field(init=False)
     clock: StepClock = field(init=False)
 
     def __post_init__(self) -> None:
         self.average = WeightAverage(self.model)
         self.scaler = self.runtime.grad_scaler()
+        self.health = StepHealth(self.runtime.device)
         self.clock = self.runtime.step_clock()
+        self._statistics = RunningStatistics(self.model)
         self._head = self.model.head
         self._parameters = trained_parameters(self.optimizer)
         self._network = self.runtime.compiled(self.model)
@@ -53,7 +67,8 @@ class TrainStep:
         labels = pad_labels(batch) if self.runtime.compiles_network else batch
         losses = self._losses(predictions, labels, self._head, self.gains)
         self.clock.lap("loss")
-        self.scaler.scale(losses.total).backward()
+        start = self.health.batch(losses, batch.indices, settings.place)
+        self.scaler.scale(losses.total).backward(start)
         self.clock.lap("backward")
         if settings.update:
             self._update()
@@ -62,11 +77,14 @@ class TrainStep:
 
     def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
-        self.scaler.step(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
+        skip = ~norm.isfinite()
+        guarded_step(self.optimizer, skip)  # not scaler.step: one verdict holds for all that an update moves
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.average.update(self.model)
+        self._statistics.settle(skip)
+        self.average.update(self.model, skip)
+        self.health.update(skip, scaled=self.scaler.is_enabled())
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on, as tensors and plain values."""
@@ -76,13 +94,18 @@ class TrainStep:
             "ema_updates": self.average.updates,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "health": self.health.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave; other entries are left aside."""
+        """Go on from what `state_dict` gave, also in the midst of an update; other entries are left aside."""
+        self.optimizer.zero_grad()
         self.model.load_state_dict(state["model"])
+        self._statistics.keep()
         self.average.model.load_state_dict(state["ema"])
         self.average.updates = state["ema_updates"]
         restore_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"]:  # else the run came from a device that needs none
             self.scaler.load_state_dict(state["scaler"])
+        if "health" in state:  # else the run was saved before there was any
+            self.health.load_state_dict(state["health"])

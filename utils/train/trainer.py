@@ -119,6 +119,7 @@ class Trainer:
     def train_epoch(self) -> LossMeans:
         """One pass over the images; the means of its losses over images."""
         self.step.model.train()
+        self.step.health.start_epoch()
         batches = self.stream.epoch(self.state.epoch, self.state.class_maps)
         epoch, per_epoch = self.state.epoch, self.schedule.batches_per_epoch
         sums, images = torch.zeros(3, device=self.runtime.device), 0
@@ -127,6 +128,7 @@ class Trainer:
                 with self.clock.part("data_wait"):
                     batch = next(batches)
                 losses = self.step(batch, self.schedule(epoch * per_epoch + index))
+                self.step.health.poll()
                 sums += len(batch.indices) * torch.stack([losses.box, losses.objectness, losses.classification])
                 images += len(batch.indices)
                 self.report.train_batch(epoch, index, batch)
