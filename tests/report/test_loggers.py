@@ -6,12 +6,14 @@ import re
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.stores import ImageLabels, build_store
 from utils.report.loggers import (
     LOGGERS,
     RESULT_COLUMNS,
@@ -20,6 +22,7 @@ from utils.report.loggers import (
     CsvTable,
     EpochSummary,
     Logger,
+    NonFiniteTable,
     TensorBoardLogger,
     format_duration,
     format_epoch,
@@ -30,7 +33,7 @@ from utils.report.loggers import (
     strange_outputs,
     table,
 )
-from utils.structures import ClassMetrics, CocoFigures, LossMeans, Metrics
+from utils.structures import BadUpdate, ClassMetrics, CocoFigures, LossMeans, Metrics, NamedBatch
 
 TITLES = ["epoch", "box", "obj", "cls", "P", "R", "mAP@.5", "mAP@.5:.95", "images/s"]
 COLUMNS = ("epoch", "train/box_loss", "x/lr0")
@@ -147,6 +150,74 @@ def test_a_result_row_fills_every_column_of_an_evaluated_epoch():
     assert set(RESULT_COLUMNS) - set(skipped) == {
         name for name in RESULT_COLUMNS if name.startswith(("metrics", "val"))
     }
+
+
+ODD = ["plain.jpg", "a, b.jpg", 'the "best".jpg', "two\nlines\u2028.jpg", "\udcff.jpg", '",".jpg', "日本 é.jpg"]
+
+
+def store_of(names):
+    nothing = ImageLabels(boxes=np.empty((0, 4)), classes=np.empty(0, np.int64))
+    return build_store(list(map(Path, names)), [(64, 64)] * len(names), [nothing] * len(names))
+
+
+def bad(epoch, index, *images, what="loss"):
+    return BadUpdate(what=what, batches=(NamedBatch(epoch=epoch, index=index, images=images),))
+
+
+def test_batches_that_are_not_finite_are_told_with_paths_of_any_kind(tmp_path):
+    """In a file that others read too, and that is a whole one for ourselves."""
+    update = BadUpdate(
+        what="gradient",
+        batches=(NamedBatch(epoch=0, index=4, images=(0, 1)), NamedBatch(epoch=0, index=5, images=tuple(range(7)))),
+    )
+    NonFiniteTable(tmp_path).append([update, bad(2, 0, 0)], store_of(ODD))
+    path = tmp_path / "nonfinite.csv"
+    before = path.stat().st_ino
+    shown = [*ODD[:3], "two\\nlines\\u2028.jpg", "\\udcff.jpg", *ODD[5:]]
+    assert read(path) == [
+        {"epoch": "1", "batch": "5", "what": "gradient", "images": "plain.jpg; a, b.jpg"},
+        {"epoch": "1", "batch": "6", "what": "gradient", "images": "; ".join(shown)},
+        {"epoch": "3", "batch": "1", "what": "loss", "images": "plain.jpg"},
+    ]
+    again = NonFiniteTable(tmp_path)
+    again.keep(5, 0)
+    assert path.stat().st_ino == before
+    again.keep(2, 0)
+    assert [cells["batch"] for cells in read(path)] == ["5", "6"]
+    assert read(path)[1]["images"] == "; ".join(shown)
+
+
+def test_a_run_that_resumes_names_what_it_meets_again_once(tmp_path):
+    table, store = NonFiniteTable(tmp_path), store_of(ODD)
+    table.keep(0, 0)
+    assert not list(tmp_path.iterdir())  # nothing bad, no file
+    updates = [bad(0, 7, 0), bad(1, 2, 1), bad(1, 10, 2), bad(2, 0, 3)]
+    table.append(updates, store)
+    whole = (tmp_path / "nonfinite.csv").read_bytes()
+    for place, kept in (((1, 3), 2), ((1, 2), 1), ((2, 0), 3), ((2, 1), 4), ((0, 0), 0)):
+        table.keep(*place)
+        assert len(read(tmp_path / "nonfinite.csv")) == kept
+        table.append(updates[kept:], store)
+        assert (tmp_path / "nonfinite.csv").read_bytes() == whole
+
+
+def test_a_batch_of_thousands_of_images_is_read_again(tmp_path):
+    """Its cell is longer than the csv module reads unasked."""
+    NonFiniteTable(tmp_path).append(
+        [bad(0, 0, *range(2000)), bad(1, 0, 0)], store_of([f"{'x' * 90}{i}" for i in range(2000)])
+    )
+    NonFiniteTable(tmp_path).keep(1, 0)
+    rows = CsvTable(tmp_path / "nonfinite.csv", ("epoch", "batch", "what", "images")).rows()
+    assert [cells["epoch"] for cells in rows] == ["1"] and rows[0]["images"].count(";") == 1999
+
+
+def test_a_stray_quote_damages_its_own_row_alone(tmp_path):
+    table = CsvTable(tmp_path / "t.csv", COLUMNS)
+    for epoch in range(3):
+        table.append(row(epoch))
+    lines = table.path.read_text().splitlines(keepends=True)
+    table.path.write_text("".join([*lines[:2], lines[2].replace("1.12346", '"1.1234'), lines[3]]))
+    assert [cells["epoch"] for cells in CsvTable(table.path, COLUMNS).rows()] == ["0", "2"]
 
 
 # ---- loggers

@@ -17,7 +17,9 @@ from utils.train.optim import (
     Schedule,
     WeightAverage,
     apply_settings,
+    blend_unless,
     choose_accumulation,
+    guarded_step,
     make_optimizer,
     multi_scales,
     rates_of_sgd,
@@ -157,6 +159,10 @@ def test_a_schedule_is_a_function_of_the_step(step, linear):
     for other in (499, 3):
         plan(other)
     assert plan(step) == schedule(linear=linear)(step)
+
+
+def test_settings_name_their_batch():
+    assert [schedule(per_epoch=50)(step).place for step in (0, 49, 50, 121)] == [(0, 0), (0, 49), (1, 0), (2, 21)]
 
 
 def test_without_multi_scale_every_batch_has_one_size():
@@ -403,6 +409,54 @@ def test_a_first_step_that_overflows_leaves_no_trace(kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_that_is_skipped_leaves_weights_and_state_to_the_bit(kind, fused):
+    """The second of three, with gradients that are no numbers; and the third is as if there had been two."""
+    torch.manual_seed(0)
+    skipping = Small()
+    honest = copy.deepcopy(skipping)
+    optimizers = [
+        make_optimizer(model, Hyperparameters(), weight_decay=0.01, kind=kind) for model in (skipping, honest)
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.update(fused=fused, foreach=not fused)
+
+    def step(model, optimizer, *, factor: float) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(2, 3, 5, 5)).square().sum().backward()
+        for parameter in model.parameters():
+            parameter.grad.mul_(factor)
+        guarded_step(optimizer, torch.tensor(not math.isfinite(factor)))
+
+    def everything(model, optimizer) -> list[torch.Tensor]:
+        state = [one for entry in optimizer.state_dict()["state"].values() for one in entry.values()]
+        return [one.detach().clone() for one in (*model.parameters(), *state)]
+
+    step(skipping, optimizers[0], factor=1.0)
+    before = everything(skipping, optimizers[0])
+    for factor in (math.nan, math.inf):
+        step(skipping, optimizers[0], factor=factor)
+        after = everything(skipping, optimizers[0])
+        assert len(before) == len(after) > 10
+        assert all(map(torch.equal, before, after))
+    step(skipping, optimizers[0], factor=1.0)
+    for _ in range(2):
+        step(honest, optimizers[1], factor=1.0)
+    assert all(map(torch.equal, everything(skipping, optimizers[0]), everything(honest, optimizers[1])))
+    assert not {"found_inf", "grad_scale"} & vars(optimizers[0]).keys()  # a GradScaler would multiply by them
+
+
+def test_a_fused_step_asks_nobody_to_read_the_verdict(monkeypatch):
+    optimizer = make_optimizer(model := Small(), Hyperparameters(), weight_decay=0.0)
+    if not all(group["fused"] for group in optimizer.param_groups):
+        pytest.skip("this torch has no fused kernel for the CPU")
+    model(torch.ones(2, 3, 5, 5)).sum().backward()
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("a tensor was read"))
+    guarded_step(optimizer, torch.tensor(False))
+
+
 def test_what_is_frozen_is_not_in_the_optimizer():
     model = Small()
     model.head.requires_grad_(False)
@@ -505,6 +559,35 @@ def test_an_old_average_hardly_moves():
         model.conv.weight += 1
     average.update(model)
     assert torch.allclose(average.model.conv.weight - before, torch.tensor(1e-4), atol=1e-6)
+
+
+def test_an_average_stays_where_an_update_was_skipped():
+    """It counts nevertheless: the next decay is that of the third."""
+    model, generator = Small().double(), torch.Generator().manual_seed(0)
+    ours, others = WeightAverage(model), WeightAverage(model)
+    for skip in (False, True, False):
+        train_a_little(model, generator)
+        before = copy.deepcopy(ours.model.state_dict())
+        ours.update(model, torch.tensor(skip))
+        moved = [not torch.equal(before[name], value) for name, value in ours.model.state_dict().items()]
+        assert not any(moved) if skip else all(moved)
+        others.updates += skip
+        if not skip:
+            others.update(model)
+    assert ours.updates == others.updates == 3
+    assert all(torch.equal(*pair) for pair in zip(ours.model.state_dict().values(), others.model.state_dict().values()))
+
+
+@pytest.mark.parametrize("weight", [0.7, 0.0001])
+def test_a_blend_on_a_device_that_nobody_waits_for(weight):
+    generator = torch.Generator().manual_seed(0)
+    mine, theirs = ([torch.randn(size, generator=generator) for size in (3, 7)] for _ in range(2))
+    before = [one.clone() for one in mine]
+    blend_unless(torch.tensor(True), mine, theirs, weight)
+    assert all(map(torch.equal, before, mine))
+    blend_unless(torch.tensor(False), mine, theirs, weight)
+    for old, new, other in zip(before, mine, theirs):
+        torch.testing.assert_close(new, old + weight * (other - old), rtol=1e-6, atol=1e-6)
 
 
 def test_the_averaged_model_is_a_separate_copy():
