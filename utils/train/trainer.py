@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from utils.checkpoint import RunFolder, averaged_model, checksum, load_checkpoint
-from utils.config import TrainOptions
+from utils.config import PROJECT_ROOT, TrainOptions
 from utils.data.loader import TrainStream, faults_named
 from utils.evaluate.evaluator import Evaluator
 from utils.evaluate.saving import coco_ids, write_predictions
-from utils.files import this_python
+from utils.files import from_here, this_python
 from utils.hyp import Hyperparameters, plain_values
 from utils.report.loggers import format_losses, strange_outputs
 from utils.report.run_report import RunReport
@@ -325,5 +325,6 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
 def _how_to_continue(trainer: Trainer) -> str:
     """What to type to go on."""
     if trainer.run.saved:
-        return f"continue with: {this_python()} train.py --resume {shlex.quote(str(trainer.run.last))}"
+        script, last = (shlex.quote(str(path)) for path in (from_here(PROJECT_ROOT / "train.py"), trainer.run.last))
+        return f"continue with: {this_python()} {script} --resume {last}"
     return "--nosave saves nothing before the end, so there is no checkpoint to continue from"
