@@ -4,11 +4,13 @@ import errno
 import os
 import pickle
 import random
+import re
 import resource
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,17 +18,21 @@ import torch
 from torch import nn
 
 from models.yolo import DetectionModel, read_network
+from utils import __version__
 from utils.checkpoint import (
     LateRunFolder,
     RunFolder,
     averaged_model,
+    checksum,
     for_inference,
     load_checkpoint,
+    load_last,
+    main,
     newest_checkpoint,
     save_checkpoint,
     transfer,
 )
-from utils.structures import UserError
+from utils.structures import RunError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"ema": {"w": torch.arange(6.0)}, "network": {}, "names": ["a"], "options": {}, "hyp": {}, "epoch": 1}
@@ -145,7 +151,7 @@ def test_an_interruption_at_any_instant_ends_no_process_and_leaves_a_whole_file(
 def test_values_that_cannot_be_saved_leave_the_old_file(tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, SMALL)
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(TypeError, match="function is no plain value"):
         save_checkpoint(path, {**SMALL, "options": {"f": lambda: None}})
     assert load_checkpoint(path)["options"] == {}
     assert list(tmp_path.iterdir()) == [path]
@@ -154,10 +160,181 @@ def test_values_that_cannot_be_saved_leave_the_old_file(tmp_path):
 def test_a_death_between_the_two_files_repeats_the_epoch(tmp_path, monkeypatch):
     """best.pt may be ahead of last.pt, never behind it: a resumed run would go without the best epoch."""
     run, written = RunFolder(tmp_path), []
-    monkeypatch.setattr("utils.checkpoint.save_checkpoint", lambda path, checkpoint: written.append(path.name))
+    monkeypatch.setattr("utils.checkpoint.save_checkpoint", lambda path, *_, **__: written.append(path.name))
     run.save(SMALL, best=True)
     run.save(SMALL, best=False)
+    run.settle()
     assert written == ["best.pt", "last.pt", "last.pt"]
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+def scribble(path: Path, *, at: float = 0.5) -> None:
+    """Another bit in the midst of the file."""
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_wrong_bit_in_a_tensor_is_damage(tmp_path):
+    path = tmp_path / "x.pt"
+    save_checkpoint(path, {**SMALL, "ema": {"w": torch.rand(10_000)}})
+    load_checkpoint(path)
+    scribble(path)
+    assert "damaged" in one_line(path)
+
+
+@pytest.mark.parametrize(
+    "value", [{"a": 1}, {"a": 1.0}, {"b": 1}, {"a": [1]}, {"a": (1,)}, {"a": True}, {"a": "1"}, {}]
+)
+def test_a_checksum_tells_plain_values_apart(value):
+    alike = [one for one in ({"a": 1}, {"a": 1.0}, {"b": 1}, {"a": [1]}, {"a": (1,)}, {"a": True}, {"a": "1"}, {})]
+    assert [checksum(one) for one in alike].count(checksum(value)) == 1
+
+
+def test_a_checksum_is_that_of_the_values_and_not_of_how_they_lie_in_memory():
+    weights = torch.rand(4, 3, 2, 2)
+    assert checksum(weights) == checksum(weights.to(memory_format=torch.channels_last))
+    others = [weights.double(), weights.reshape(3, 4, 2, 2), weights + 1e-6, weights.bfloat16(), weights[0, 0, 0, 0]]
+    assert len({checksum(one) for one in [weights, *others]}) == 6
+    assert checksum(torch.tensor(3)) == checksum(torch.tensor(3))
+
+
+def saved_twice(folder: Path) -> RunFolder:
+    run = RunFolder(folder)
+    for epoch in (1, 2):
+        run.save(SMALL | {"epoch": epoch})
+    run.settle()
+    return run
+
+
+@pytest.mark.parametrize("damage", [scribble, lambda path: path.write_bytes(b""), lambda path: path.unlink()])
+def test_in_the_place_of_a_damaged_last_the_one_before_it_is_taken(tmp_path, damage):
+    run, said = saved_twice(tmp_path), []
+    assert load_last(run.last, said.append) == (load_checkpoint(run.last), run.last)
+    damage(run.last)
+    checkpoint, source = load_last(run.last, said.append)
+    assert (checkpoint["epoch"], source) == (1, run.previous)
+    [line] = said
+    assert str(run.last) in line and f"going on from {run.previous}" in line
+    run.take_over(source)
+    assert load_checkpoint(run.last)["epoch"] == 1
+    assert not run.previous.exists()
+
+
+def test_where_both_are_damaged_the_newer_one_is_complained_of(tmp_path):
+    run, said = saved_twice(tmp_path), []
+    for path in (run.last, run.previous):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=re.escape(str(run.last))):
+        load_last(run.last, said.append)
+    assert said == []
+
+
+def test_the_one_before_is_kept_until_the_next_is_complete(tmp_path, monkeypatch):
+    run = saved_twice(tmp_path)
+    assert load_checkpoint(run.previous)["epoch"] == 1
+
+    def fails(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("utils.files.os.fsync", fails)
+    run.save(SMALL | {"epoch": 3})
+    with pytest.raises(OSError, match="No space left"):
+        run.settle()
+    assert [load_checkpoint(path)["epoch"] for path in (run.last, run.previous)] == [2, 1]
+    run.settle()  # said once
+
+
+def test_where_there_are_no_hard_links_the_one_before_is_kept_as_well(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", refused)
+    run = saved_twice(tmp_path)
+    assert [load_checkpoint(path)["epoch"] for path in (run.last, run.previous)] == [2, 1]
+
+
+def test_a_new_run_keeps_nothing_of_an_earlier_one_in_its_folder(tmp_path):
+    saved_twice(tmp_path)
+    run = RunFolder(tmp_path)
+    run.save(SMALL | {"epoch": 0})
+    run.settle()
+    assert load_checkpoint(run.last)["epoch"] == 0
+    assert not run.previous.exists()
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path):
+    run = saved_twice(tmp_path)
+    left = [run.last.with_name(".last.pt.0123abcd"), run.path / ".opt.yaml.89abcdef"]
+    mine = [run.path / ".gitignore", run.path / ".mydata-train.cache"]
+    for path in left + mine:
+        path.touch()
+    run.take_over(run.last)
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in mine)
+
+
+def test_a_finished_run_keeps_last_alone(tmp_path):
+    run = saved_twice(tmp_path)
+    run.tidy()
+    assert files(run) == ["last.pt"]
+
+
+def test_a_copy_is_saved_while_training_goes_on(tmp_path):
+    weights, run = {"w": torch.zeros(1_000_000)}, RunFolder(tmp_path)
+    run.save(SMALL | {"ema": weights})
+    weights["w"] += 1
+    run.settle()
+    assert load_checkpoint(run.last)["ema"]["w"].max() == 0
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.checkpoint.shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(
+        OSError, match=r"No space left on device \(\d\.\d MiB are needed, 0\.0 MiB are free\)"
+    ) as raised:
+        save_checkpoint(tmp_path / "x.pt", SMALL)
+    assert raised.value.filename == str(tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_that_was_removed_is_said_to_be(tmp_path):
+    run = RunFolder(tmp_path / "gone")
+    run.save(SMALL)
+    with pytest.raises(RunError, match=r"the folder of this run has been removed.*gone"):
+        run.settle()
+
+
+# ---- what is in a file ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_says_what_it_is(trained, capsys):
+    assert main([str(trained / "weights/last.pt"), str(trained / "weights/best.pt")]) == 0
+    last, best = capsys.readouterr().out.split("file ")[1:]
+    for words in (
+        "checksum right",
+        "classes    2: blue, red",
+        "60 of 60 done",
+        "lr0: 0.02",
+        "batch_size: 4",
+        "made on",
+    ):
+        assert words in last
+    assert "optimizer" in last and "optimizer" not in best
+    assert "float16" in best and "float16" not in last
+    assert f"torch {torch.__version__}" in best
+
+
+def test_a_file_that_is_none_is_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "none.pt")]) == 2
+    problems = capsys.readouterr().err
+    assert problems.startswith("utils.checkpoint: error: checkpoint not found") and problems.count("\n") == 1
+
+
+def test_the_version_is_that_of_the_project():
+    assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
 # ---- what is kept when ----------------------------------------------------------------------------------------------
@@ -170,6 +347,7 @@ def files(folder: RunFolder) -> list[str]:
 def test_epochs_to_keep_are_complete(tmp_path):
     folder = RunFolder(tmp_path)
     folder.save(SMALL, best=False, keep=True)
+    folder.settle()
     assert files(folder) == ["epoch1.pt", "last.pt"]
     assert (tmp_path / "weights/epoch1.pt").read_bytes() == folder.last.read_bytes()
 
@@ -182,6 +360,7 @@ def test_a_late_folder_keeps_the_best_weights_in_memory_and_writes_them_at_the_e
         for tensor in weights.values():
             tensor += 1
         folder.save(SMALL | {"ema": weights, "epoch": epoch}, best=epoch == 2, final=epoch == 3)
+        folder.settle()
         assert files(folder) == (["best.pt", "last.pt"] if epoch == 3 else [])
     best, last = load_checkpoint(folder.best), load_checkpoint(folder.last)
     assert (best["epoch"], last["epoch"]) == (2, 3)
@@ -190,9 +369,12 @@ def test_a_late_folder_keeps_the_best_weights_in_memory_and_writes_them_at_the_e
 
 
 def test_a_late_folder_without_better_weights_leaves_the_best_that_are_there(tmp_path):
-    RunFolder(tmp_path).save(SMALL, best=True)
+    first, second = RunFolder(tmp_path), LateRunFolder(tmp_path)
+    first.save(SMALL, best=True)
+    first.settle()
     before = (tmp_path / "weights/best.pt").read_bytes()
-    LateRunFolder(tmp_path).save(SMALL | {"epoch": 2}, best=False, final=True)
+    second.save(SMALL | {"epoch": 2}, best=False, final=True)
+    second.settle()
     assert (tmp_path / "weights/best.pt").read_bytes() == before
     assert load_checkpoint(tmp_path / "weights/last.pt")["epoch"] == 2
 

@@ -250,7 +250,7 @@ class Trainer:
         if self.state.lr_scale < 1:
             told += ", at half the learning rate as well"
         if self.state.lr_scale < 1 or not self.run.saved:
-            amp = "" if self.runtime.amp_dtype is None else " or use --amp off"
+            amp = "" if self.runtime.amp_dtype is None else ", or use --amp off"
             raise UserError(
                 f"{told}: {self.report.nonfinite} names batches and images; look at these, lower lr0 (now "
                 f"{self.hyp.lr0:g}){amp}"
