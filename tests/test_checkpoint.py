@@ -185,12 +185,9 @@ def test_one_wrong_bit_in_a_tensor_is_damage(tmp_path):
     assert "damaged" in one_line(path)
 
 
-@pytest.mark.parametrize(
-    "value", [{"a": 1}, {"a": 1.0}, {"b": 1}, {"a": [1]}, {"a": (1,)}, {"a": True}, {"a": "1"}, {}]
-)
-def test_a_checksum_tells_plain_values_apart(value):
-    alike = [one for one in ({"a": 1}, {"a": 1.0}, {"b": 1}, {"a": [1]}, {"a": (1,)}, {"a": True}, {"a": "1"}, {})]
-    assert [checksum(one) for one in alike].count(checksum(value)) == 1
+def test_a_checksum_tells_plain_values_apart():
+    values = [{"a": 1}, {"a": 1.0}, {"b": 1}, {"a": [1]}, {"a": (1,)}, {"a": True}, {"a": "1"}, {"a": None}, {}]
+    assert len(set(map(checksum, values))) == len(values)
 
 
 def test_a_checksum_is_that_of_the_values_and_not_of_how_they_lie_in_memory():
@@ -204,7 +201,7 @@ def test_a_checksum_is_that_of_the_values_and_not_of_how_they_lie_in_memory():
 def saved_twice(folder: Path) -> RunFolder:
     run = RunFolder(folder)
     for epoch in (1, 2):
-        run.save(SMALL | {"epoch": epoch})
+        run.save(SMALL | {"epoch": epoch, "ema": {"w": torch.rand(10_000)}})
     run.settle()
     return run
 
@@ -212,7 +209,7 @@ def saved_twice(folder: Path) -> RunFolder:
 @pytest.mark.parametrize("damage", [scribble, lambda path: path.write_bytes(b""), lambda path: path.unlink()])
 def test_in_the_place_of_a_damaged_last_the_one_before_it_is_taken(tmp_path, damage):
     run, said = saved_twice(tmp_path), []
-    assert load_last(run.last, said.append) == (load_checkpoint(run.last), run.last)
+    assert load_last(run.last, said.append)[1] == run.last
     damage(run.last)
     checkpoint, source = load_last(run.last, said.append)
     assert (checkpoint["epoch"], source) == (1, run.previous)
@@ -322,7 +319,7 @@ def test_a_file_says_what_it_is(trained, capsys):
         "made on",
     ):
         assert words in last
-    assert "optimizer" in last and "optimizer" not in best
+    assert "\noptimizer" in last and "\noptimizer" not in best
     assert "float16" in best and "float16" not in last
     assert f"torch {torch.__version__}" in best
 

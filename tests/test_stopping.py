@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,8 @@ def test_a_request_from_before_ends_a_block_before_it_begins():
 
 
 def test_a_request_that_was_swallowed_is_not_forgotten():
-    with stop_signals() as stop, pytest.raises(Interrupted), stop.at_once():
-        try:
-            send(signal.SIGTERM)
-        except Interrupted:
-            pass
+    with stop_signals() as stop, pytest.raises(Interrupted), stop.at_once(), suppress(Interrupted):
+        send(signal.SIGTERM)
 
 
 def test_while_one_is_on_its_way_out_another_does_not_strike():

@@ -188,6 +188,8 @@ def _what_differs(checkpoint: Checkpoint, parts: _Parts) -> list[str]:
             f"the run was saved on {theirs}; this is {ours}: it goes on, and figures may differ in their last digits "
             "from those it would have had there"
         )
+    if (epochs := parts.options.epochs) != (planned := checkpoint["options"]["epochs"]):
+        lines.append(f"--epochs {epochs} after {planned}: from here on, rates are those of a run of {epochs} epochs")
     if checkpoint["project"] != __version__:
         lines.append(f"the run was saved by version {checkpoint['project']} of this trainer, this is {__version__}")
     for split, store in (("train", parts.train), ("val", parts.val)):
