@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import nn
 
-from models.yolo import DetectionModel, read_network
 from utils.checkpoint import (
     LateRunFolder,
     RunFolder,
@@ -24,7 +23,6 @@ from utils.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
-    transfer,
 )
 from utils.structures import UserError
 
@@ -286,21 +284,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path, new_format):
     assert made.exists()  # the trap works
 
 
-# ---- transfer, newest -----------------------------------------------------------------------------------------------
-
-
-def test_transfer_takes_what_fits_by_name_and_shape(tiny):
-    network = read_network(str(tiny.cfg))
-    donor, model = DetectionModel(network, seed=1), DetectionModel(network, num_classes=5, seed=2)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    given = {name: tensor + 1 for name, tensor in donor.state_dict().items()} | {"model.99.conv.weight": torch.ones(1)}
-
-    count, _ = transfer(model, given)
-
-    copied = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert {name for name in before if name not in copied} == {name for name in before if name.startswith("model.10.")}
-    assert count == len(copied)
-    assert all(torch.equal(model.state_dict()[name], given[name]) for name in copied)
+# ---- newest ---------------------------------------------------------------------------------------------------------
 
 
 def test_newest_checkpoint(tmp_path):

@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.yolo import DetectionModel
+from models.yolo import DetectionModel, entry_shapes
+from utils.archive import Archive, read_archive
 from utils.files import write_atomic
+from utils.foreign import inference_checkpoint, is_foreign
 from utils.structures import UserError
 
 SCHEMA = 1
@@ -105,18 +105,29 @@ def _half(tensor: Tensor) -> Tensor:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint of this trainer, tensors on the CPU. Raises UserError for anything else."""
+    return _own_checkpoint(read_archive(path), path)
+
+
+def load_weights(path: Path) -> Checkpoint:
+    """What training may start from, or detection use: at least what `for_inference` keeps, ours or of published YOLOv5.
+
+    The weights are those of its network, entry by entry. Raises UserError for anything else.
+    """
+    archive = read_archive(path)
+    weights = inference_checkpoint(archive, path) if is_foreign(archive) else _own_checkpoint(archive, path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's thoughts on foreign formats; what follows says enough
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint not found: {path}; weights are never downloaded") from None
-    except IsADirectoryError:
-        raise UserError(f"checkpoint is a folder, expected a .pt file: {path}") from None
-    except PermissionError:
-        raise UserError(f"checkpoint cannot be read, permission denied: {path}") from None
-    except Exception:  # an unpickler that is fed with noise raises anything
-        raise UserError(f"checkpoint cannot be read: {path} is damaged or was not written by this trainer") from None
+        _check_inference(weights, archive.size)
+    except UserError as error:
+        raise UserError(f"checkpoint cannot be used: {path}: {error}") from None
+    return weights
+
+
+def _own_checkpoint(archive: Archive, path: Path) -> Checkpoint:
+    checkpoint = archive.content
+    if is_foreign(archive):
+        raise UserError(f"{path} holds weights of YOLOv5 and no run of this trainer; start anew with --weights {path}")
+    if archive.names:
+        raise UserError(f"checkpoint was not written by this trainer: {path} holds {archive.names[0]}")
     if not isinstance(checkpoint, dict) or not {"schema", "ema", "network", "names"} <= checkpoint.keys():
         raise UserError(f"checkpoint was not written by this trainer: {path}")
     if checkpoint["schema"] != SCHEMA:
@@ -124,22 +135,28 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def _check_inference(weights: Checkpoint, size: int) -> None:
+    """Raise UserError unless weights, network and names belong together and, unfolded, fit into `size` bytes."""
+    state, network, names, options = (weights.get(key) for key in ("ema", "network", "names", "options"))
+    if not all(isinstance(part, dict) for part in (state, network, options)) or not isinstance(names, list):
+        raise UserError("it lacks weights, a network, names or options")
+    shapes = entry_shapes(network)
+    for name, shape in shapes.items():
+        if not isinstance(state.get(name), Tensor) or state[name].shape != shape:
+            raise UserError(f"its weights are not those of its network: {name} should have the shape {list(shape)}")
+    if extra := sorted(map(str, state.keys() - shapes.keys())):
+        raise UserError(f"its weights are not those of its network, which has no {extra[0]}")
+    if sum(tensor.nbytes for tensor in state.values()) > size:
+        raise UserError("its weights are more than the file")
+    if len(names) != network["nc"] or not all(isinstance(name, str) for name in names):
+        raise UserError(f"it should have {network['nc']} names of classes")
+
+
 def averaged_model(checkpoint: Checkpoint) -> DetectionModel:
     """The detector of a checkpoint: its averaged weights, in fp32 and eval mode."""
     model = DetectionModel(checkpoint["network"])
     model.load_state_dict(checkpoint["ema"])
     return model.eval().requires_grad_(False)
-
-
-def transfer(model: DetectionModel, weights: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Copy the weights that fit by name and shape into `model`; how many entries did, and how many there are.
-
-    Anchors are left aside: they belong to the network that the model was built from, and to autoanchor.
-    """
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".anchors")}
-    fitting = {name: tensor for name, tensor in weights.items() if name in state and state[name].shape == tensor.shape}
-    model.load_state_dict(fitting, strict=False)
-    return len(fitting), len(state)
 
 
 def newest_checkpoint(folder: Path) -> Path:
