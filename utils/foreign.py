@@ -51,7 +51,7 @@ def _converted(content: dict[str, Any]) -> dict[str, Any]:
     module = content["ema"] if isinstance(content.get("ema"), Record) else content["model"]
     _check_classes(module)
     state = {name: tensor for name, tensor in _entries(module) if not name.endswith(_IGNORED)}
-    head = next(name.removesuffix("anchors") for name in state if name.endswith(".anchors"))
+    (head,) = (name.removesuffix("anchors") for name in state if name.endswith(".anchors"))
     anchors = state[head + "anchors"].float()  # (L, A, 2) in units of the stride
     num_classes = len(state[head + "m.0.bias"]) // anchors.shape[1] - 5
     anchors_px = anchors * torch.as_tensor(module.state["stride"]).float().view(-1, 1, 1)

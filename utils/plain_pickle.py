@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_MOST_STEPS = 4_000_000  # instructions
-_MOST_VALUES = 4_000_000  # each counted wherever it is seen, so that lists of lists of one list end here
-_MOST_TEXT = 64 << 20  # characters, counted likewise
+_MOST_STEPS = 2_000_000  # instructions; the largest network with its optimizer needs 200,000
+_MOST_VALUES = 2_000_000  # each counted wherever it is seen, so that lists of lists of one list end here
+_MOST_TEXT = 32 << 20  # characters, counted likewise
 _DEEPEST = 100  # values within values
 _MOST_DIMENSIONS = 8
 _NAME_SHOWN = 80  # characters

@@ -1,4 +1,4 @@
-"""Weights of one network as the start of another: entry by entry, and the head row by row.
+"""Weights of one network as the start of another: part by part, and the head row by row.
 
 The surprise: a class is known by its name. Its rows of the head go to its namesake, whatever the order and the number
 of classes on either side.
@@ -14,7 +14,6 @@ from torch import Tensor
 from models.yolo import DetectionModel
 
 _OTHERS = 5  # rows of an anchor that are of no class: box and objectness, which come first
-_COUNTER = "num_batches_tracked"  # a single number, so it would fit any batch norm
 
 Entries = Mapping[str, Tensor]
 
@@ -32,33 +31,32 @@ class Transfer:
 
 
 def transfer(model: DetectionModel, weights: Entries, *, learned: Sequence[str], names: Sequence[str]) -> Transfer:
-    """Copy into `model` what fits it by name and shape.
+    """Copy into `model` what fits it by name and shape; a convolution or a batch norm whole, or not at all.
 
     `learned` are the classes of the weights, `names` those of the model. Where they are not the same, the rows of a
     head for boxes and objectness are taken if the numbers of anchors agree, and those of a class from its namesake.
-    Names that only count, "0", "1", ..., are none, and then the head is as any entry. Anchors stay: they belong to the
-    network that the model was built from, and to autoanchor.
+    Names that only count, "0", "1", ..., are none, and then the head is as any other part. Anchors stay: they belong to
+    the network that the model was built from, and to autoanchor.
     """
     state, offered = _without_anchors(model.state_dict()), _without_anchors(weights)
     namesakes = _namesakes(learned, names)
-    head = f"model.{len(model.model) - 1}."
-    whole, by_class = {}, {}
-    for name, start in state.items():
-        if namesakes is not None and name.startswith(head):
-            if name in offered:
-                rows = _rows_of_classes(start, offered[name], len(names), len(learned), namesakes)
-                by_class |= {} if rows is None else {name: rows}
-        elif _fits(name, state, offered):
-            whole[name] = offered[name]
-    model.load_state_dict(whole | by_class, strict=False)
-    taken = whole.keys() | by_class.keys()
+    by_class: dict[str, Tensor] = {}
+    if namesakes is not None:
+        head = f"model.{len(model.model) - 1}."
+        by_class = {
+            name: _rows_of_classes(start, offered[name], len(names), len(learned), namesakes)
+            for name, start in state.items()
+            if name.startswith(head) and name in offered
+        }
+    fitting = _whole_parts(state, offered | by_class)
+    model.load_state_dict(fitting, strict=False)
     return Transfer(
         total=len(state),
-        whole=tuple(whole),
-        by_class=tuple(by_class),
-        classes=tuple(names[here] for here in namesakes) if namesakes and by_class else (),
-        left_out=tuple(name for name in state if name not in taken),
-        unused=tuple(name for name in offered if name not in taken),
+        whole=tuple(name for name in fitting if name not in by_class),
+        by_class=tuple(name for name in by_class if name in fitting),
+        classes=tuple(names[here] for here in namesakes or () if by_class.keys() & fitting.keys()),
+        left_out=tuple(name for name in state if name not in fitting),
+        unused=tuple(name for name in offered if name not in fitting),
     )
 
 
@@ -66,9 +64,15 @@ def _without_anchors(entries: Entries) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in entries.items() if not name.endswith(".anchors")}
 
 
-def _fits(name: str, state: Entries, offered: Entries) -> bool:
-    counted = name.removesuffix(_COUNTER) + "running_mean" if name.endswith(_COUNTER) else name
-    return all(one in state and one in offered and state[one].shape == offered[one].shape for one in (name, counted))
+def _whole_parts(state: Entries, offered: Entries) -> dict[str, Tensor]:
+    """What is offered for those parts of which every entry has the right shape."""
+    fits = {name: name in offered and offered[name].shape == start.shape for name, start in state.items()}
+    broken = {_part(name) for name, right in fits.items() if not right}
+    return {name: offered[name] for name in state if _part(name) not in broken}
+
+
+def _part(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _namesakes(learned: Sequence[str], names: Sequence[str]) -> dict[int, int] | None:
@@ -85,11 +89,11 @@ def _only_count(names: Sequence[str]) -> bool:
 
 def _rows_of_classes(
     start: Tensor, offered: Tensor, classes: int, learned: int, namesakes: Mapping[int, int]
-) -> Tensor | None:
-    """`start`, (A * (5 + C), ...) of a head, with the rows that `offered` has for it; None where they do not fit."""
+) -> Tensor:
+    """`start`, (A * (5 + C), ...) of a head, with the rows that `offered` has for it; (0,) where they do not fit."""
     rows, given = start.clone().unflatten(0, (-1, _OTHERS + classes)), offered.unflatten(0, (-1, _OTHERS + learned))
     if len(rows) != len(given) or rows.shape[2:] != given.shape[2:]:
-        return None
+        return start.new_empty(0)
     mine, theirs = (
         [*range(_OTHERS), *(_OTHERS + number for number in some)] for some in (namesakes.keys(), namesakes.values())
     )
