@@ -83,22 +83,8 @@ def test_lists_of_detections_are_compared_whatever_their_order():
 
 
 def test_a_table_of_weights_has_a_row_for_each_file():
-    measured = {
-        "images": 2,
-        "rows": 1000,
-        "anchors_px": 6e-5,
-        "anchors_score": 2e-8,
-        "found_px": 3e-5,
-        "found_score": 0,
-    }
-    row = {
-        "name": "best.pt",
-        "failed": None,
-        "names_equal": True,
-        "found_ours": 7,
-        "found_px": 3e-5,
-        "found_score": 0,
-    } | measured
+    row = {"name": "best.pt", "failed": None, "names_equal": True, "images": 2, "rows": 1000, "found_ours": 7}
+    row |= {"anchors_px": 6e-5, "anchors_score": 2e-8, "found_px": 3e-5, "found_score": 0}
     _, _, first, second = weights_table([row, {"name": "other.pt", "failed": "no module"}]).splitlines()
     assert first.split() == ["best.pt", "2,000", "6.0e-05", "2.0e-08", "7", "3.0e-05", "0.0e+00", "yes"]
     assert second.strip() == "other.pt: no module"
