@@ -21,6 +21,7 @@ from utils.structures import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["blue", "red"]
+OPTIONS = {"data": "", "imgsz": 64, "label_smoothing": 0.0}
 
 
 def found(model: DetectionModel) -> torch.Tensor:
@@ -198,6 +199,10 @@ def test_our_own_weights_are_those_of_their_network(trained, tmp_path):
         ({"network": {**sound["network"], "width_multiple": 100}}, "should have the shape"),
         ({"names": ["one"]}, "2 names"),
         ({"options": None}, "options"),
+        ({"options": sound["options"] | {"imgsz": "large"}}, "imgsz"),
+        ({"options": sound["options"] | {"imgsz": 10**9}}, "image size"),
+        ({"network": {**sound["network"], "one\n\x1b[31mline": 1}}, "one??[31mline"),
+        ({"network": {**sound["network"], "head": [["a" * 100_000]]}}, "a row is"),
         ({"epoch": Path("a")}, "pathlib"),
     ):
         torch.save(sound | change, tmp_path / "x.pt")
@@ -211,7 +216,7 @@ def test_one_tensor_for_many_entries_is_more_than_the_file(tmp_path):
     state = learned(network).state_dict()
     first: dict[tuple, torch.Tensor] = {}
     shared = {name: first.setdefault(tuple(tensor.shape), tensor) for name, tensor in state.items()}
-    content = {"schema": 1, "ema": shared, "network": network, "names": NAMES, "options": {"imgsz": 64}}
+    content = {"schema": 1, "ema": shared, "network": network, "names": NAMES, "options": OPTIONS, "hyp": {}}
     torch.save(content, tmp_path / "x.pt")
     assert "more than the file" in one_line(tmp_path / "x.pt")
 

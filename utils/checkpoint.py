@@ -16,8 +16,10 @@ from torch import Tensor
 
 from models.yolo import DetectionModel, entry_shapes
 from utils.archive import Archive, read_archive
+from utils.config import LARGEST_IMGSZ
 from utils.files import write_atomic
 from utils.foreign import inference_checkpoint, is_foreign
+from utils.plain_pickle import shown
 from utils.structures import UserError
 
 SCHEMA = 1
@@ -25,6 +27,9 @@ METRICS_FILE = "metrics.json"
 WEIGHTS_FOLDER = "weights"  # of a training run
 
 Checkpoint = dict[str, Any]
+
+_INFERENCE = {"ema": dict, "network": dict, "names": list, "options": dict, "hyp": dict}  # what detection relies on
+_INFERENCE_OPTIONS = {"data": str, "imgsz": int, "label_smoothing": float}
 
 
 @dataclass
@@ -118,7 +123,7 @@ def load_weights(path: Path) -> Checkpoint:
     try:
         _check_inference(weights, archive.size)
     except UserError as error:
-        raise UserError(f"checkpoint cannot be used: {path}: {error}") from None
+        raise UserError(f"checkpoint cannot be used: {path}: {shown(str(error))}") from None
     return weights
 
 
@@ -137,9 +142,15 @@ def _own_checkpoint(archive: Archive, path: Path) -> Checkpoint:
 
 def _check_inference(weights: Checkpoint, size: int) -> None:
     """Raise UserError unless weights, network and names belong together and, unfolded, fit into `size` bytes."""
-    state, network, names, options = (weights.get(key) for key in ("ema", "network", "names", "options"))
-    if not all(isinstance(part, dict) for part in (state, network, options)) or not isinstance(names, list):
-        raise UserError("it lacks weights, a network, names or options")
+    for key, kind in _INFERENCE.items():
+        if not isinstance(weights.get(key), kind):
+            raise UserError(f"it lacks `{key}`")
+    state, network, names, options = (weights[key] for key in ("ema", "network", "names", "options"))
+    for key, kind in _INFERENCE_OPTIONS.items():
+        if type(options.get(key)) is not kind:
+            raise UserError(f"it lacks the option `{key}`")
+    if not 0 < options["imgsz"] <= LARGEST_IMGSZ:
+        raise UserError(f"its image size is {options['imgsz']}")
     shapes = entry_shapes(network)
     for name, shape in shapes.items():
         if not isinstance(state.get(name), Tensor) or state[name].shape != shape:

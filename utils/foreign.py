@@ -16,7 +16,7 @@ from torch import Tensor
 
 from utils.archive import Archive
 from utils.hyp import Hyperparameters, plain_values
-from utils.plain_pickle import Record
+from utils.plain_pickle import Record, shown
 from utils.structures import UserError
 
 _NETWORKS = {"Model", "DetectionModel"}
@@ -42,7 +42,7 @@ def inference_checkpoint(archive: Archive, path: Path) -> dict[str, Any]:
     try:
         return _converted(archive.content)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {shown(str(error))}") from None
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no weights of YOLOv5 v5 to v7 that this version knows ({error!r:.60})") from None
 

@@ -24,7 +24,7 @@ _MOST_VALUES = 2_000_000  # each counted wherever it is seen, so that lists of l
 _MOST_TEXT = 32 << 20  # characters, counted likewise
 _DEEPEST = 100  # values within values
 _MOST_DIMENSIONS = 8
-_NAME_SHOWN = 80  # characters
+_SHOWN = 200  # characters
 
 EXPANDED = "torch.Tensor.expand"  # the name of such a Record
 
@@ -100,12 +100,16 @@ def _refuse_names(program: io.BytesIO) -> None:
         return
 
 
+def shown(text: str) -> str:
+    """What a file says, fit for a line on a screen."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:_SHOWN])
+
+
 def _checked_name(module: str, name: str) -> str:
     """The whole name, of Python 3. Raises Forbidden where weights have no use for it."""
     full = f"{module.replace('__builtin__', 'builtins')}.{name}"
     if not (full in _BUILDERS or full in _STORAGES or _INERT.fullmatch(full) or _CLASSES.fullmatch(full)):
-        shown = "".join(letter if letter.isprintable() else "?" for letter in full)[:_NAME_SHOWN]
-        raise Forbidden(f"asks for {shown}, which is no part of weights; nothing in it was run")
+        raise Forbidden(f"asks for {shown(full)}, which is no part of weights; nothing in it was run")
     return full
 
 
