@@ -295,6 +295,15 @@ def test_a_number_repeated_is_no_tensor(tmp_path):
     assert isinstance(read_archive(tmp_path / "x.pt").content["w"], Record)
 
 
+def test_what_torch_would_make_is_not_made(tmp_path):
+    """A gigabyte, or two to the power of thirty."""
+    zip_of(tmp_path / "x.pt", b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x40\x85R.")
+    assert read_archive(tmp_path / "x.pt").content.name == "builtins.bytearray"
+    encoded = b"c_codecs\nencode\n" * 30 + b"X\x01\x00\x00\x00a" + b"X\x03\x00\x00\x00hex\x86R" * 30
+    zip_of(tmp_path / "x.pt", b"\x80\x02" + encoded + b".")
+    assert read_archive(tmp_path / "x.pt").content.name == "_codecs.encode"
+
+
 def laughs(container: bytes, times: int) -> bytes:
     """A value of two of a value of two of ..."""
     return b"\x80\x02" + container + b"q\x00" + b"(h\x00h\x00tq\x00" * times + b"."
@@ -312,7 +321,6 @@ PROGRAMS = {
     "a dictionary in itself": b"\x80\x02}q\x00K\x01h\x00s.",
     "a record in itself": b"\x80\x02cmodels.yolo\nModel\n)\x81q\x00h\x00b.",
     "many steps": b"\x80\x02" + b"N0" * 10 + b"]" * 2_500_000 + b".",
-    "a vast array of bytes": b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x40\x85R.",
     "memory": b"\x80\x02Nr\xff\xff\xff\xffj\xfe\xff\xff\xff.",
     "a length of the future": b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7fa.",
     "endless number": b"\x80\x02\x8b\xff\xff\xff\x7f1.",

@@ -50,7 +50,9 @@ _STORAGES = {
         "Bool": torch.bool,
     }.items()
 }
-_INERT = re.compile(r"torch\.(Size|device|b?float\d+|u?int\d+|bool)|builtins\.set|_codecs\.encode")
+_INERT = re.compile(  # what torch's loader would make; it has a use in no weights
+    r"torch\.(Size|device|b?float\d+|u?int\d+|bool)|builtins\.(set|bytearray|complex)|collections\.Counter|_codecs\.encode"
+)
 
 
 class Unreadable(Exception):
