@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--images", metavar="PT", default="")
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--unfused", action="store_true", help="batch norms apart, as the file has them")
     parser.add_argument("--out", metavar="PATH", default="")
     flags = parser.parse_args()
     stand_in_for_the_installer()
@@ -97,7 +98,7 @@ def _found(flags: argparse.Namespace) -> dict[str, Any]:
     from utils.general import non_max_suppression
 
     images = torch.load(flags.images, weights_only=True)
-    model = attempt_load(flags.weights, device=torch.device("cpu"))
+    model = attempt_load(flags.weights, device=torch.device("cpu"), fuse=not flags.unfused)
     with torch.no_grad():
         raw = model(images)[0]  # (B, P, 5 + C): centre, size, objectness, classes
     found = non_max_suppression(raw.clone(), conf_thres=0.25, iou_thres=0.45, multi_label=True, max_det=1000)

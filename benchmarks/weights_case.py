@@ -52,7 +52,8 @@ class WeightsCase:
         """By file, how far the two are apart; `failed` where one of them could not say."""
         images = self.scratch / "images.pt"
         torch.save(_photographs(self.imgsz), images)
-        return [self._compared(name, path, images) for name, path in self._files().items()]
+        files = self._files().items()
+        return [self._compared(name, path, images, folded=folded) for folded in (False, True) for name, path in files]
 
     def _files(self) -> dict[str, Path | str]:
         """Weights by what they are; in place of a path, why there are none."""
@@ -74,14 +75,17 @@ class WeightsCase:
         weights = cfg.with_suffix(".pt")
         return self._run("--build", str(cfg), "--weights", str(weights)).get("failed") or weights
 
-    def _compared(self, name: str, weights: Path | str, images: Path) -> dict[str, Any]:
+    def _compared(self, name: str, weights: Path | str, images: Path, *, folded: bool) -> dict[str, Any]:
+        """With the network as the file has it; or `folded`, as both use it, each in its own way."""
+        name += ", folded" if folded else ""
         if isinstance(weights, str):
             return {"name": name, "failed": weights}
         out = self.scratch / "found.pt"
-        told = self._run("--weights", str(weights), "--images", str(images), "--out", str(out))
+        more = [] if folded else ["--unfused"]
+        told = self._run("--weights", str(weights), "--images", str(images), "--out", str(out), *more)
         if "failed" in told:
             return {"name": name, **told}
-        return {"name": name, "failed": None, **told, **differences(out, weights, images)}
+        return {"name": name, "failed": None, **told, **differences(out, weights, images, folded=folded)}
 
     def _run(self, *flags: str) -> dict[str, Any]:
         return run_worker(replace(self.worker, flags=flags), threads=self.threads)
@@ -130,13 +134,14 @@ def _photographs(imgsz: int) -> Tensor:
 
 
 @torch.no_grad()
-def differences(theirs: Path, weights: Path, images: Path) -> dict[str, Any]:
+def differences(theirs: Path, weights: Path, images: Path, *, folded: bool) -> dict[str, Any]:
     """The largest, of every anchor and of what NMS leaves, in px of the network input and in score."""
     given = torch.load(theirs, weights_only=True)
-    runtime = choose_runtime(device="cpu", amp="off", workers=0)
     checkpoint = load_weights(weights)
-    network = for_evaluation(averaged_model(checkpoint), runtime)
-    pixels = torch.load(images, weights_only=True).contiguous(memory_format=torch.channels_last)
+    network, pixels = averaged_model(checkpoint), torch.load(images, weights_only=True)
+    if folded:
+        network = for_evaluation(network, choose_runtime(device="cpu", amp="off", workers=0))
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
     raw = decode(network(pixels), network.head)
     found = non_max_suppression(raw, NmsRules(confidence=0.25, iou=0.45, max_detections=1000)).detections
     ours = [torch.cat((one.boxes, one.scores[:, None], one.classes[:, None]), 1) for one in found]
