@@ -4,7 +4,6 @@ import errno
 import os
 import pickle
 import random
-import re
 import resource
 import subprocess
 import sys
@@ -17,22 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.yolo import DetectionModel, read_network
 from utils import __version__
-from utils.checkpoint import (
-    LateRunFolder,
-    RunFolder,
-    averaged_model,
-    checksum,
-    for_inference,
-    load_checkpoint,
-    load_last,
-    main,
-    newest_checkpoint,
-    save_checkpoint,
-    transfer,
-)
-from utils.structures import RunError, UserError
+from utils.checkpoint import averaged_model, checksum, for_inference, load_checkpoint, main, save_checkpoint
+from utils.structures import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"ema": {"w": torch.arange(6.0)}, "network": {}, "names": ["a"], "options": {}, "hyp": {}, "epoch": 1}
@@ -157,16 +143,6 @@ def test_values_that_cannot_be_saved_leave_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_death_between_the_two_files_repeats_the_epoch(tmp_path, monkeypatch):
-    """best.pt may be ahead of last.pt, never behind it: a resumed run would go without the best epoch."""
-    run, written = RunFolder(tmp_path), []
-    monkeypatch.setattr("utils.checkpoint.save_checkpoint", lambda path, *_, **__: written.append(path.name))
-    run.save(SMALL, best=True)
-    run.save(SMALL, best=False)
-    run.settle()
-    assert written == ["best.pt", "last.pt", "last.pt"]
-
-
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 
@@ -198,95 +174,6 @@ def test_a_checksum_is_that_of_the_values_and_not_of_how_they_lie_in_memory():
     assert checksum(torch.tensor(3)) == checksum(torch.tensor(3))
 
 
-def saved_twice(folder: Path) -> RunFolder:
-    run = RunFolder(folder)
-    for epoch in (1, 2):
-        run.save(SMALL | {"epoch": epoch, "ema": {"w": torch.rand(10_000)}})
-    run.settle()
-    return run
-
-
-@pytest.mark.parametrize("damage", [scribble, lambda path: path.write_bytes(b""), lambda path: path.unlink()])
-def test_in_the_place_of_a_damaged_last_the_one_before_it_is_taken(tmp_path, damage):
-    run, said = saved_twice(tmp_path), []
-    assert load_last(run.last, said.append)[1] == run.last
-    damage(run.last)
-    checkpoint, source = load_last(run.last, said.append)
-    assert (checkpoint["epoch"], source) == (1, run.previous)
-    [line] = said
-    assert str(run.last) in line and f"going on from {run.previous}" in line
-    run.take_over(source)
-    assert load_checkpoint(run.last)["epoch"] == 1
-    assert not run.previous.exists()
-
-
-def test_where_both_are_damaged_the_newer_one_is_complained_of(tmp_path):
-    run, said = saved_twice(tmp_path), []
-    for path in (run.last, run.previous):
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match=re.escape(str(run.last))):
-        load_last(run.last, said.append)
-    assert said == []
-
-
-def test_the_one_before_is_kept_until_the_next_is_complete(tmp_path, monkeypatch):
-    run = saved_twice(tmp_path)
-    assert load_checkpoint(run.previous)["epoch"] == 1
-
-    def fails(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("utils.files.os.fsync", fails)
-    run.save(SMALL | {"epoch": 3})
-    with pytest.raises(OSError, match="No space left"):
-        run.settle()
-    assert [load_checkpoint(path)["epoch"] for path in (run.last, run.previous)] == [2, 1]
-    run.settle()  # said once
-
-
-def test_where_there_are_no_hard_links_the_one_before_is_kept_as_well(tmp_path, monkeypatch):
-    def refused(*_):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr("pathlib.Path.hardlink_to", refused)
-    run = saved_twice(tmp_path)
-    assert [load_checkpoint(path)["epoch"] for path in (run.last, run.previous)] == [2, 1]
-
-
-def test_a_new_run_keeps_nothing_of_an_earlier_one_in_its_folder(tmp_path):
-    saved_twice(tmp_path)
-    run = RunFolder(tmp_path)
-    run.save(SMALL | {"epoch": 0})
-    run.settle()
-    assert load_checkpoint(run.last)["epoch"] == 0
-    assert not run.previous.exists()
-
-
-def test_what_a_killed_write_left_is_removed(tmp_path):
-    run = saved_twice(tmp_path)
-    left = [run.last.with_name(".last.pt.0123abcd"), run.path / ".opt.yaml.89abcdef"]
-    mine = [run.path / ".gitignore", run.path / ".mydata-train.cache"]
-    for path in left + mine:
-        path.touch()
-    run.take_over(run.last)
-    assert not any(path.exists() for path in left)
-    assert all(path.exists() for path in mine)
-
-
-def test_a_finished_run_keeps_last_alone(tmp_path):
-    run = saved_twice(tmp_path)
-    run.tidy()
-    assert files(run) == ["last.pt"]
-
-
-def test_a_copy_is_saved_while_training_goes_on(tmp_path):
-    weights, run = {"w": torch.zeros(1_000_000)}, RunFolder(tmp_path)
-    run.save(SMALL | {"ema": weights})
-    weights["w"] += 1
-    run.settle()
-    assert load_checkpoint(run.last)["ema"]["w"].max() == 0
-
-
 def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.checkpoint.shutil.disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(
@@ -295,13 +182,6 @@ def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
         save_checkpoint(tmp_path / "x.pt", SMALL)
     assert raised.value.filename == str(tmp_path / "x.pt")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_folder_that_was_removed_is_said_to_be(tmp_path):
-    run = RunFolder(tmp_path / "gone")
-    run.save(SMALL)
-    with pytest.raises(RunError, match=r"the folder of this run has been removed.*gone"):
-        run.settle()
 
 
 # ---- what is in a file ----------------------------------------------------------------------------------------------
@@ -332,48 +212,6 @@ def test_a_file_that_is_none_is_one_line(tmp_path, capsys):
 
 def test_the_version_is_that_of_the_project():
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
-
-
-# ---- what is kept when ----------------------------------------------------------------------------------------------
-
-
-def files(folder: RunFolder) -> list[str]:
-    return sorted(path.name for path in folder.path.rglob("*.pt"))
-
-
-def test_epochs_to_keep_are_complete(tmp_path):
-    folder = RunFolder(tmp_path)
-    folder.save(SMALL, best=False, keep=True)
-    folder.settle()
-    assert files(folder) == ["epoch1.pt", "last.pt"]
-    assert (tmp_path / "weights/epoch1.pt").read_bytes() == folder.last.read_bytes()
-
-
-def test_a_late_folder_keeps_the_best_weights_in_memory_and_writes_them_at_the_end(tmp_path):
-    """As they were then: training goes on in the very same tensors."""
-    weights = {"w": torch.zeros(3), "n": torch.tensor(1), "wild": torch.tensor(1e6)}
-    folder = LateRunFolder(tmp_path)
-    for epoch in (1, 2, 3):
-        for tensor in weights.values():
-            tensor += 1
-        folder.save(SMALL | {"ema": weights, "epoch": epoch}, best=epoch == 2, final=epoch == 3)
-        folder.settle()
-        assert files(folder) == (["best.pt", "last.pt"] if epoch == 3 else [])
-    best, last = load_checkpoint(folder.best), load_checkpoint(folder.last)
-    assert (best["epoch"], last["epoch"]) == (2, 3)
-    assert [tensor.max().item() for tensor in best["ema"].values()] == [2, 3, 1e6 + 2]
-    assert last["ema"]["w"].tolist() == [3] * 3
-
-
-def test_a_late_folder_without_better_weights_leaves_the_best_that_are_there(tmp_path):
-    first, second = RunFolder(tmp_path), LateRunFolder(tmp_path)
-    first.save(SMALL, best=True)
-    first.settle()
-    before = (tmp_path / "weights/best.pt").read_bytes()
-    second.save(SMALL | {"epoch": 2}, best=False, final=True)
-    second.settle()
-    assert (tmp_path / "weights/best.pt").read_bytes() == before
-    assert load_checkpoint(tmp_path / "weights/last.pt")["epoch"] == 2
 
 
 # ---- files that are none --------------------------------------------------------------------------------------------
@@ -417,7 +255,7 @@ FOREIGN = {
     "a list": lambda path: torch.save(["schema", "ema", "network", "names"], path),
     "a whole module": lambda path: torch.save({"model": nn.Linear(2, 2)}, path),
     "old format": lambda path: torch.save({"model": torch.zeros(3)}, path, _use_new_zipfile_serialization=False),
-    "arrays": lambda path: torch.save({**SMALL, "schema": 1, "epoch": np.float64(1)}, path),
+    "arrays": lambda path: torch.save({**SMALL, "schema": 2, "epoch": np.float64(1)}, path),
     "from the future": lambda path: torch.save({**SMALL, "schema": 99}, path),
 }
 
@@ -457,7 +295,7 @@ def test_truncated_and_scribbled_files(tmp_path):
 @pytest.mark.parametrize("new_format", [True, False])
 def test_code_in_a_pickle_does_not_run(tmp_path, new_format):
     made = tmp_path / "made"
-    content = {**SMALL, "schema": 1, "hyp": Trap(made)}
+    content = {**SMALL, "schema": 2, "hyp": Trap(made)}
     torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=new_format)
     one_line(tmp_path / "x.pt")
     assert not made.exists()
@@ -465,30 +303,4 @@ def test_code_in_a_pickle_does_not_run(tmp_path, new_format):
     assert made.exists()  # the trap works
 
 
-# ---- transfer, newest -----------------------------------------------------------------------------------------------
-
-
-def test_transfer_takes_what_fits_by_name_and_shape(tiny):
-    network = read_network(str(tiny.cfg))
-    donor, model = DetectionModel(network, seed=1), DetectionModel(network, num_classes=5, seed=2)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    given = {name: tensor + 1 for name, tensor in donor.state_dict().items()} | {"model.99.conv.weight": torch.ones(1)}
-
-    count, _ = transfer(model, given)
-
-    copied = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert {name for name in before if name not in copied} == {name for name in before if name.startswith("model.10.")}
-    assert count == len(copied)
-    assert all(torch.equal(model.state_dict()[name], given[name]) for name in copied)
-
-
-def test_newest_checkpoint(tmp_path):
-    with pytest.raises(UserError, match=r"no last\.pt below"):
-        newest_checkpoint(tmp_path / "runs")
-    for age, name in enumerate(["b", "a", "c/d"]):
-        path = tmp_path / name / "weights" / "last.pt"
-        path.parent.mkdir(parents=True)
-        path.touch()
-        os.utime(path, (1000 - age, 1000 - age))
-    os.utime(tmp_path / "a/weights/last.pt", (2000, 2000))
-    assert newest_checkpoint(tmp_path) == tmp_path / "a/weights/last.pt"
+# ---- newest ---------------------------------------------------------------------------------------------------------

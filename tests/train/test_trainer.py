@@ -17,10 +17,11 @@ import yaml
 
 import train
 from models.yolo import DetectionModel
-from utils.checkpoint import LateRunFolder, RunFolder, averaged_model, load_checkpoint
+from utils.checkpoint import averaged_model, load_checkpoint
 from utils.data.loader import TrainStream
 from utils.evaluate.evaluator import Evaluator
 from utils.report.run_report import PictureFiles
+from utils.run_folder import LateRunFolder, RunFolder
 from utils.stopping import Interrupted
 from utils.structures import ClassMetrics, CocoFigures, LossMeans, Metrics, RunError, UserError
 from utils.train.build import build_trainer
@@ -432,7 +433,7 @@ def test_a_signal_saves_what_nosave_would_have_saved_at_the_end(augmented, monke
 
 
 def test_ctrl_c_while_nosave_writes_its_only_checkpoint(tiny, monkeypatch):
-    monkeypatch.setattr("utils.checkpoint.save_checkpoint", interrupted)
+    monkeypatch.setattr("utils.run_folder.save_checkpoint", interrupted)
     with pytest.raises(KeyboardInterrupt, match="--nosave saves nothing before the end, so there is no checkpoint"):
         train.run(**tiny.options(epochs=2, nosave=True))
 

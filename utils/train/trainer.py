@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from utils.checkpoint import RunFolder, averaged_model, checksum, load_checkpoint
+from utils.checkpoint import averaged_model, checksum, load_checkpoint
 from utils.config import PROJECT_ROOT, TrainOptions
 from utils.data.loader import TrainStream, faults_named
 from utils.evaluate.evaluator import Evaluator
@@ -21,6 +21,7 @@ from utils.files import from_here, this_python
 from utils.hyp import Hyperparameters, plain_values
 from utils.report.loggers import format_losses, strange_outputs
 from utils.report.run_report import RunReport
+from utils.run_folder import RunFolder
 from utils.runtime import Runtime, mendable_errors
 from utils.stopping import Interrupted, StopRequest
 from utils.structures import Batch, Detections, LossMeans, Metrics, UserError
