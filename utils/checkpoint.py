@@ -32,6 +32,7 @@ SCHEMA = 2
 Checkpoint = dict[str, Any]
 
 _INFERENCE = {"ema": dict, "network": dict, "names": list, "options": dict, "hyp": dict}  # what detection relies on
+_LONGEST_LINE = 10_000  # characters, of those that describe a file
 _INFERENCE_OPTIONS = {"data": str, "imgsz": int, "label_smoothing": float}
 
 
@@ -130,6 +131,11 @@ def checksum(value: Any) -> str:
     return digest.hexdigest()
 
 
+def weights_digest(checkpoint: Mapping[str, Any]) -> str:
+    """The checksum of what a checkpoint holds of trained and averaged weights."""
+    return checksum({name: checkpoint[name] for name in ("model", "ema") if name in checkpoint})
+
+
 def _feed(digest: blake2b, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
@@ -185,26 +191,28 @@ def averaged_model(checkpoint: Checkpoint) -> DetectionModel:
 
 
 def described(path: Path) -> list[str]:
-    """Lines on what a checkpoint holds. Raises UserError where it is none."""
-    checkpoint = load_checkpoint(path)
-    names, network, options = checkpoint["names"], checkpoint["network"], checkpoint["options"]
+    """Lines on what a checkpoint holds, of ours or of published YOLOv5. Raises UserError where it is none."""
+    checkpoint = load_weights(path)
+    names, network, ours = checkpoint["names"], checkpoint["network"], "schema" in checkpoint
     trees = {name: checkpoint[name] for name in ("model", "ema", "optimizer") if name in checkpoint}
     rows = {
-        "file": f"{path}, {path.stat().st_size / 2**20:.1f} MiB, checksum right",
-        "written by": f"version {checkpoint['project']} of this trainer, torch {checkpoint['torch']}",
+        "file": f"{path}, {path.stat().st_size / 2**20:.1f} MiB{', checksum right' * ours}",
+        "written by": f"version {checkpoint['project']} of this trainer, torch {checkpoint['torch']}"
+        if ours
+        else "YOLOv5",
         "made on": checkpoint.get("made_on"),
         "network": f"{sum(map(torch.numel, _trained(checkpoint['ema']))):,} parameters, {len(network['backbone'])} + "
         f"{len(network['head'])} layers, depth {network['depth_multiple']}, width {network['width_multiple']}",
         "anchors": "; ".join(", ".join(f"{side:g}" for side in level) for level in network["anchors"]),
         "classes": f"{len(names)}: {', '.join(names)}",
-        "epoch": _progress(checkpoint),
+        "epoch": _progress(checkpoint) if ours else None,
         "scores": f"best fitness {checkpoint['best_fitness']:.5f}" if checkpoint["best_fitness"] >= 0 else None,
         **{name: _size_of(tree) for name, tree in trees.items()},
-        "digest": f"{checksum(checkpoint['ema'])} of the averaged weights",
-        "hyp": _pairs(checkpoint["hyp"]),
-        "options": _pairs(options),
+        "digest": f"{weights_digest(checkpoint)} of the weights",
+        "hyp": _pairs(checkpoint["hyp"]) if ours else None,
+        "options": _pairs(checkpoint["options"]) if ours else None,
     }
-    return [f"{title:<11}{text}" for title, text in rows.items() if text]
+    return [shown(f"{title:<11}{text}", most=_LONGEST_LINE) for title, text in rows.items() if text]
 
 
 def _trained(weights: Mapping[str, Tensor]) -> list[Tensor]:
@@ -245,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def tell() -> None:
         for path in parser.parse_args(argv).paths:
-            print("\n".join(described(path)))
+            print("\n".join(described(path)), end="\n\n")
 
     return run_command("utils.checkpoint", tell)
 

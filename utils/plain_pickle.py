@@ -102,9 +102,9 @@ def _refuse_names(program: io.BytesIO) -> None:
         return
 
 
-def shown(text: str) -> str:
-    """What a file says, fit for a line on a screen."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:_SHOWN])
+def shown(text: str, *, most: int = _SHOWN) -> str:
+    """What a file says, fit for a line on a screen of so many characters at most."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
 
 
 def _checked_name(module: str, name: str) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from utils.checkpoint import averaged_model, checksum, load_checkpoint
+from utils.checkpoint import averaged_model, load_checkpoint, weights_digest
 from utils.config import PROJECT_ROOT, TrainOptions
 from utils.data.loader import TrainStream, faults_named
 from utils.evaluate.evaluator import Evaluator
@@ -213,13 +213,12 @@ class Trainer:
             for line in write_predictions(self.run.path, evaluation.evidence, store, self.names):
                 self.report.console.note(line)
         self.run.tidy()
-        state = self.step.state_dict()
-        trained = {name: state[name] for name in ("model", "ema")}
+        digests = {self.run.best.name: checkpoint, self.run.last.name: self.step.state_dict()}
         self.report.finished(
             metrics,
             best_epoch=checkpoint["epoch"] - 1,
             epochs=self.state.epoch,
-            digests={self.run.best.name: checksum(checkpoint["ema"]), self.run.last.name: checksum(trained)},
+            digests={name: weights_digest(weights) for name, weights in digests.items()},
             last_times=self.clock.split,
         )
         return metrics
