@@ -23,6 +23,16 @@ from utils.stopping import (
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_ignored():
+    """As it may be where the tests run in the background."""
+    usual = dict.fromkeys(STOP_SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    before = {signum: signal.signal(signum, handler) for signum, handler in usual.items()}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 def handlers() -> list:
     return [signal.getsignal(signum) for signum in STOP_SIGNALS]
 
@@ -111,8 +121,9 @@ def test_a_command_without_a_run_is_ended_by_any_of_them():
 def test_what_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        with signals_raised():
+        with signals_raised(), stop_signals() as stop:
             send(signal.SIGUSR1)
+            assert not stop.requested
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -151,11 +162,9 @@ def busy():
 
     def start(millions: int) -> subprocess.Popen:
         command = [sys.executable, "-c", _BUSY, str(millions * 1_000_000)]
-        usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has children ignore Ctrl-C
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
-        signal.signal(signal.SIGINT, usual)
         processes.append(process)
         assert process.stdout.readline() == "busy\n"
         return process

@@ -195,11 +195,10 @@ def described(path: Path) -> list[str]:
     checkpoint = load_weights(path)
     names, network, ours = checkpoint["names"], checkpoint["network"], "schema" in checkpoint
     trees = {name: checkpoint[name] for name in ("model", "ema", "optimizer") if name in checkpoint}
+    writer = f"version {checkpoint['project']} of this trainer, torch {checkpoint['torch']}" if ours else "YOLOv5"
     rows = {
         "file": f"{path}, {path.stat().st_size / 2**20:.1f} MiB{', checksum right' * ours}",
-        "written by": f"version {checkpoint['project']} of this trainer, torch {checkpoint['torch']}"
-        if ours
-        else "YOLOv5",
+        "written by": writer,
         "made on": checkpoint.get("made_on"),
         "network": f"{sum(map(torch.numel, _trained(checkpoint['ema']))):,} parameters, {len(network['backbone'])} + "
         f"{len(network['head'])} layers, depth {network['depth_multiple']}, width {network['width_multiple']}",

@@ -369,7 +369,8 @@ def run_command(program: str, command: Callable[[], object]) -> int:
 
 
 def _complain(line: str) -> None:
-    print(printable(line, sys.stderr), file=sys.stderr)
+    with suppress(OSError):  # the terminal is gone, and with it whoever would read this
+        print(printable(line, sys.stderr), file=sys.stderr)
 
 
 # ---- validation ---------------------------------------------------------------------------------------------------

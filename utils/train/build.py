@@ -36,7 +36,7 @@ from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport
 from utils.run_folder import LateRunFolder, RunFolder, load_last, newest_checkpoint
 from utils.runtime import Note, Runtime, choose_runtime, mendable_errors, raise_or_note
-from utils.stopping import StopRequest
+from utils.stopping import Interrupted, StopRequest
 from utils.structures import DatasetSpec, LabelStore, UserError
 from utils.train.anchors import choose_anchors
 from utils.train.batchsize import largest_batch_size
@@ -81,7 +81,11 @@ def build_trainer(values: Mapping[str, Any], stop: StopRequest | None = None) ->
     """A trainer, new or resumed, for options by name; it heeds `stop`. Raises UserError before anything is written."""
     given = validated(TrainOptions, dict(values))
     console, stop = Console(quiet=given.quiet), stop or StopRequest()
-    return _new(given, console, stop) if given.resume is None else _resumed(values, given, console, stop)
+    try:
+        return _new(given, console, stop) if given.resume is None else _resumed(values, given, console, stop)
+    except Interrupted as interrupted:
+        does = "starts anew" if given.resume is None else "goes on from the same checkpoint"
+        raise Interrupted(interrupted.signum, f"nothing was trained yet: the same command {does}") from None
 
 
 def _new(given: TrainOptions, console: Console, stop: StopRequest) -> Trainer:
