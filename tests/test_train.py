@@ -316,8 +316,8 @@ MISTAKES = {
     ),
     "missing network": (lambda tiny: ["--cfg", "none.yaml"], ["network YAML not found", "none.yaml"]),
     "broken network": (
-        lambda tiny: ["--cfg", write(tiny.folder / "n.yaml", tiny.cfg.read_text().replace("SPPF", "SPPG"))],
-        ["unknown module 'SPPG'", "did you mean SPPF", "layer 5"],
+        lambda tiny: ["--cfg", write(tiny.folder / "n.yaml", tiny.cfg.read_text().replace("SPPF", "SPPFF"))],
+        ["unknown module 'SPPFF'", "did you mean SPPF", "layer 5"],
     ),
     "missing weights": (lambda tiny: ["--weights", "none.pt"], ["checkpoint not found", "none.pt"]),
     "weights are no checkpoint": (
