@@ -75,9 +75,7 @@ def _measured(store: LabelStore, flags: argparse.Namespace) -> dict[str, object]
         seed=0,
         images=BaseImages(store=store, imgsz=64),
     )
-    stream = TrainStream(
-        batches, end_epoch=1, workers=2, image_weights=flags.image_weights, num_classes=80
-    )
+    stream = TrainStream(batches, end_epoch=1, workers=2, image_weights=flags.image_weights, num_classes=80)
     before, epoch = _private_mb("self"), stream.epoch(0, [0.5] * 80 if flags.image_weights else ())
     next(epoch)
     first = _workers_mb()
