@@ -84,11 +84,12 @@ class RunFolder:
         """Return when everything is on disk. Raises what went wrong on the way."""
         self._background.wait()
 
-    def take_over(self, source: Path) -> None:
-        """Before the run goes on from the checkpoint at `source`, last.pt or what it was before."""
+    def take_over(self, source: Path | None = None) -> None:
+        """Before the run begins, in a folder that may have seen an earlier one, or goes on from the checkpoint at
+        `source`, last.pt or what it was before."""
         remove_unfinished(self.path)
         remove_unfinished(self.last.parent)
-        if source.name == self.previous.name:
+        if source is not None and source.name == self.previous.name:
             self.previous.replace(self.last)
 
     def tidy(self) -> None:
