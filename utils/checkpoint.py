@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -97,9 +98,21 @@ class RunFolder:
         self.settle()
         self.previous.unlink(missing_ok=True)
 
-    def _write(self, content: Checkpoint, best: Checkpoint | None, *, keep: bool) -> None:
+    @contextmanager
+    def removal_named(self) -> Iterator[None]:
+        """What goes wrong with files while the folder is no longer there, goes wrong for that."""
+        try:
+            yield
+        except (OSError, UserError):
+            self._check_there()
+            raise
+
+    def _check_there(self) -> None:
         if not self.path.is_dir():
             raise RunError(f"the folder of this run has been removed, so nothing can be saved: {self.path}")
+
+    def _write(self, content: Checkpoint, best: Checkpoint | None, *, keep: bool) -> None:
+        self._check_there()
         self.last.parent.mkdir(exist_ok=True)
         if best is not None:
             save_checkpoint(self.best, best)
@@ -216,7 +229,7 @@ def load_last(path: Path, warn: Callable[[str], object]) -> tuple[Checkpoint, Pa
         try:
             checkpoint = load_checkpoint(previous)
         except UserError:
-            raise error from None
+            raise UserError(f"{error}; {previous}, which was saved before it, is damaged, too") from None
         warn(f"{error}; going on from {previous}, which was saved before it")
         return checkpoint, previous
 
