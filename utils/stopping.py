@@ -11,9 +11,11 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 # as terminals, batch schedulers and service managers send; there is no SIGUSR1 on Windows
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -96,6 +98,13 @@ def signals_raised() -> Iterator[None]:
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+
+
+def leave_with(code: int) -> NoReturn:
+    """End the program. All is said and saved, so a further Ctrl-C changes neither the exit code nor the last words."""
+    if code >= 128:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def _raise(signum: int, _frame: object) -> None:
