@@ -28,4 +28,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave_with(main())
+    leave_with(main)

@@ -90,7 +90,7 @@ class StopRequest:
 def signals_raised() -> Iterator[None]:
     """STOP_SIGNALS are raised as Interrupted within the block, as far as nobody else has taken them over: those that
     have a handler, and those that are ignored, as under nohup, are left alone."""
-    usual = (signal.SIG_DFL, signal.default_int_handler)
+    usual = (signal.SIG_DFL, signal.default_int_handler, _spent)
     mine = [signum for signum in STOP_SIGNALS if _in_main_thread() and signal.getsignal(signum) in usual]
     handlers = {signum: signal.signal(signum, _raise) for signum in mine}
     try:
@@ -100,11 +100,22 @@ def signals_raised() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def leave_with(code: int) -> NoReturn:
-    """End the program. All is said and saved, so a further Ctrl-C changes neither the exit code nor the last words."""
-    if code >= 128:
+def leave_with(command: Callable[[], int]) -> NoReturn:
+    """Run a program and end with its exit code.
+
+    Once all is said and saved, a further Ctrl-C changes neither that nor the last words.
+    """
+    heeded = signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    if heeded:
+        signal.signal(signal.SIGINT, _spent)
+    code = command()
+    if heeded and code >= 128:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
+
+
+def _spent(_signum: int, _frame: object) -> None:
+    """Where there is nothing to stop any more."""
 
 
 def _raise(signum: int, _frame: object) -> None:
@@ -135,8 +146,8 @@ def stop_signals() -> Iterator[StopRequest]:
         yield stop
     finally:
         signal.set_wakeup_fd(wakeup)
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+        for signum, handler in handlers.items():  # one is on its way out: another is not to take its place
+            signal.signal(signum, _spent if stop.requested and handler is _raise else handler)
         writer.close()
         thread.join()
         reader.close()
