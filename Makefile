@@ -1,11 +1,12 @@
 # make demo: install into .venv and train on the embedded data set.   make test: install and run the tests.
 # make bench: what a step, the loader, an evaluation and a start cost here.   make bench-peer: step, samples, val.py and figures against the peers'.
+# make soak: fifty runs are killed at random moments and must end as if nobody had touched them; ten minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEER := .venv-peer
 
-.PHONY: demo test install lint clean bench bench-peer
+.PHONY: demo test install lint clean bench bench-peer soak
 
 demo: $(VENV)/.installed
 	$(BIN)/python train.py --name demo
@@ -22,6 +23,9 @@ bench: $(VENV)/.installed
 bench-peer: $(PEER)/.installed $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.peer
 	$(BIN)/python -m benchmarks.coco_eval
+
+soak: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.soak
 
 install: $(VENV)/.installed
 

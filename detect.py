@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from utils.config import DetectOptions, parse_flags, run_command
+from utils.stopping import leave_with
 
 if TYPE_CHECKING:
     from utils.evaluate.detect_command import Summary
@@ -27,4 +28,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from utils.config import TrainOptions, parse_flags, run_command
-from utils.stopping import stop_signals
+from utils.stopping import leave_with, stop_signals
 
 if TYPE_CHECKING:
     from utils.structures import Metrics
@@ -34,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from utils.config import ValOptions, parse_flags, run_command
+from utils.stopping import leave_with
 
 if TYPE_CHECKING:
     from utils.structures import Metrics
@@ -26,4 +27,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main)

@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import os
+import re
 import stat
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from utils.files import (
     printable,
     read_arrays,
     read_yaml,
+    remove_unfinished,
     write_arrays,
     write_atomic,
     write_text,
@@ -56,6 +58,23 @@ def test_the_old_file_is_whole_while_the_new_one_is_written(tmp_path):
     assert seen == [b"old"]
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_program_left_is_removed_but_not_what_another_is_writing(tmp_path):
+    for name in (".last.pt.0123abcd", ".best.pt.0123abcd", ".last.pt.0123abcg", ".env", "last.pt.0123abcd"):
+        (tmp_path / name).touch()
+    seen = []
+
+    def look(file):
+        remove_unfinished(tmp_path, "last.pt")
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))
+
+    write_atomic(tmp_path / "last.pt", look)
+    [half] = set(seen[0]) - {".best.pt.0123abcd", ".last.pt.0123abcg", ".env", "last.pt.0123abcd"}
+    assert re.fullmatch(r"\.last\.pt\.[0-9a-f]{8}", half)
+    remove_unfinished(tmp_path)
+    remove_unfinished(tmp_path / "nowhere")
+    assert {path.name for path in tmp_path.iterdir()} == {".last.pt.0123abcg", ".env", "last.pt.0123abcd", "last.pt"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permission bits are POSIX")

@@ -566,6 +566,20 @@ def test_ctrl_c_with_loader_processes(tiny, start, cli):
     assert len((RUN / "results.csv").read_text().splitlines()) == 1 + epoch + 1
 
 
+def test_further_ctrl_cs_change_nothing_once_all_is_said(tiny, start):
+    """While Python and its libraries shut down."""
+    process = start("train.py", *tiny.flags(epochs=5000))
+    while b" 2/5000 " not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    words = process.stderr.readline() + process.stderr.readline()
+    assert b"continue with" in words
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.002)
+    assert (process.returncode, process.stderr.read()) == (130, b"")
+
+
 def group_is_empty(group: int) -> bool:
     for _ in range(50):
         try:

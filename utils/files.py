@@ -16,8 +16,8 @@ import secrets
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -25,6 +25,11 @@ import numpy as np
 import yaml
 
 from utils.structures import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _PACK_MAGIC = b"YOLOPACK1\n"
 _PACK_ALIGN = 64
@@ -50,19 +55,35 @@ def _write_atomic(path: Path, write: Callable[[IO[bytes]], None], lasting: bool,
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     file = temporary.open("xb")  # with the permissions that any new file gets; asking for them would race with threads
     try:
-        with file:
-            write(file)
-            if lasting:
-                file.flush()
-                os.fsync(file.fileno())
-        if predecessor is not None and path.exists():
-            _keep(path, predecessor)
-        temporary.replace(path)
+        with _in_use(file):
+            with file:
+                write(file)
+                if lasting:
+                    file.flush()
+                    os.fsync(file.fileno())
+            if predecessor is not None and path.exists():
+                _keep(path, predecessor)
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if lasting:
         _flush_folder(path.parent)
+
+
+@contextmanager
+def _in_use(file: IO[bytes]) -> Iterator[None]:
+    """A lock on the file within the block, though it is closed there; it ends with the program, however that ends."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.dup(file.fileno())
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _keep(path: Path, predecessor: Path) -> None:
@@ -78,11 +99,28 @@ def _keep(path: Path, predecessor: Path) -> None:
         link.unlink(missing_ok=True)  # still there where both names were of one file
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what `write_atomic` left in `folder` where the program was killed half-way."""
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Remove what `write_atomic` left in `folder` where a program was killed half-way, of the file `name` or of all.
+
+    What another program is writing stays.
+    """
     for path in folder.glob(".*"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name):
+        half = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}", path.name)
+        if half and name in ("", half[1]) and not _is_in_use(path):
             path.unlink(missing_ok=True)
+
+
+def _is_in_use(path: Path) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks, or it is gone
+        return False
+    return False
 
 
 def write_text(path: Path, text: str, *, lasting: bool = True) -> None:

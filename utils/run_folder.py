@@ -6,7 +6,8 @@ The surprise: a thread writes them, from copies, while training goes on; `RunFol
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,11 +60,12 @@ class RunFolder:
         """Return when everything is on disk. Raises what went wrong on the way."""
         self._background.wait()
 
-    def take_over(self, source: Path) -> None:
-        """Before the run goes on from the checkpoint at `source`, last.pt or what it was before."""
+    def take_over(self, source: Path | None = None) -> None:
+        """Before the run begins, in a folder that may have seen an earlier one, or goes on from the checkpoint at
+        `source`, last.pt or what it was before."""
         remove_unfinished(self.path)
         remove_unfinished(self.last.parent)
-        if source.name == self.previous.name:
+        if source is not None and source.name == self.previous.name:
             self.previous.replace(self.last)
 
     def tidy(self) -> None:
@@ -71,9 +73,21 @@ class RunFolder:
         self.settle()
         self.previous.unlink(missing_ok=True)
 
-    def _write(self, content: Checkpoint, best: Checkpoint | None, *, keep: bool) -> None:
+    @contextmanager
+    def removal_named(self) -> Iterator[None]:
+        """What goes wrong with files while the folder is no longer there, goes wrong for that."""
+        try:
+            yield
+        except (OSError, UserError):
+            self._check_there()
+            raise
+
+    def _check_there(self) -> None:
         if not self.path.is_dir():
             raise RunError(f"the folder of this run has been removed, so nothing can be saved: {self.path}")
+
+    def _write(self, content: Checkpoint, best: Checkpoint | None, *, keep: bool) -> None:
+        self._check_there()
         self.last.parent.mkdir(exist_ok=True)
         if best is not None:
             save_checkpoint(self.best, best)
@@ -141,7 +155,7 @@ def load_last(path: Path, warn: Callable[[str], object]) -> tuple[Checkpoint, Pa
         try:
             checkpoint = load_checkpoint(previous)
         except UserError:
-            raise error from None
+            raise UserError(f"{error}; {previous}, which was saved before it, is damaged, too") from None
         warn(f"{error}; going on from {previous}, which was saved before it")
         return checkpoint, previous
 

@@ -11,9 +11,11 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 # As terminals send, when they are closed too, and batch schedulers and service managers; Windows has but two of them
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
@@ -88,7 +90,7 @@ class StopRequest:
 @contextmanager
 def signals_raised() -> Iterator[None]:
     """STOP_SIGNALS are raised as Interrupted within the block, but those that are ignored or have a handler already."""
-    usual = (signal.SIG_DFL, signal.default_int_handler)
+    usual = (signal.SIG_DFL, signal.default_int_handler, _spent)
     mine = [signum for signum in STOP_SIGNALS if _in_main_thread() and signal.getsignal(signum) in usual]
     handlers = {signum: signal.signal(signum, _raise) for signum in mine}
     try:
@@ -96,6 +98,24 @@ def signals_raised() -> Iterator[None]:
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+
+
+def leave_with(command: Callable[[], int]) -> NoReturn:
+    """Run a program and end with its exit code.
+
+    Once all is said and saved, a further Ctrl-C changes neither that nor the last words.
+    """
+    heeded = signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    if heeded:
+        signal.signal(signal.SIGINT, _spent)
+    code = command()
+    if heeded and code >= 128:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def _spent(_signum: int, _frame: object) -> None:
+    """Where there is nothing to stop any more."""
 
 
 def _raise(signum: int, _frame: object) -> None:
@@ -128,8 +148,8 @@ def stop_signals() -> Iterator[StopRequest]:
         yield stop
     finally:
         signal.set_wakeup_fd(wakeup)
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+        for signum, handler in handlers.items():  # one is on its way out: another is not to take its place
+            signal.signal(signum, _spent if stop.requested and handler is _raise else handler)
         writer.close()
         thread.join()
         reader.close()

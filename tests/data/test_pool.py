@@ -1,11 +1,25 @@
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from utils.data.pool import by_processes, by_threads
 from utils.structures import RunError, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLED = """
+import itertools, os, signal
+from tests.data.test_pool import processes, square
+for index, _ in processes(square, itertools.count(), 3):
+    if index == 5:
+        print("working", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def square(number: int) -> int:
@@ -77,3 +91,19 @@ def test_processes_end_with_the_loop_that_they_work_for():
     assert multiprocessing.active_children()
     results.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no groups of processes here")
+def test_processes_end_when_the_main_one_is_killed():
+    """Each holds a copy of the ends of pipes that the main process had when it was forked."""
+    main = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE)
+    assert main.stdout.readline() == b"working\n"
+    assert main.wait(30) == -signal.SIGKILL
+    for _ in range(100):
+        try:
+            os.killpg(main.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(main.pid, signal.SIGKILL)
+    pytest.fail("processes live on")

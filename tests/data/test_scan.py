@@ -440,6 +440,14 @@ def test_a_folder_for_caches_is_the_only_place_they_go(there, small, home, tmp_p
     assert_same(first, scan_split(small, "train", cache_dir=str(folder)))
 
 
+def test_what_a_scan_left_that_was_killed_while_it_wrote_its_cache_goes_with_the_next(small):
+    half, others = (small.root / f"..data-{split}.cache.0123abcd" for split in ("train", "val"))
+    for path in (half, others):
+        path.write_bytes(b"YOLOPACK1")
+    scan_split(small, "train")
+    assert (half.exists(), others.exists()) == (False, True)
+
+
 def test_a_folder_for_caches_that_cannot_be_is_a_mistake(small, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--cache-dir .*file/x: "):

@@ -3,6 +3,7 @@ import io
 import itertools
 import math
 import re
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -258,6 +259,19 @@ def test_tensorboard_shows_the_columns_as_tags_and_a_resumed_run_once(tmp_path, 
     assert [event.step for event in events.Scalars("x/lr1")] == [1, 2, 3, 4]
     assert events.Scalars("metrics/mAP_0.5:0.95")[0].value == pytest.approx(0.4)
     assert (events.Images("val")[0].width, events.Images("val")[0].height) == (6, 4)
+
+
+def test_where_the_folder_cannot_be_written_there_is_one_note_and_nothing_else(tmp_path, capfd):
+    notes, folder = [], tmp_path / "run"
+    folder.mkdir()
+    logger = TensorBoardLogger(folder, note=notes.append)
+    logger.scalars({"x/lr0": 0.1}, 1)
+    shutil.rmtree(folder)
+    for step in (2, 3):
+        logger.scalars({"x/lr0": 0.1}, step)
+    logger.close()
+    assert notes == [f"no more TensorBoard events: {folder} cannot be written"]
+    assert capfd.readouterr().err == "" and not folder.exists()
 
 
 def test_without_tensorboard_one_note_and_nothing_else(tmp_path, monkeypatch):

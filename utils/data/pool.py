@@ -65,7 +65,7 @@ def can_start_processes() -> bool:
 class _Worker:
     def __init__(self, function: Callable) -> None:
         self.pipe, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=_serve, args=(function, theirs), daemon=True)
+        self.process = multiprocessing.Process(target=_serve, args=(function, theirs, self.pipe), daemon=True)
         with signals_held_back():
             self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
@@ -129,8 +129,9 @@ def _death(worker: _Worker, name: Callable) -> RunError:
     return RunError(f"a process {how} at {name(worker.task)}")
 
 
-def _serve(function: Callable, pipe: Connection) -> None:
+def _serve(function: Callable, pipe: Connection, other_end: Connection) -> None:
     """The life of a process: it answers tasks until the pipe closes, as it does when the main process dies."""
+    other_end.close()  # a fork has it as well, and no pipe closes while somebody holds its other end
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one
     while True:
         try:

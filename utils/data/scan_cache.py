@@ -26,7 +26,7 @@ from utils.data.findings import Findings, ScanReport, copies, map_findings
 from utils.data.labels import Source
 from utils.data.sources import EMPTY_ENTRY, FOREIGN_PHOTO
 from utils.data.store import map_store
-from utils.files import cache_folder, read_arrays, write_arrays
+from utils.files import cache_folder, read_arrays, remove_unfinished, write_arrays
 from utils.structures import DatasetSpec, LabelStore, UserError
 
 _SCHEMA = 7  # raise it when LabelStore, the probe or the checks change
@@ -104,6 +104,7 @@ def save(
         with suppress(OSError):  # a read-only or full place costs a scan next time, nothing else
             if path.parent != spec.root:  # a root that does not exist is the user's to make
                 path.parent.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(path.parent, path.name)
             write_arrays(path, arrays, meta)
             return
 

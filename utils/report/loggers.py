@@ -9,6 +9,7 @@ import csv
 import functools
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ RESULT_COLUMNS = (
 NONFINITE_COLUMNS = ("epoch", "batch", "what", "images")
 TIMING_COLUMNS = ("epoch", "images_per_s", "epoch_s", *(f"{part}_s" for part in PARTS))
 
+_EVENTS_BYTES = 2**16  # more than the events of an epoch take
 _LONGEST_CELL = 2**31 - 1  # csv's own limit is less than the paths of a large batch can take
 
 Row = Mapping[str, float]  # by column; a column may be missing, and `epoch` counts from 1 as people do
@@ -104,19 +106,25 @@ class CsvTable:
         return [dict(zip(names, row)) for row in rows if len(row) == len(names)]
 
     def append(self, row: Mapping[str, float | str]) -> None:
-        """Add one row. A number is rounded to 6 significant digits; a missing value leaves its cell empty."""
+        """Add one row. A number is rounded to 6 significant digits; a missing value leaves its cell empty.
+
+        An OSError on the way names the file, and what was written of the row is gone when the file is next opened.
+        """
         unknown = set(row) - set(self.columns)
         assert not unknown, f"{self.path.name} has no column {sorted(unknown)}"
         cells = {
             name: _on_one_line(value) if isinstance(value, str) else _six_digits(value) for name, value in row.items()
         }
-        with self.path.open(
-            "a", encoding="utf-8", newline=""
-        ) as file:  # one write, so that a kill cuts at most one row
-            file.write(self._line(cells) if file.tell() else self._text([cells]))
-            if self._lasting:
-                file.flush()
-                os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                # one write, so that a kill cuts at most one row
+                file.write(self._line(cells) if file.tell() else self._text([cells]))
+                if self._lasting:
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(self.path)  # a full disk has none
+            raise
 
     def truncate(self, keep_epochs: int) -> None:
         """Drop the rows after the first `keep_epochs` epochs, which a resumed run is about to write again."""
@@ -239,11 +247,13 @@ def _place(row: Mapping[str, str]) -> tuple[float, float]:
 class TensorBoardLogger(Logger):
     """TensorBoard events under the column names of results.csv. Without tensorboard: a note, then nothing.
 
-    It is imported with the first event, as that takes as long as some steps of training.
+    It is imported with the first event, as that takes as long as some steps of training. Where its folder cannot be
+    written any more, a note and nothing as well: its thread would fail with a traceback.
     """
 
     def __init__(self, folder: Path, *, start_epoch: int = 0, note: Note = print) -> None:
         self._folder, self._start_epoch, self._note = folder.resolve(), start_epoch, note
+        self._fails = False
 
     def epoch(self, results: Row, timing: Row) -> None:
         self.scalars({tag: value for tag, value in results.items() if tag != "epoch"}, int(results["epoch"]))
@@ -257,20 +267,31 @@ class TensorBoardLogger(Logger):
             return None
         return SummaryWriter(str(self._folder), purge_step=self._start_epoch + 1)
 
+    def _may_write(self) -> bool:
+        if not self._fails and not _takes(self._folder):
+            self._fails = True
+            self._note(f"no more TensorBoard events: {self._folder} cannot be written")
+        return not self._fails and self._writer is not None
+
     def scalars(self, values: Row, step: int) -> None:
-        if self._writer is None:
+        if not self._may_write():
             return
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
         self._writer.flush()
 
     def image(self, tag: str, picture: np.ndarray, step: int) -> None:
-        if self._writer is not None:
+        if self._may_write():
             self._writer.add_image(tag, picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        if self._writer is not None:
+        if self._may_write():
             self._writer.close()
+
+
+def _takes(folder: Path) -> bool:
+    """Whether a folder is there, on a disk that can be written and has some room."""
+    return os.access(folder, os.W_OK) and shutil.disk_usage(folder).free >= _EVENTS_BYTES
 
 
 # ---- terminal -----------------------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ def _new(given: TrainOptions, console: Console, stop: StopRequest) -> Trainer:
     images = _images(options, spec, stop, train=train, val=val, console=console)
     lines += _choose_anchors(model, options, hyp, train) + _repeated(options, names, train)
     run = _run_folder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok), options)
+    run.take_over()
     write_yaml(run.path / "hyp.yaml", plain_values(hyp))
     if scan.count:
         write_findings(run.path / "scan.csv", scan.reports.values())

@@ -103,6 +103,7 @@ class Trainer:
         with (
             mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz),
             faults_named(self.stream, self.evaluator.stream),
+            self.run.removal_named(),
             _interruptible(self),
         ):
             if self.finished or not self.run.saved:
