@@ -152,7 +152,7 @@ def test_many_options_at_once_train(row, tiny, unchanged_torch):
     assert len(table) == epochs
     for index, cells in enumerate(table):
         evaluated = "--noval" not in row or index + 1 == epochs
-        assert [cell != "" for cell in cells] == [True] * 4 + [evaluated] * 7 + [True] * 3
+        assert [cell != "" for cell in cells] == [True] * 4 + [evaluated] * 7 + [True] * 4
         assert all(math.isfinite(float(cell)) for cell in cells if cell)
     assert json.loads((RUN / "metrics.json").read_text())["images"] == 4
     assert (RUN / "train_batch0.jpg").exists() == (RUN / "results.png").exists() == ("pictures" in row)
