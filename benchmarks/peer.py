@@ -1,10 +1,11 @@
 """`make bench-peer`: our training step, samples and val.py and those of the published yolov5 package in turn, A B A B.
 
-    python -m benchmarks.peer [--quick] [--only step|loading|val] [--rounds 3] [--relaxed] [--out FILE]
+    python -m benchmarks.peer [--quick] [--only step|loading|val|weights] [--rounds 3] [--relaxed] [--out FILE]
 
 Steps work on the same synthetic batches, with as many threads; samples are made of the same data set on one core, and
 CPU time counts. val.py of both has the same weights (`--weights`, or those of the newest run on BCCD) and images, and
-what they detect is scored by pycocotools as well. Each turn is a process of its own; the peer's in its own environment,
+what they detect is scored by pycocotools as well. Weights that the peer trains and writes are read by us, and what both
+find with them is compared, box by box. Each turn is a process of its own; the peer's in its own environment,
 which `make bench-peer` fills from requirements-peer.txt. It is measured as published (see peer_step.py,
 peer_loading.py and peer_val.py).
 """
@@ -23,6 +24,7 @@ from typing import Any
 from benchmarks.cases import BCCD, CPU_STEPS, CUDA_STEPS, StepSize, step_measurement
 from benchmarks.results import FOLDER, describe_machine, figure, headline, table, write_json
 from benchmarks.val_case import val_case, validation_table, validator
+from benchmarks.weights_case import weights_case, weights_table
 from benchmarks.workers import ROOT, Measurement, comparison, run_worker
 from utils.machine import usable_cores
 
@@ -55,6 +57,8 @@ def main() -> int:
             print("\n" + _loading_table(cases[-1]), flush=True)
         if flags.only in (None, "val"):
             cases += _validation(flags, peer_python, environment, Path(scratch))
+        if flags.only in (None, "weights"):
+            cases += _weights(flags, peer_python, environment, Path(scratch))
     out = Path(flags.out) if flags.out else FOLDER / ("peer-quick.json" if flags.quick else "peer.json")
     write_json(out, {"machine": machine, "quick": flags.quick, "rounds": flags.rounds, "cases": cases})
     print(f"\nAll figures: {out}")
@@ -66,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="toy sizes, one round: shows that it runs")
-    parser.add_argument("--only", choices=("step", "loading", "val"), help="default: all")
+    parser.add_argument("--only", choices=("step", "loading", "val", "weights"), help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
-    parser.add_argument("--weights", default="", help="for val.py; default: of the newest run on BCCD")
+    parser.add_argument("--weights", default="", help="for val.py and its training; default: of the newest run on BCCD")
     parser.add_argument("--relaxed", action="store_true", help="also the peer without deterministic algorithms")
     parser.add_argument("--device", default="cpu", help="cpu, or 0: the first GPU")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="default: as many as there are cores")
@@ -154,6 +158,20 @@ def _validation(
     judged = case.measured_aps()
     told = {"case": case.name, "contenders": [validator(one, rounds, judged) for one in contenders]}
     print("\n" + validation_table(told), flush=True)
+    return [told]
+
+
+def _weights(
+    flags: argparse.Namespace, peer_python: Path, environment: dict[str, str], scratch: Path
+) -> list[dict[str, Any]]:
+    """What both find with weights that the peer wrote, told; none where there are no photographs."""
+    given = {"peer_python": peer_python, "environment": environment, "scratch": scratch, "threads": flags.threads}
+    case = weights_case(flags.weights, imgsz=64 if flags.quick else 320, **given)
+    if isinstance(case, str):
+        print(f"weights are not compared: {case}", file=sys.stderr)
+        return []
+    told = {"case": "weights of the peer", "contenders": case.compared()}
+    print("\n" + weights_table(told["contenders"]), flush=True)
     return [told]
 
 

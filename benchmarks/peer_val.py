@@ -29,11 +29,11 @@ def main() -> None:
     flags = parser.parse_args()
     stand_in_for_the_installer()
     shut_sockets()
-    _put_its_modules_first()
+    put_its_modules_first()
     print(json.dumps(_convert(flags.source, flags.weights) if flags.source else _evaluated(flags)), flush=True)
 
 
-def _put_its_modules_first() -> None:
+def put_its_modules_first() -> None:
     """Weights files of the package name `models.yolo`, which is to be its own, though we start in our folder."""
     ours = Path(__file__).resolve().parent.parent
     package = Path(importlib.util.find_spec("yolov5").origin).parent

@@ -62,7 +62,7 @@ def val_case(
     given = yaml.safe_load(data.read_text(encoding="utf-8"))
     peer_data = data.with_name("peer.yaml")
     peer_data.write_text(json.dumps(given | {"path": str(data.parent), "nc": len(given["names"])}), encoding="utf-8")
-    peer_weights = _for_peer(path, scratch, peer_python, environment)
+    peer_weights = for_peer(path, scratch, peer_python, environment)
     if isinstance(peer_weights, str):
         return peer_weights
     out = scratch / "val"
@@ -80,7 +80,7 @@ def val_case(
     return ValCase(name=f"val.py on BCCD, {imgsz}", peer=peer, ours=ours, out=out, threads=threads)
 
 
-def _for_peer(weights: Path, scratch: Path, peer_python: Path, environment: Mapping[str, str]) -> Path | str:
+def for_peer(weights: Path, scratch: Path, peer_python: Path, environment: Mapping[str, str]) -> Path | str:
     """Our weights as a file of the peer's; or what went wrong."""
     checkpoint = load_checkpoint(weights)
     model = averaged_model(checkpoint).float()

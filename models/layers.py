@@ -96,6 +96,39 @@ class SPPF(nn.Module):
         return self.cv2(torch.cat((maps, once, twice, self.m(twice)), 1))
 
 
+class SPP(nn.Module):
+    """Max pools side by side, `kernels` of them, where SPPF has three in a row: He et al., "SPP", ECCV 2014.
+
+    Of networks up to YOLOv5 v5; with kernels 5, 9 and 13 it computes what SPPF with kernel 5 does.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernels: list[int]):
+        super().__init__()
+        hidden = in_channels // 2
+        self.cv1 = Conv(in_channels, hidden)
+        self.cv2 = Conv((1 + len(kernels)) * hidden, out_channels)
+        self.m = nn.ModuleList(nn.MaxPool2d(kernel, stride=1, padding=kernel // 2) for kernel in kernels)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        maps = self.cv1(maps)
+        return self.cv2(torch.cat((maps, *(pool(maps) for pool in self.m)), 1))
+
+
+class Focus(nn.Module):
+    """Each 2 x 2 pixels into one of four times the channels, then a convolution. Of networks up to YOLOv5 v5.
+
+    The channels of a pixel's four phases (y, x) come in the order (0, 0), (1, 0), (0, 1), (1, 1).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1):
+        super().__init__()
+        self.conv = Conv(4 * in_channels, out_channels, kernel)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        phases = maps.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, H / 2, 2, W / 2, 2)
+        return self.conv(phases.permute(0, 5, 3, 1, 2, 4).flatten(1, 3))
+
+
 class Concat(nn.Module):
     """Several maps of one size side by side in the channel dimension."""
 
@@ -156,6 +189,8 @@ BLOCKS: dict[str, type[nn.Module]] = {
     "Bottleneck": Bottleneck,
     "C3": C3,
     "SPPF": SPPF,
+    "SPP": SPP,
+    "Focus": Focus,
     "nn.Upsample": nn.Upsample,
     "Concat": Concat,
     "Detect": Detect,

@@ -148,6 +148,21 @@ def fused(model: DetectionModel) -> DetectionModel:
     return model
 
 
+def entry_shapes(network: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a network's state dict, without its weights. Raises as DetectionModel does."""
+    *layers, head = plan = _plan(network, where="network")
+    with torch.device("meta"):  # but for the head, whose arithmetic would have torch import its compiler
+        built = nn.ModuleDict({"model": nn.ModuleList(layer.build() for layer in layers)})
+    anchors = torch.tensor(network["anchors"]).unflatten(1, (-1, 2))  # (L, A, 2)
+    outputs = anchors.shape[1] * (5 + network["nc"])
+    shapes = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    shapes[f"model.{len(layers)}.anchors"] = tuple(anchors.shape)
+    for level, source in enumerate(head.sources):
+        name = f"model.{len(layers)}.m.{level}"
+        shapes |= {f"{name}.weight": (outputs, plan[source].maps.channels, 1, 1), f"{name}.bias": (outputs,)}
+    return shapes
+
+
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -217,9 +232,11 @@ class _Layer(NamedTuple):
     sources: tuple[int, ...]  # layers whose outputs are read; -1 is the image
     build: Callable[[], nn.Module]
     maps: _Maps  # the output
+    number: int = 1  # of blocks
 
 
 _LARGEST = 100_000  # of any number in a network; keeps products finite
+_MOST_BLOCKS = 10_000  # of a network
 _IMAGE = _Maps(channels=3, stride=1)
 _FROM_NETWORK = ("in_channels", "number")  # parameters of blocks that a row's args do not set
 _KEYS = ("nc", "depth_multiple", "width_multiple", "anchors", "backbone", "head")
@@ -232,12 +249,16 @@ def _plan(network: dict[str, Any], *, where: str) -> list[_Layer]:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     layers: list[_Layer] = []
+    blocks = 0
     rows = [(part, row) for part in ("backbone", "head") for row in network[part]]
     for index, (part, row) in enumerate(rows):
         try:
             layers.append(_plan_row(row, layers, network))
             if (row[2] == "Detect") != (index == len(rows) - 1):
                 raise UserError("Detect must be the last row, and the last row must be Detect")
+            blocks += layers[-1].number
+            if blocks > _MOST_BLOCKS:
+                raise UserError(f"these are more than {_MOST_BLOCKS:,} blocks")
         except UserError as error:
             raise UserError(f"{where}: {part} row of layer {index}: {error}") from None
     return layers
@@ -304,7 +325,7 @@ def _plan_row(row: Any, layers: list[_Layer], network: dict[str, Any]) -> _Layer
     number = max(round(number * network["depth_multiple"]), 1) if number > 1 else 1
     args = [None if arg == "None" else arg for arg in args]  # YAML's own word for it is null
     build, maps = _PLANNERS.get(name, _plan_block)(_Row(inputs, number, BLOCKS[name], args), network)
-    return _Layer(sources, build, maps)
+    return _Layer(sources, build, maps, number)
 
 
 def _sources(source: Any, *, index: int) -> tuple[int, ...]:
@@ -354,12 +375,20 @@ def _bind(row: _Row, in_channels: int) -> dict[str, Any]:
     for name, value in bound.arguments.items():
         hint = parameters[name].annotation
         least = 0 if name == "padding" else 1
-        if type(value) not in (get_args(hint) or (hint,)) or (type(value) is int and not least <= value <= _LARGEST):
+        if not _suits(value, hint, least):
             raise UserError(f"{row.block.__name__}'s {name} must be {_in_words(hint, least)}, got {value!r}")
     return bound.arguments
 
 
+def _suits(value: Any, hint: Any, least: int) -> bool:
+    if hint == list[int]:
+        return _are_rows(value) and all(_is_count(item) and item % 2 for item in value)
+    return type(value) in (get_args(hint) or (hint,)) and (type(value) is not int or least <= value <= _LARGEST)
+
+
 def _in_words(hint: Any, least: int) -> str:
+    if hint == list[int]:
+        return "a list of odd whole numbers"  # the sizes of pools, which keep the size of maps
     return "true or false" if hint is bool else f"a whole number, {least} to {_LARGEST}"
 
 
@@ -374,6 +403,11 @@ def _checked_stride(arguments: dict[str, Any]) -> int:
             f"kernel - 2 * padding must be 1 to {stride}"
         )
     return stride
+
+
+def _plan_focus(row: _Row, network: dict[str, Any]) -> tuple[Callable[[], nn.Module], _Maps]:
+    build, maps = _plan_block(row, network)
+    return build, maps._replace(stride=2 * maps.stride)
 
 
 def _plan_upsample(row: _Row, network: dict[str, Any]) -> tuple[Callable[[], nn.Module], _Maps]:
@@ -411,7 +445,12 @@ def _plan_detect(row: _Row, network: dict[str, Any]) -> tuple[Callable[[], nn.Mo
     return build, row.inputs[-1]
 
 
-_PLANNERS = {"nn.Upsample": _plan_upsample, "Concat": _plan_concat, "Detect": _plan_detect}  # the others: _plan_block
+_PLANNERS = {  # the others: _plan_block
+    "Focus": _plan_focus,
+    "nn.Upsample": _plan_upsample,
+    "Concat": _plan_concat,
+    "Detect": _plan_detect,
+}
 
 
 def _only_input(row: _Row) -> _Maps:

@@ -211,7 +211,7 @@ def test_two_damaged_checkpoints_are_one_line(whole, tmp_path, cli):
     before = contents(run)
     code, _, problems = cli(train, "--resume", str(run / "weights/last.pt"))
     assert (code, problems.count("\n")) == (2, 1)
-    assert problems.startswith("train.py: error: checkpoint is damaged") and "/last.pt" in problems
+    assert problems.startswith("train.py: error: checkpoint cannot be read") and "/last.pt" in problems
     assert problems.endswith(f"{run}/weights/previous.pt, which was saved before it, is damaged, too\n")
     assert contents(run) == before
 

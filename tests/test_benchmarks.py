@@ -19,6 +19,7 @@ from benchmarks.results import table
 from benchmarks.roofline import best_rate, floor_seconds, share_of_peak, step_gflop
 from benchmarks.step import waits_per_step
 from benchmarks.val_case import validation_table, validator
+from benchmarks.weights_case import apart, weights_table
 from benchmarks.workers import Measurement, run_worker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +70,24 @@ def test_the_figures_of_coco_are_compared_between_tools(tmp_path):
     assert 0 < ours["figures"][0] < ours["figures"][1] and tool["largest_difference"] < 1e-9
     [row] = [line for line in done.stdout.splitlines() if line.startswith("ap50 ")]
     assert row.split()[1:] == [f"{ours['figures'][1]:.12f}"] * 2
+
+
+def test_lists_of_detections_are_compared_whatever_their_order():
+    ours = torch.tensor([[0, 0, 10, 10, 0.5, 0], [0, 0, 10, 10, 0.4, 1], [20, 20, 30, 30, 0.3, 0]])
+    theirs = ours[[2, 0, 1]] + torch.tensor([0, 0, 0.25, 0, 0.125, 0])
+    assert apart(ours, theirs) == (0.25, pytest.approx(0.125))
+    assert apart(ours[:0], ours[:0]) == (0, 0)
+    missing, twice = ours[:2], ours[[0, 0, 2]]
+    for other in (missing, twice, ours + torch.tensor([0, 0, 0, 0, 0, 1])):
+        assert apart(ours, other) == (float("inf"), float("inf"))
+
+
+def test_a_table_of_weights_has_a_row_for_each_file():
+    row = {"name": "best.pt", "failed": None, "names_equal": True, "images": 2, "rows": 1000, "found_ours": 7}
+    row |= {"anchors_px": 6e-5, "anchors_score": 2e-8, "found_px": 3e-5, "found_score": 0}
+    _, _, first, second = weights_table([row, {"name": "other.pt", "failed": "no module"}]).splitlines()
+    assert first.split() == ["best.pt", "2,000", "6.0e-05", "2.0e-08", "7", "3.0e-05", "0.0e+00", "yes"]
+    assert second.strip() == "other.pt: no module"
 
 
 def test_tools_are_compared_by_medians_of_what_they_need():

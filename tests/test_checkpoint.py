@@ -9,23 +9,15 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from models.yolo import DetectionModel, read_network
-from utils.checkpoint import (
-    LateRunFolder,
-    RunFolder,
-    averaged_model,
-    for_inference,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    transfer,
-)
+from utils import __version__
+from utils.checkpoint import averaged_model, checksum, for_inference, load_checkpoint, main, save_checkpoint
 from utils.structures import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,56 +137,81 @@ def test_an_interruption_at_any_instant_ends_no_process_and_leaves_a_whole_file(
 def test_values_that_cannot_be_saved_leave_the_old_file(tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, SMALL)
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(TypeError, match="function is no plain value"):
         save_checkpoint(path, {**SMALL, "options": {"f": lambda: None}})
     assert load_checkpoint(path)["options"] == {}
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_death_between_the_two_files_repeats_the_epoch(tmp_path, monkeypatch):
-    """best.pt may be ahead of last.pt, never behind it: a resumed run would go without the best epoch."""
-    run, written = RunFolder(tmp_path), []
-    monkeypatch.setattr("utils.checkpoint.save_checkpoint", lambda path, checkpoint: written.append(path.name))
-    run.save(SMALL, best=True)
-    run.save(SMALL, best=False)
-    assert written == ["best.pt", "last.pt", "last.pt"]
+# ---- damage ---------------------------------------------------------------------------------------------------------
 
 
-# ---- what is kept when ----------------------------------------------------------------------------------------------
+def scribble(path: Path, *, at: float = 0.5) -> None:
+    """Another bit in the midst of the file."""
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1
+    path.write_bytes(content)
 
 
-def files(folder: RunFolder) -> list[str]:
-    return sorted(path.name for path in folder.path.rglob("*.pt"))
+def test_one_wrong_bit_in_a_tensor_is_damage(tmp_path):
+    path = tmp_path / "x.pt"
+    save_checkpoint(path, {**SMALL, "ema": {"w": torch.rand(10_000)}})
+    load_checkpoint(path)
+    scribble(path)
+    assert "damaged" in one_line(path)
 
 
-def test_epochs_to_keep_are_complete(tmp_path):
-    folder = RunFolder(tmp_path)
-    folder.save(SMALL, best=False, keep=True)
-    assert files(folder) == ["epoch1.pt", "last.pt"]
-    assert (tmp_path / "weights/epoch1.pt").read_bytes() == folder.last.read_bytes()
+def test_a_checksum_tells_plain_values_apart():
+    values = [{"a": 1}, {"a": 1.0}, {"b": 1}, {"a": [1]}, {"a": (1,)}, {"a": True}, {"a": "1"}, {"a": None}, {}]
+    assert len(set(map(checksum, values))) == len(values)
 
 
-def test_a_late_folder_keeps_the_best_weights_in_memory_and_writes_them_at_the_end(tmp_path):
-    """As they were then: training goes on in the very same tensors."""
-    weights = {"w": torch.zeros(3), "n": torch.tensor(1), "wild": torch.tensor(1e6)}
-    folder = LateRunFolder(tmp_path)
-    for epoch in (1, 2, 3):
-        for tensor in weights.values():
-            tensor += 1
-        folder.save(SMALL | {"ema": weights, "epoch": epoch}, best=epoch == 2, final=epoch == 3)
-        assert files(folder) == (["best.pt", "last.pt"] if epoch == 3 else [])
-    best, last = load_checkpoint(folder.best), load_checkpoint(folder.last)
-    assert (best["epoch"], last["epoch"]) == (2, 3)
-    assert [tensor.max().item() for tensor in best["ema"].values()] == [2, 3, 1e6 + 2]
-    assert last["ema"]["w"].tolist() == [3] * 3
+def test_a_checksum_is_that_of_the_values_and_not_of_how_they_lie_in_memory():
+    weights = torch.rand(4, 3, 2, 2)
+    assert checksum(weights) == checksum(weights.to(memory_format=torch.channels_last))
+    others = [weights.double(), weights.reshape(3, 4, 2, 2), weights + 1e-6, weights.bfloat16(), weights[0, 0, 0, 0]]
+    assert len({checksum(one) for one in [weights, *others]}) == 6
+    assert checksum(torch.tensor(3)) == checksum(torch.tensor(3))
 
 
-def test_a_late_folder_without_better_weights_leaves_the_best_that_are_there(tmp_path):
-    RunFolder(tmp_path).save(SMALL, best=True)
-    before = (tmp_path / "weights/best.pt").read_bytes()
-    LateRunFolder(tmp_path).save(SMALL | {"epoch": 2}, best=False, final=True)
-    assert (tmp_path / "weights/best.pt").read_bytes() == before
-    assert load_checkpoint(tmp_path / "weights/last.pt")["epoch"] == 2
+def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.checkpoint.shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(
+        OSError, match=r"No space left on device \(\d\.\d MiB are needed, 0\.0 MiB are free\)"
+    ) as raised:
+        save_checkpoint(tmp_path / "x.pt", SMALL)
+    assert raised.value.filename == str(tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- what is in a file ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_says_what_it_is(trained, capsys):
+    assert main([str(trained / "weights/last.pt"), str(trained / "weights/best.pt")]) == 0
+    last, best = capsys.readouterr().out.split("file ")[1:]
+    for words in (
+        "checksum right",
+        "classes    2: blue, red",
+        "60 of 60 done",
+        "lr0: 0.02",
+        "batch_size: 4",
+        "made on",
+    ):
+        assert words in last
+    assert "\noptimizer" in last and "\noptimizer" not in best
+    assert "float16" in best and "float16" not in last
+    assert f"torch {torch.__version__}" in best
+
+
+def test_a_file_that_is_none_is_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "none.pt")]) == 2
+    problems = capsys.readouterr().err
+    assert problems.startswith("utils.checkpoint: error: checkpoint not found") and problems.count("\n") == 1
+
+
+def test_the_version_is_that_of_the_project():
+    assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
 # ---- files that are none --------------------------------------------------------------------------------------------
@@ -238,7 +255,7 @@ FOREIGN = {
     "a list": lambda path: torch.save(["schema", "ema", "network", "names"], path),
     "a whole module": lambda path: torch.save({"model": nn.Linear(2, 2)}, path),
     "old format": lambda path: torch.save({"model": torch.zeros(3)}, path, _use_new_zipfile_serialization=False),
-    "arrays": lambda path: torch.save({**SMALL, "schema": 1, "epoch": np.float64(1)}, path),
+    "arrays": lambda path: torch.save({**SMALL, "schema": 2, "epoch": np.float64(1)}, path),
     "from the future": lambda path: torch.save({**SMALL, "schema": 99}, path),
 }
 
@@ -278,7 +295,7 @@ def test_truncated_and_scribbled_files(tmp_path):
 @pytest.mark.parametrize("new_format", [True, False])
 def test_code_in_a_pickle_does_not_run(tmp_path, new_format):
     made = tmp_path / "made"
-    content = {**SMALL, "schema": 1, "hyp": Trap(made)}
+    content = {**SMALL, "schema": 2, "hyp": Trap(made)}
     torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=new_format)
     one_line(tmp_path / "x.pt")
     assert not made.exists()
@@ -286,30 +303,4 @@ def test_code_in_a_pickle_does_not_run(tmp_path, new_format):
     assert made.exists()  # the trap works
 
 
-# ---- transfer, newest -----------------------------------------------------------------------------------------------
-
-
-def test_transfer_takes_what_fits_by_name_and_shape(tiny):
-    network = read_network(str(tiny.cfg))
-    donor, model = DetectionModel(network, seed=1), DetectionModel(network, num_classes=5, seed=2)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    given = {name: tensor + 1 for name, tensor in donor.state_dict().items()} | {"model.99.conv.weight": torch.ones(1)}
-
-    count, _ = transfer(model, given)
-
-    copied = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert {name for name in before if name not in copied} == {name for name in before if name.startswith("model.10.")}
-    assert count == len(copied)
-    assert all(torch.equal(model.state_dict()[name], given[name]) for name in copied)
-
-
-def test_newest_checkpoint(tmp_path):
-    with pytest.raises(UserError, match=r"no last\.pt below"):
-        newest_checkpoint(tmp_path / "runs")
-    for age, name in enumerate(["b", "a", "c/d"]):
-        path = tmp_path / name / "weights" / "last.pt"
-        path.parent.mkdir(parents=True)
-        path.touch()
-        os.utime(path, (1000 - age, 1000 - age))
-    os.utime(tmp_path / "a/weights/last.pt", (2000, 2000))
-    assert newest_checkpoint(tmp_path) == tmp_path / "a/weights/last.pt"
+# ---- newest ---------------------------------------------------------------------------------------------------------

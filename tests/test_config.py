@@ -68,6 +68,7 @@ TRAIN_DEFAULTS = {  # SPEC 1; what None stands for depends on the data set and i
     "freeze": (),
     "patience": 100,
     "seed": 0,
+    "save_every": 10.0,
     "save_period": -1,
     "bucket": "",
     "local_rank": -1,
@@ -238,7 +239,7 @@ def test_resume_takes_a_path_or_none(argv, resume):
 
 
 NOT_YET_OF_TRAIN = (
-    *("--artifact_alias", "--save-every=5", "--nproc", "--dist-timeout", "--tb-histograms"),
+    *("--artifact_alias", "--evolve=5", "--nproc", "--dist-timeout", "--tb-histograms"),
     *("--bbox_interval=3", "--bucket", "--entity", "--evolve-jobs=2", "--evolve_sampler"),
 )
 
@@ -362,7 +363,7 @@ def test_options_by_name_are_mended_where_the_meaning_is_plain():
     [
         ({"epoch": 3}, "unknown option 'epoch'; did you mean 'epochs'?"),
         ({"batchsize": 3}, "unknown option 'batchsize'; did you mean 'batch_size'?"),
-        ({"save_every": 5}, "--save-every: not available yet; leave it out"),
+        ({"nproc": 5}, "--nproc: not available yet; leave it out"),
         ({"epochs": "3"}, "--epochs '3': should be int, got str"),
         ({"epochs": 3.0}, "--epochs 3.0: should be int, got float"),
         ({"epochs": True}, "--epochs True: should be int, got bool"),

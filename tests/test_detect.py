@@ -10,10 +10,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 
 import detect
 import val
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.data import encode
 from utils.data.media import Medium
 from utils.evaluate.detect_files import file_stems
@@ -29,12 +29,12 @@ def empty_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def best(trained, tmp_path) -> str:
     """Weights that are surer of what they see than those of so short a run: they find it at the usual threshold."""
-    checkpoint = torch.load(trained / "weights" / "best.pt", weights_only=True)
+    checkpoint = load_checkpoint(trained / "weights" / "best.pt")
     for head in ("model.10.m.0.bias", "model.10.m.1.bias"):
         logits = checkpoint["ema"][head].view(2, 7)  # of 2 anchors: box, objectness, 2 classes
         logits[:, 4] += 4.7
         logits[:, 5:] += 1
-    torch.save(checkpoint, tmp_path / "best.pt")
+    save_checkpoint(tmp_path / "best.pt", checkpoint)
     return "best.pt"
 
 
@@ -295,8 +295,8 @@ def test_options_that_shape_the_pictures(command, photos):
 
 
 def test_names_of_classes_become_folders_on_any_system(best, cli, photos, tmp_path):
-    checkpoint = torch.load(best, weights_only=True)
-    torch.save(checkpoint | {"names": ["../a:b", "../a?b"]}, tmp_path / "odd.pt")
+    checkpoint = load_checkpoint(Path(best))
+    save_checkpoint(tmp_path / "odd.pt", checkpoint | {"names": ["../a:b", "../a?b"]})
     code, _, problems = cli(
         detect, "--weights", str(tmp_path / "odd.pt"), "--source", str(photos), "--save-crop", "--device", "cpu"
     )
@@ -469,10 +469,10 @@ def test_nothing_readable_is_an_error_and_no_folder(command, photos, count):
 
 
 def test_a_network_that_says_nonsense_is_named(best, cli, photos, tmp_path):
-    checkpoint = torch.load(best, weights_only=True)
+    checkpoint = load_checkpoint(Path(best))
     first = next(name for name, tensor in checkpoint["ema"].items() if tensor.is_floating_point())
     checkpoint["ema"][first].fill_(float("nan"))
-    torch.save(checkpoint, tmp_path / "nan.pt")
+    save_checkpoint(tmp_path / "nan.pt", checkpoint)
     code, output, _ = cli(detect, "--weights", str(tmp_path / "nan.pt"), "--source", str(photos), "--device", "cpu")
     assert code == 0
     assert "warning: 4 pictures, first 0.png: the network computed NaN or infinity" in output

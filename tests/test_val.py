@@ -466,7 +466,7 @@ def test_label_files_that_may_have_been_edited_are_not_replaced(best, cli, monke
     assert cli(val, *flags("--save-hybrid", weights=best))[0] == 0
     (RESULTS / "labels/0.txt").write_text("0 0.5 0.5 0.1 0.1\n")
     before = {path: path.read_bytes() for path in RESULTS.rglob("*.*")}
-    monkeypatch.setattr("utils.evaluate.command.load_checkpoint", None)  # refused before any work
+    monkeypatch.setattr("utils.evaluate.command.load_weights", None)  # refused before any work
     for more in ([], ["--save-txt"]):
         code, _, problems = cli(val, *flags("--exist-ok", *more, weights=best))
         assert code == 2

@@ -1,9 +1,7 @@
 """Checkpoints: what a run is, in one file of tensors and plain values.
 
 `last.pt` holds all that continues a run; `best.pt` the averaged weights alone, in fp16. Both load with torch's
-`weights_only=True`, so opening a file runs nothing in it. `python -m utils.checkpoint PATH` tells what is in one.
-
-The surprise: a thread writes the files of a run, from copies, while training goes on; `RunFolder.settle` waits for it.
+`weights_only=True`, too. `python -m utils.checkpoint PATH` tells what is in one.
 """
 
 from __future__ import annotations
@@ -12,12 +10,7 @@ import errno
 import io
 import shutil
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -25,159 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.yolo import DetectionModel
+from models.yolo import DetectionModel, entry_shapes
 from utils import __version__
-from utils.config import FlagParser, run_command
-from utils.files import remove_unfinished, write_atomic
-from utils.structures import RunError, UserError
+from utils.archive import Archive, read_archive
+from utils.config import LARGEST_IMGSZ, FlagParser, run_command
+from utils.files import write_atomic
+from utils.foreign import inference_checkpoint, is_foreign
+from utils.plain_pickle import shown
+from utils.structures import UserError
 
 SCHEMA = 2
-METRICS_FILE = "metrics.json"
-WEIGHTS_FOLDER = "weights"  # of a training run
 
 Checkpoint = dict[str, Any]
 
-
-class DamagedCheckpoint(UserError):
-    """A file that is not what was once written."""
-
-
-# ---- a run's folder -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class RunFolder:
-    """Where the files of a run lie."""
-
-    path: Path
-    saved: bool = False  # whether last.pt is of this run; with --exist-ok there may be that of an earlier one
-    _background: _Background = field(default_factory=lambda: _Background(), repr=False)
-
-    @property
-    def last(self) -> Path:
-        return self.path / WEIGHTS_FOLDER / "last.pt"
-
-    @property
-    def previous(self) -> Path:
-        """What last.pt was before, while the run is under way."""
-        return predecessor_of(self.last)
-
-    @property
-    def best(self) -> Path:
-        return self.path / WEIGHTS_FOLDER / "best.pt"
-
-    @property
-    def finished(self) -> bool:
-        """Whether the final evaluation is done, too."""
-        return (self.path / METRICS_FILE).exists()
-
-    def save(self, checkpoint: Checkpoint, *, best: bool = False, final: bool = False, keep: bool = False) -> None:
-        """Write last.pt and, where this is the best epoch so far, best.pt; `keep` writes epochN.pt, too.
-
-        From a copy, by a thread; a failure is raised by the next call, or by `settle`. `final` says that none may
-        follow. last.pt goes last: a run that dies in between repeats the epoch, and so never lacks the files it counts
-        on.
-        """
-        content = snapshot(checkpoint)
-        self._background.start(partial(self._write, content, for_inference(content) if best else None, keep=keep))
-
-    def settle(self) -> None:
-        """Return when everything is on disk. Raises what went wrong on the way."""
-        self._background.wait()
-
-    def take_over(self, source: Path | None = None) -> None:
-        """Before the run begins, in a folder that may have seen an earlier one, or goes on from the checkpoint at
-        `source`, last.pt or what it was before."""
-        remove_unfinished(self.path)
-        remove_unfinished(self.last.parent)
-        if source is not None and source.name == self.previous.name:
-            self.previous.replace(self.last)
-
-    def tidy(self) -> None:
-        """After the run: a finished one has no use for what last.pt was before."""
-        self.settle()
-        self.previous.unlink(missing_ok=True)
-
-    @contextmanager
-    def removal_named(self) -> Iterator[None]:
-        """What goes wrong with files while the folder is no longer there, goes wrong for that."""
-        try:
-            yield
-        except (OSError, UserError):
-            self._check_there()
-            raise
-
-    def _check_there(self) -> None:
-        if not self.path.is_dir():
-            raise RunError(f"the folder of this run has been removed, so nothing can be saved: {self.path}")
-
-    def _write(self, content: Checkpoint, best: Checkpoint | None, *, keep: bool) -> None:
-        self._check_there()
-        self.last.parent.mkdir(exist_ok=True)
-        if best is not None:
-            save_checkpoint(self.best, best)
-        if keep:
-            save_checkpoint(self.last.with_name(f"epoch{content['epoch']}.pt"), content)
-        if not self.saved:  # both would be of an earlier run
-            self.previous.unlink(missing_ok=True)
-        save_checkpoint(self.last, content, predecessor=self.previous if self.saved else None)
-        self.saved = True
-
-
-@dataclass
-class LateRunFolder(RunFolder):
-    """The folder of a run with `--nosave`: weights are written after the final epoch, or when a signal ends the run."""
-
-    waiting: Checkpoint | None = field(default=None, repr=False)  # the best so far, as best.pt will hold them
-
-    def save(self, checkpoint: Checkpoint, *, best: bool = False, final: bool = False, keep: bool = False) -> None:
-        if best:
-            self.waiting = for_inference(checkpoint)
-        if final:
-            self._background.start(partial(self._write, snapshot(checkpoint), self.waiting, keep=False))
-
-
-class _Background:
-    """One job at a time in a thread of its own, whose errors come back."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def start(self, job: Callable[[], object]) -> None:
-        """When the job before is done."""
-        self.wait()
-        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoints")
-        self._thread.start()
-
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _run(self, job: Callable[[], object]) -> None:
-        try:
-            job()
-        except BaseException as error:
-            self._error = error
-
-
-def predecessor_of(last: Path) -> Path:
-    return last.with_name("previous.pt")
-
-
-def newest_checkpoint(folder: Path) -> Path:
-    """The `last.pt` below `folder` that was written last. Raises UserError when there is none."""
-    found = sorted(folder.glob(f"**/{WEIGHTS_FOLDER}/last.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(f"--resume: no last.pt below {folder}/; name the checkpoint to continue")
-    return found[-1]
-
-
-# ---- files --------------------------------------------------------------------------------------------------------
+_INFERENCE = {"ema": dict, "network": dict, "names": list, "options": dict, "hyp": dict}  # what detection relies on
+_LONGEST_LINE = 10_000  # characters, of those that describe a file
+_INFERENCE_OPTIONS = {"data": str, "imgsz": int, "label_smoothing": float}
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, *, predecessor: Path | None = None) -> None:
@@ -199,51 +55,73 @@ def _check_room(path: Path, size: int) -> None:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint of this trainer, tensors on the CPU. Raises UserError for anything else."""
+    return _own_checkpoint(read_archive(path), path)
+
+
+def load_weights(path: Path) -> Checkpoint:
+    """What training may start from, or detection use: at least what `for_inference` keeps, ours or of published YOLOv5.
+
+    The weights are those of its network, entry by entry. Raises UserError for anything else.
+    """
+    archive = read_archive(path)
+    weights = inference_checkpoint(archive, path) if is_foreign(archive) else _own_checkpoint(archive, path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's thoughts on foreign formats; what follows says enough
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint not found: {path}; weights are never downloaded") from None
-    except IsADirectoryError:
-        raise UserError(f"checkpoint is a folder, expected a .pt file: {path}") from None
-    except PermissionError:
-        raise UserError(f"checkpoint cannot be read, permission denied: {path}") from None
-    except Exception:  # an unpickler that is fed with noise raises anything
-        raise UserError(f"checkpoint cannot be read: {path} is damaged or was not written by this trainer") from None
+        _check_inference(weights, archive.size)
+    except UserError as error:
+        raise UserError(f"checkpoint cannot be used: {path}: {shown(str(error))}") from None
+    return weights
+
+
+def _own_checkpoint(archive: Archive, path: Path) -> Checkpoint:
+    checkpoint = archive.content
+    if is_foreign(archive):
+        raise UserError(f"{path} holds weights of YOLOv5 and no run of this trainer; start anew with --weights {path}")
+    if archive.names:
+        raise UserError(f"checkpoint was not written by this trainer: {path} holds {archive.names[0]}")
     if not isinstance(checkpoint, dict) or not {"schema", "ema", "network", "names"} <= checkpoint.keys():
         raise UserError(f"checkpoint was not written by this trainer: {path}")
     if checkpoint["schema"] != SCHEMA:
-        raise UserError(f"checkpoint has format {checkpoint['schema']}, this version reads {SCHEMA}: {path}")
-    return _verified(checkpoint, path)
+        written = shown(str(checkpoint["schema"]))
+        raise UserError(f"checkpoint has format {written}, this version reads {SCHEMA}: {path}")
+    if sum(tensor.nbytes for tensor in _tensors(checkpoint)) > archive.size:
+        raise UserError(f"checkpoint cannot be used: {path}: its tensors are more than the file")
+    if not _is_intact(checkpoint):
+        raise UserError(f"checkpoint is damaged, its checksum is wrong: {path}")
+    return {key: value for key, value in checkpoint.items() if key != "checksum"}
 
 
-def load_last(path: Path, warn: Callable[[str], object]) -> tuple[Checkpoint, Path]:
-    """The checkpoint of a run to continue, and its file: where last.pt is damaged or lost, the one before it."""
-    previous = predecessor_of(path)
+def _is_intact(checkpoint: Checkpoint) -> bool:
+    content = {key: value for key, value in checkpoint.items() if key != "checksum"}
     try:
-        return load_checkpoint(path), path
-    except UserError as error:
-        if path.name != "last.pt" or not previous.exists():
-            raise
-        try:
-            checkpoint = load_checkpoint(previous)
-        except UserError:
-            raise UserError(f"{error}; {previous}, which was saved before it, is damaged, too") from None
-        warn(f"{error}; going on from {previous}, which was saved before it")
-        return checkpoint, previous
+        return checkpoint.get("checksum") == checksum(content)
+    except TypeError:  # of what is no plain value
+        return False
 
 
-def _verified(checkpoint: Checkpoint, path: Path) -> Checkpoint:
-    """Without its checksum, which is right."""
-    stated = checkpoint.pop("checksum", None)
-    try:
-        intact = stated == checksum(checkpoint)
-    except (RecursionError, TypeError):
-        intact = False
-    if not intact:
-        raise DamagedCheckpoint(f"checkpoint is damaged, its checksum is wrong: {path}")
-    return checkpoint
+def _check_inference(weights: Checkpoint, size: int) -> None:
+    """Raise UserError unless weights, network and names belong together and, unfolded, fit into `size` bytes."""
+    for key, kind in _INFERENCE.items():
+        if not isinstance(weights.get(key), kind):
+            raise UserError(f"it lacks `{key}`")
+    state, network, names, options = (weights[key] for key in ("ema", "network", "names", "options"))
+    for key, kind in _INFERENCE_OPTIONS.items():
+        if type(options.get(key)) is not kind:
+            raise UserError(f"it lacks the option `{key}`")
+    if not 0 < options["imgsz"] <= LARGEST_IMGSZ:
+        raise UserError(f"its image size is {options['imgsz']}")
+    shapes = entry_shapes(network)
+    for name, shape in shapes.items():
+        if not isinstance(state.get(name), Tensor) or state[name].shape != shape:
+            raise UserError(f"its weights are not those of its network: {name} should have the shape {list(shape)}")
+    if extra := sorted(map(str, state.keys() - shapes.keys())):
+        raise UserError(f"its weights are not those of its network, which has no {extra[0]}")
+    if sum(tensor.nbytes for tensor in state.values()) > size:
+        raise UserError("its weights are more than the file")
+    if len(names) != network["nc"] or not all(isinstance(name, str) for name in names):
+        raise UserError(f"it should have {network['nc']} names of classes")
+
+
+# ---- content ------------------------------------------------------------------------------------------------------
 
 
 def checksum(value: Any) -> str:
@@ -253,13 +131,19 @@ def checksum(value: Any) -> str:
     return digest.hexdigest()
 
 
+def weights_digest(checkpoint: Mapping[str, Any]) -> str:
+    """The checksum of what a checkpoint holds of trained and averaged weights."""
+    return checksum({name: checkpoint[name] for name in ("model", "ema") if name in checkpoint})
+
+
 def _feed(digest: blake2b, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     elif isinstance(value, (dict, list, tuple)):
-        digest.update(f"{type(value).__name__} {len(value)}\n".encode())
-        for item in value.items() if isinstance(value, dict) else value:
+        kind = next(kind.__name__ for kind in (dict, list, tuple) if isinstance(value, kind))
+        digest.update(f"{kind} {len(value)}\n".encode())
+        for item in value.items() if kind == "dict" else value:
             _feed(digest, item)
     elif value is None or type(value) in (bool, int, float, str):
         digest.update(f"{value!r}\n".encode())
@@ -303,41 +187,31 @@ def averaged_model(checkpoint: Checkpoint) -> DetectionModel:
     return model.eval().requires_grad_(False)
 
 
-def transfer(model: DetectionModel, weights: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Copy the weights that fit by name and shape into `model`; how many entries did, and how many there are.
-
-    Anchors are left aside: they belong to the network that the model was built from, and to autoanchor.
-    """
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".anchors")}
-    fitting = {name: tensor for name, tensor in weights.items() if name in state and state[name].shape == tensor.shape}
-    model.load_state_dict(fitting, strict=False)
-    return len(fitting), len(state)
-
-
 # ---- python -m utils.checkpoint -----------------------------------------------------------------------------------
 
 
 def described(path: Path) -> list[str]:
-    """Lines on what a checkpoint holds. Raises UserError where it is none."""
-    checkpoint = load_checkpoint(path)
-    names, network, options = checkpoint["names"], checkpoint["network"], checkpoint["options"]
+    """Lines on what a checkpoint holds, of ours or of published YOLOv5. Raises UserError where it is none."""
+    checkpoint = load_weights(path)
+    names, network, ours = checkpoint["names"], checkpoint["network"], "schema" in checkpoint
     trees = {name: checkpoint[name] for name in ("model", "ema", "optimizer") if name in checkpoint}
+    writer = f"version {checkpoint['project']} of this trainer, torch {checkpoint['torch']}" if ours else "YOLOv5"
     rows = {
-        "file": f"{path}, {path.stat().st_size / 2**20:.1f} MiB, checksum right",
-        "written by": f"version {checkpoint['project']} of this trainer, torch {checkpoint['torch']}",
+        "file": f"{path}, {path.stat().st_size / 2**20:.1f} MiB{', checksum right' * ours}",
+        "written by": writer,
         "made on": checkpoint.get("made_on"),
         "network": f"{sum(map(torch.numel, _trained(checkpoint['ema']))):,} parameters, {len(network['backbone'])} + "
         f"{len(network['head'])} layers, depth {network['depth_multiple']}, width {network['width_multiple']}",
         "anchors": "; ".join(", ".join(f"{side:g}" for side in level) for level in network["anchors"]),
         "classes": f"{len(names)}: {', '.join(names)}",
-        "epoch": _progress(checkpoint),
+        "epoch": _progress(checkpoint) if ours else None,
         "scores": f"best fitness {checkpoint['best_fitness']:.5f}" if checkpoint["best_fitness"] >= 0 else None,
         **{name: _size_of(tree) for name, tree in trees.items()},
-        "digest": f"{checksum(checkpoint['ema'])} of the averaged weights",
-        "hyp": _pairs(checkpoint["hyp"]),
-        "options": _pairs(options),
+        "digest": f"{weights_digest(checkpoint)} of the weights",
+        "hyp": _pairs(checkpoint["hyp"]) if ours else None,
+        "options": _pairs(checkpoint["options"]) if ours else None,
     }
-    return [f"{title:<11}{text}" for title, text in rows.items() if text]
+    return [shown(f"{title:<11}{text}", most=_LONGEST_LINE) for title, text in rows.items() if text]
 
 
 def _trained(weights: Mapping[str, Tensor]) -> list[Tensor]:
@@ -378,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def tell() -> None:
         for path in parser.parse_args(argv).paths:
-            print("\n".join(described(path)))
+            print("\n".join(described(path)), end="\n\n")
 
     return run_command("utils.checkpoint", tell)
 

@@ -57,7 +57,7 @@ _SHORT_FOR = {"adam": ("optimizer", "Adam"), "cache_images": ("cache", "ram"), "
 class TrainOptions:
     """Options of `python train.py` and `train.run`."""
 
-    weights: str = _flag("", "start from a checkpoint of this trainer")
+    weights: str = _flag("", "start from a checkpoint: of this trainer, or a .pt of YOLOv5 v5 to v7")
     cfg: str = _flag("", "network YAML; a bare name is looked up in models/ (default: yolov5n.yaml when no --weights)")
     data: str = _flag("data/shapes.yaml", "data set YAML")
     hyp: str = _flag("data/hyps/hyp.scratch.yaml", "hyperparameter YAML")
@@ -127,7 +127,7 @@ class TrainOptions:
 class ValOptions:
     """Options of `python val.py`."""
 
-    weights: str = _flag("", "checkpoint to evaluate (best.pt or last.pt of a run)")
+    weights: str = _flag("", "checkpoint to evaluate (best.pt or last.pt of a run, or a .pt of YOLOv5)")
     data: str = _flag("", "data set YAML (default: the one the checkpoint was trained on)")
     batch_size: int = _flag(32, "images per forward", also=["--batch"], low=1)
     imgsz: int | None = _flag(
@@ -177,7 +177,7 @@ class ValOptions:
 class DetectOptions:
     """Options of `python detect.py`."""
 
-    weights: str = _flag("", "checkpoint to detect with (best.pt or last.pt of a run)")
+    weights: str = _flag("", "checkpoint to detect with (best.pt or last.pt of a run, or a .pt of YOLOv5)")
     source: str = _flag("", "image, video, folder, glob such as 'photos/*.jpg' (in quotes), or a .txt list of these")
     imgsz: int | None = _flag(
         None,
@@ -369,7 +369,8 @@ def run_command(program: str, command: Callable[[], object]) -> int:
 
 
 def _complain(line: str) -> None:
-    print(printable(line, sys.stderr), file=sys.stderr)
+    with suppress(OSError):  # the terminal is gone, and with it whoever would read this
+        print(printable(line, sys.stderr), file=sys.stderr)
 
 
 # ---- validation ---------------------------------------------------------------------------------------------------

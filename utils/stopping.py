@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-# as terminals, batch schedulers and service managers send; there is no SIGUSR1 on Windows
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# As terminals send, when they are closed too, and batch schedulers and service managers; Windows has but two of them
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 _SILENT_S = 1.0  # a stop that takes longer is announced
 
 
@@ -88,8 +89,7 @@ class StopRequest:
 
 @contextmanager
 def signals_raised() -> Iterator[None]:
-    """STOP_SIGNALS are raised as Interrupted within the block, as far as nobody else has taken them over: those that
-    have a handler, and those that are ignored, as under nohup, are left alone."""
+    """STOP_SIGNALS are raised as Interrupted within the block, but those that are ignored or have a handler already."""
     usual = (signal.SIG_DFL, signal.default_int_handler, _spent)
     mine = [signum for signum in STOP_SIGNALS if _in_main_thread() and signal.getsignal(signum) in usual]
     handlers = {signum: signal.signal(signum, _raise) for signum in mine}
@@ -130,7 +130,8 @@ def _in_main_thread() -> bool:
 def stop_signals() -> Iterator[StopRequest]:
     """STOP_SIGNALS make a request of themselves within the block; a second SIGINT ends the process at once.
 
-    Outside of the main thread, which alone may ask for signals, nothing is ever requested.
+    Those that are ignored stay so, as under nohup. Outside of the main thread, which alone may ask for signals, nothing
+    is ever requested.
     """
     stop = StopRequest()
     if not _in_main_thread():
@@ -140,7 +141,8 @@ def stop_signals() -> Iterator[StopRequest]:
     writer.setblocking(False)
     thread = threading.Thread(target=_listen, args=(stop, reader), name="signals", daemon=True)
     thread.start()
-    handlers = {signum: signal.signal(signum, stop.receive) for signum in STOP_SIGNALS}
+    heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    handlers = {signum: signal.signal(signum, stop.receive) for signum in heeded}
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         yield stop

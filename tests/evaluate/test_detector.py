@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from models import yolo
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches
 from utils.data.store import plain_store
@@ -212,9 +213,9 @@ print([name for name in ("matplotlib", "tensorboard", "pycocotools") if name in 
 
 
 def test_a_network_that_says_nonsense_warns(trained, photos, tmp_path):
-    checkpoint = torch.load(trained / "weights/best.pt", weights_only=True)
+    checkpoint = load_checkpoint(trained / "weights/best.pt")
     first = next(name for name, tensor in checkpoint["ema"].items() if tensor.is_floating_point())
     checkpoint["ema"][first].fill_(float("nan"))
-    torch.save(checkpoint, tmp_path / "nan.pt")
+    save_checkpoint(tmp_path / "nan.pt", checkpoint)
     with pytest.warns(UserWarning, match="^image 0 and 3 more: the network computed NaN .* may be damaged$"):
         assert [len(one.boxes) for one in yolo.load(tmp_path / "nan.pt", device="cpu").detect(photos)] == [0] * 4

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import C3, SPPF, Bottleneck, Concat, Conv, Detect
+from models.layers import C3, SPP, SPPF, Bottleneck, Concat, Conv, Detect, Focus
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -139,3 +139,33 @@ def test_detect_keeps_anchors_in_units_of_the_stride():
     assert torch.equal(detect.anchors_px, ANCHORS * 2)
     with pytest.raises(ValueError, match=r"\(2, 2, 2\), got \(1, 2, 2\)"):
         detect.set_anchors(ANCHORS[:1])
+
+
+# ---- blocks of networks up to YOLOv5 v5 ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", [[5, 9, 13], [3], [3, 5, 7]])
+def test_spp_pools_side_by_side(kernels):
+    block, maps = randomised(SPP(8, 12, kernels)), noise(2, 8, 9, 11)
+    inner = block.cv1(maps)
+    pooled = [F.max_pool2d(inner, kernel, 1, kernel // 2) for kernel in kernels]
+    torch.testing.assert_close(block(maps), block.cv2(torch.cat([inner, *pooled], 1)))
+    assert {name.split(".")[0] for name in block.state_dict()} == {"cv1", "cv2"}
+
+
+def test_spp_of_5_9_13_is_sppf_of_5():
+    one, two = randomised(SPP(8, 12, [5, 9, 13])), SPPF(8, 12, 5).eval()
+    two.load_state_dict(one.state_dict())
+    maps = noise(2, 8, 20, 17)
+    torch.testing.assert_close(one(maps), two(maps))
+
+
+def test_focus_takes_the_four_phases_of_pixels_in_their_order():
+    block, maps = randomised(Focus(3, 8, 3)), noise(2, 3, 8, 6)
+    phases = torch.zeros(2, 12, 4, 3)
+    for number, (y, x) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
+        for row in range(4):
+            for column in range(3):
+                phases[:, 3 * number : 3 * number + 3, row, column] = maps[:, :, 2 * row + y, 2 * column + x]
+    torch.testing.assert_close(block(maps), block.conv(phases))
+    assert {name.split(".")[0] for name in block.state_dict()} == {"conv"}

@@ -19,11 +19,13 @@ from models.yolo import (
     count_layers,
     count_parameters,
     decode,
+    entry_shapes,
     fused,
     gflops,
     main,
     read_network,
 )
+from tests.published import V5
 from utils.structures import HeadSpec, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -533,3 +535,32 @@ def test_layers_that_cannot_be_frozen(tiny, layers, message):
     with pytest.raises(UserError) as error:
         tiny.freeze(layers)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("network", [TINY, V5, read_network("yolov5n6.yaml")])
+def test_shapes_are_those_of_the_state_dict(network):
+    state = DetectionModel(network).state_dict()
+    assert entry_shapes(network) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def test_focus_halves_the_maps():
+    assert DetectionModel(V5).head.strides == (4, 8)
+    assert [level.shape[2:4] for level in DetectionModel(V5)(torch.zeros(1, 3, 64, 32))] == [(16, 8), (8, 4)]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([-1, 1, "SPP", [64, [5, 4]]], "SPP's kernels must be a list of odd whole numbers, got [5, 4]"),
+        ([-1, 1, "SPP", [64, 5]], "SPP's kernels must be a list of odd whole numbers, got 5"),
+        ([-1, 1, "SPP", [64, []]], "SPP's kernels must be a list of odd whole numbers, got []"),
+        ([-1, 2, "Focus", [64, 3]], "Focus cannot be repeated"),
+        ([-1, 1, "Focus", [64, 2]], "kernel 2"),
+        ([-1, 90_000, "Conv", [64]], "more than 10,000 blocks"),
+    ],
+)
+def test_rows_of_v5_and_many_blocks(row, said):
+    network = {**V5, "backbone": [*V5["backbone"][:4], row, *V5["backbone"][5:]]}
+    with pytest.raises(UserError) as raised:
+        DetectionModel(network)
+    assert said in str(raised.value)

@@ -12,11 +12,13 @@ import torch
 
 from tests.stores import ImageLabels, build_store
 from utils.clock import PARTS, TimeSplit
+from utils.data.store import plain_store
 from utils.report import mosaics, plots
 from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport, write_metrics
 from utils.structures import (
     MISSED,
+    BadUpdate,
     Batch,
     ClassMetrics,
     CocoFigures,
@@ -25,6 +27,7 @@ from utils.structures import (
     JudgedImage,
     LossMeans,
     Metrics,
+    NamedBatch,
 )
 
 LOSSES = LossMeans(box=0.1, objectness=0.2, classification=0.3)
@@ -74,7 +77,7 @@ class Recorded(Pictures):
         self.drawn.append("finished")
 
 
-def report(folder: Path, *, pictures=None, start_epoch=0, epochs=3) -> tuple[RunReport, io.StringIO]:
+def report(folder: Path, *, pictures=None, start=(0, 0), epochs=3) -> tuple[RunReport, io.StringIO]:
     stream = io.StringIO()
     return (
         RunReport(
@@ -83,7 +86,8 @@ def report(folder: Path, *, pictures=None, start_epoch=0, epochs=3) -> tuple[Run
             pictures=pictures or Pictures(),
             epochs=epochs,
             batch_size=4,
-            start_epoch=start_epoch,
+            train=plain_store(np.array([[8, 8]] * 4)),
+            start=start,
         ),
         stream,
     )
@@ -99,7 +103,11 @@ def tell(reporter: RunReport, epoch: int, metrics: Metrics | None = METRICS) -> 
 
 def finish(reporter: RunReport, *, best_epoch: int, epochs: int) -> None:
     reporter.finished(
-        METRICS, best_epoch=best_epoch, epochs=epochs, last_times=lambda: took(2.0, evaluate=0.7, save=0.2)
+        METRICS,
+        best_epoch=best_epoch,
+        epochs=epochs,
+        digests={"best.pt": "0123abcd", "last.pt": "4567cdef"},
+        last_times=lambda: took(2.0, evaluate=0.7, save=0.2),
     )
 
 
@@ -144,6 +152,7 @@ def test_story_of_a_run(tmp_path):
     assert [row.split(",")[0].strip() for row in rows(tmp_path)] == ["epoch", "1", "2", "3"]
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
     said = stream.getvalue()
+    assert "Digest of the weights: 0123abcd best.pt, 4567cdef last.pt" in said
     assert "Epochs 1 to 3 in 0:00:0" in said and "best.pt is of epoch 2" in said and str(tmp_path) in said
     assert json.loads((tmp_path / "metrics.json").read_text())["labels"] == 4
 
@@ -157,7 +166,7 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path):
     for epoch in range(3):
         tell(reporter, epoch)
     pictures = Recorded()
-    reporter, stream = report(tmp_path, pictures=pictures, start_epoch=2, epochs=4)
+    reporter, stream = report(tmp_path, pictures=pictures, start=(2, 0), epochs=4)
     assert pictures.drawn == []
     assert len(rows(tmp_path)) == 1 + 2
     reporter.train_batch(2, 0, None)
@@ -168,9 +177,32 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path):
     assert "3/4" in stream.getvalue()
 
 
+def test_updates_that_were_skipped_are_counted_told_and_named(tmp_path):
+    reporter, stream = report(tmp_path)
+    batches = [NamedBatch(epoch=1, index=index, images=(index,)) for index in range(3)]
+    reporter.skipped([BadUpdate(what="loss", batches=(one,)) for one in batches])
+    reporter.epoch(1, LOSSES, METRICS, (0.1, 0.1, 0.2), took(3.0), skipped=3)
+    assert rows(tmp_path)[-1].split(",")[-1].strip() == "3"
+    assert "warning: epoch 2: 3 updates skipped" in stream.getvalue()
+    assert len(reporter.nonfinite.read_text().splitlines()) == 1 + 3
+    report(tmp_path, start=(1, 2))  # resumed before the third
+    assert len(reporter.nonfinite.read_text().splitlines()) == 1 + 2
+
+
+def test_a_run_that_goes_back_withdraws_rows_but_no_names(tmp_path):
+    reporter, _ = report(tmp_path)
+    for epoch in range(2):
+        tell(reporter, epoch)
+    reporter.skipped([BadUpdate(what="loss", batches=(NamedBatch(epoch=1, index=0, images=(0,)),))])
+    reporter.go_back(1)
+    tell(reporter, 1)
+    assert [row.split(",")[0].strip() for row in rows(tmp_path)] == ["epoch", "1", "2"]
+    assert len(reporter.nonfinite.read_text().splitlines()) == 1 + 1
+
+
 def test_a_run_that_goes_on_is_not_finished(tmp_path):
     write_metrics(tmp_path / "metrics.json", METRICS)
-    report(tmp_path, start_epoch=2)
+    report(tmp_path, start=(2, 0))
     assert not (tmp_path / "metrics.json").exists()
 
 
@@ -215,7 +247,7 @@ def test_the_summary_accounts_for_the_time_of_all_epochs_and_of_what_came_after(
 
 
 def test_a_run_resumed_to_be_evaluated_alone_has_no_time_to_account_for(tmp_path):
-    reporter, stream = report(tmp_path, start_epoch=2)
+    reporter, stream = report(tmp_path, start=(2, 0))
     finish(reporter, best_epoch=1, epochs=2)
     assert "seconds" not in stream.getvalue()
 

@@ -1,6 +1,7 @@
 """Options to a trainer: what is chosen for the user, what is refused; nothing is written before all is well."""
 
 import gc
+import math
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import yaml
 
 import train
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import for_inference, load_checkpoint, save_checkpoint
 from utils.config import TrainOptions
 from utils.data import cache
 from utils.hyp import hyperparameters
@@ -18,6 +19,7 @@ from utils.runtime import Runtime
 from utils.structures import UserError
 from utils.train import build
 from utils.train.build import _WITH_RESUME, build_trainer
+from utils.train.trainer import Trainer
 
 RUN = Path("runs/train/exp")
 LAST = RUN / "weights/last.pt"
@@ -277,6 +279,105 @@ def test_resume_keeps_the_updates_of_the_run(tiny):
     assert trainer.schedule.accumulation == 2
     assert trainer.state.epoch == 2
     assert trainer.step.average.updates == load_checkpoint(LAST)["ema_updates"]
+
+
+def saved_within_an_epoch(tiny, **changes) -> dict:
+    """The last.pt of a run of 3 epochs that stopped after 2 of the 4 batches of its second epoch, somewhat changed."""
+    trainer = build_trainer(tiny.options(epochs=3, batch_size=2, nominal_batch="2"))
+    trainer.train_epoch()
+    trainer.state.finish_epoch(None)
+    batches = trainer.stream.epoch(1)
+    trainer.step.health.start_epoch()
+    for index in range(2):
+        trainer.step(next(batches), trainer.schedule(4 + index))
+    trainer.state.batch = 2
+    checkpoint = trainer.checkpoint() | changes
+    LAST.parent.mkdir(exist_ok=True)
+    save_checkpoint(LAST, checkpoint)
+    return checkpoint
+
+
+def resumed(capsys, **options) -> tuple[Trainer, list[str]]:
+    """The trainer, and the notes that were said."""
+    capsys.readouterr()
+    trainer = build_trainer({"resume": str(LAST)} | options)
+    out = capsys.readouterr().out
+    return trainer, [line for line in out.splitlines() if line.startswith(("note: ", "Resuming "))]
+
+
+def test_a_resumed_run_says_where_it_goes_on_and_nothing_else(tiny, capsys):
+    saved_within_an_epoch(tiny)
+    trainer, said = resumed(capsys, workers=1)
+    assert said == [f"Resuming {LAST} after epoch 1 of 3 and batch 2 of the next"]
+    assert [batch.indices.tolist() for batch in trainer.stream.epoch(1, start=2)] == [
+        batch.indices.tolist() for batch in trainer.stream.epoch(1)
+    ][2:]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"torch": "2.6.0"},
+            "the run was saved on CPU .* torch 2\\.6\\.0; this is CPU .*: it goes on, and",
+        ),
+        ({"made_on": "NVIDIA H100 (80 GiB), bf16"}, "the run was saved on NVIDIA H100 .*; this is CPU"),
+        ({"project": "0.0.1"}, "the run was saved by version 0\\.0\\.1 of this trainer, this is "),
+    ],
+)
+def test_what_a_result_may_depend_on_is_said_when_it_is_another(tiny, capsys, change, words):
+    saved_within_an_epoch(tiny, **change)
+    _, said = resumed(capsys)
+    assert len(said) == 2 and re.search(words, said[0])
+
+
+def test_an_epoch_of_other_images_is_begun_anew(tiny, capsys):
+    saved_within_an_epoch(tiny)
+    tiny.image("train", 7).unlink()
+    tiny.label("train", 7).unlink()
+    trainer, said = resumed(capsys)
+    assert said[0].startswith("note: images or labels of 'train' are no longer those of the run so far; the epoch ")
+    assert (trainer.state.epoch, trainer.state.batch) == (1, 0)
+    assert math.isfinite(trainer.train_epoch().box)
+
+
+def test_other_labels_for_validation_are_said(tiny, capsys):
+    saved_within_an_epoch(tiny)
+    tiny.label("val", 1).write_text("0 .5 .5 .2 .2\n")
+    trainer, said = resumed(capsys)
+    assert said[0] == "note: images or labels of 'val' are no longer those of the run so far"
+    assert trainer.state.batch == 2
+
+
+@pytest.mark.parametrize("epochs", [2, 5])
+def test_the_rates_of_a_run_with_other_epochs_are_those_of_a_run_that_always_had_them(tiny, capsys, epochs):
+    saved_within_an_epoch(tiny)
+    trainer, said = resumed(capsys, epochs=epochs)
+    assert said[0] == f"note: --epochs {epochs} after 3: from here on, rates are those of a run of {epochs} epochs"
+    always = build_trainer(tiny.options(name="always", epochs=epochs, batch_size=2, nominal_batch="2"))
+    assert [trainer.schedule(step) for step in range(6, 4 * epochs)] == [
+        always.schedule(step) for step in range(6, 4 * epochs)
+    ]
+
+
+def test_a_run_that_is_cut_short_ends_where_it_stands(tiny, capsys):
+    saved_within_an_epoch(tiny, best_epoch=0, best_fitness=0.0)
+    save_checkpoint(LAST.with_name("best.pt"), for_inference(load_checkpoint(LAST)))
+    metrics = train.run(resume=str(LAST), epochs=1)
+    assert metrics.images == 4
+    with pytest.raises(UserError, match="all 1 epochs are done"):
+        train.run(resume=str(LAST))
+
+
+def test_the_weights_that_a_run_began_with_are_not_read_again(tiny, tmp_path, monkeypatch):
+    train.run(**tiny.options(name="first"))
+    weights = tmp_path / "start.pt"
+    weights.write_bytes(Path("runs/train/first/weights/best.pt").read_bytes())
+    train.run(**tiny.options(cfg=None, weights=str(weights)))
+    before = load_checkpoint(LAST)["model"]
+    weights.unlink()
+    trainer = build_trainer({"resume": str(LAST), "epochs": 2})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.step.model.state_dict().items())
 
 
 def test_a_run_goes_on_where_its_precision_and_its_compiler_are_not(tiny, monkeypatch, capsys):

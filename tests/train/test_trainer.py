@@ -10,16 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import train
 from models.yolo import DetectionModel
-from utils.checkpoint import LateRunFolder, RunFolder, averaged_model, load_checkpoint
+from utils.checkpoint import averaged_model, load_checkpoint
 from utils.data.loader import TrainStream
 from utils.evaluate.evaluator import Evaluator
 from utils.report.run_report import PictureFiles
+from utils.run_folder import LateRunFolder, RunFolder
 from utils.stopping import Interrupted
 from utils.structures import ClassMetrics, CocoFigures, LossMeans, Metrics, RunError, UserError
 from utils.train.build import build_trainer
@@ -405,17 +407,33 @@ def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_before_the_first_save_does_not_offer_the_checkpoint_of_an_earlier_run(tiny, monkeypatch):
-    train.run(**tiny.options(epochs=1))
-    monkeypatch.setattr(RunFolder, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="no epoch was finished, so there is no checkpoint"):
-        train.run(**tiny.options(epochs=3, exist_ok=True))
-    with pytest.raises(KeyboardInterrupt, match=r"continue with: .* train\.py --resume "):
-        train.run(resume=str(LAST), epochs=3)
+def test_a_run_can_be_continued_from_its_first_moment(augmented, monkeypatch):
+    train.run(**augmented.options(name="whole", epochs=1))
+    with (
+        monkeypatch.context() as context,
+        pytest.raises(KeyboardInterrupt, match=r"continue with: .*train\.py --resume "),
+    ):
+        interrupt(context, epoch=0, batch=0)
+        train.run(**augmented.options(epochs=1))
+    assert (load_checkpoint(LAST)["epoch"], load_checkpoint(LAST)["batch"]) == (0, 0)
+    train.run(resume=str(LAST))
+    assert same(RUNS / "whole/weights/last.pt", LAST)
+
+
+def test_a_signal_saves_what_nosave_would_have_saved_at_the_end(augmented, monkeypatch):
+    train.run(**augmented.options(name="whole", epochs=4, nosave=True))
+    with monkeypatch.context() as context, pytest.raises(Interrupted, match="--resume"):
+        interrupt(context, epoch=2, batch=1, signum=signal.SIGTERM)
+        train.run(**augmented.options(epochs=4, nosave=True))
+    assert (RUNS / "exp/weights/best.pt").exists()
+    train.run(resume=str(LAST))
+    assert same(RUNS / "whole/weights/last.pt", LAST)
+    first, second = (load_checkpoint(RUNS / name / "weights/best.pt") for name in ("whole", "exp"))
+    assert all(torch.equal(tensor, second["ema"][name]) for name, tensor in first["ema"].items())
 
 
 def test_ctrl_c_while_nosave_writes_its_only_checkpoint(tiny, monkeypatch):
-    monkeypatch.setattr("utils.checkpoint.save_checkpoint", interrupted)
+    monkeypatch.setattr("utils.run_folder.save_checkpoint", interrupted)
     with pytest.raises(KeyboardInterrupt, match="--nosave saves nothing before the end, so there is no checkpoint"):
         train.run(**tiny.options(epochs=2, nosave=True))
 
@@ -495,20 +513,6 @@ def test_gradients_that_never_fit_into_fp16_end_the_run_with_one_line(tiny):
         trainer.fit()
 
 
-def test_a_loss_that_overflows_in_fp16_may_do_so_for_lack_of_range(tiny, monkeypatch):
-    honest = TrainStep.__call__
-
-    def overflowing(step, batch, settings):
-        losses = honest(step, batch, settings)
-        return replace(losses, box=losses.box * float("inf"))
-
-    monkeypatch.setattr(TrainStep, "__call__", overflowing)
-    with pytest.raises(UserError, match=r"in epoch 1: use --amp bf16 or --amp off, or lower lr0 \(now 0\.02\)"):
-        scaled(tiny, 2.0**16).train_epoch()
-    with pytest.raises(UserError, match=r"in epoch 1: lower lr0"):
-        build_trainer(tiny.options()).train_epoch()
-
-
 def test_a_run_without_a_scaler_resumes_with_one(tiny):
     """As when a run moves from a CPU to an old GPU."""
     trainer = build_trainer(tiny.options())
@@ -516,6 +520,110 @@ def test_a_run_without_a_scaler_resumes_with_one(tiny):
     trainer.step.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     trainer.step.load_state_dict(saved)
     assert trainer.step.scaler.get_scale() == 8.0
+
+
+# ---- numbers that are none ------------------------------------------------------------------------------------------
+
+
+def lose(monkeypatch, *places: tuple[int, int]):
+    """The loss of these batches, by epoch and number, is not a number; as often as they are trained on."""
+    honest = DetectionModel.forward
+
+    def lost(self, images):
+        outputs = honest(self, images)
+        return [level * float("nan") for level in outputs] if self.training and now[0] in places else outputs
+
+    now, step = [None], TrainStep.__call__
+
+    def noting(self, batch, settings):
+        now[0] = settings.place
+        return step(self, batch, settings)
+
+    monkeypatch.setattr(DetectionModel, "forward", lost)
+    monkeypatch.setattr(TrainStep, "__call__", noting)
+
+
+def table(name: str, run: str = "exp") -> list[dict[str, str]]:
+    with (RUNS / run / name).open() as file:
+        return list(csv.DictReader(file, skipinitialspace=True))
+
+
+def test_a_batch_without_numbers_is_skipped_counted_and_named(augmented, monkeypatch, capsys):
+    lose(monkeypatch, (1, 0))
+    metrics = train.run(**augmented.options(epochs=3))
+    assert metrics.non_finite == 0
+    assert [row["train/skipped"] for row in table("results.csv")] == ["0", "1", "0"]
+    assert all(np.isfinite(float(cell)) for row in table("results.csv") for cell in row.values())
+    [row] = table("nonfinite.csv")
+    assert (row["epoch"], row["batch"], row["what"]) == ("2", "1", "loss")
+    assert len(row["images"].split("; ")) == 4 and all(Path(one).is_file() for one in row["images"].split("; "))
+    assert "warning: epoch 2: 1 update skipped" in capsys.readouterr().out
+    assert all(tensor.isfinite().all() for tensor in tensors(load_checkpoint(LAST)).values())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_run_resumed_among_batches_without_numbers_is_the_same_run(augmented, monkeypatch, batch):
+    """No checkpoint is made in the midst of them: the run goes on from the one before."""
+    lose(monkeypatch, (1, 1), (1, 2))
+    options = augmented.options(epochs=2, batch_size=2, nominal_batch="2", save_every=1e-9)
+    train.run(**options, name="whole")
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        interrupt(context, epoch=1, batch=batch)
+        train.run(**options)
+    assert load_checkpoint(LAST)["batch"] == 1
+    train.run(resume=str(LAST))
+    assert same(RUNS / "whole/weights/last.pt", LAST)
+    for name in ("results.csv", "nonfinite.csv"):
+        assert (RUNS / "whole" / name).read_bytes() == (RUNS / "exp" / name).read_bytes()
+
+
+EVER_AFTER = [(epoch, batch) for epoch in range(2, 40) for batch in range(2)]
+
+
+def test_numbers_that_never_come_back_end_the_run_after_one_more_attempt(tiny, monkeypatch, capsys):
+    lose(monkeypatch, *EVER_AFTER)
+    rates, honest = set(), TrainStep.__call__
+
+    def noting(self, batch, settings):
+        rates.add(settings.lrs[1])
+        return honest(self, batch, settings)
+
+    monkeypatch.setattr(TrainStep, "__call__", noting)
+    with pytest.raises(RunError, match=r"^20 updates in a row .* at half the learning rate as well: .*lower lr0"):
+        train.run(**tiny.options(epochs=40))
+    assert rates == {0.02, 0.01}
+    assert "back to the last checkpoint, after epoch 2, and on at half the learning rate" in capsys.readouterr().out
+    assert [row["epoch"] for row in table("results.csv")][:2] == ["1", "2"]
+    assert load_checkpoint(LAST)["epoch"] == 2
+    assert {(int(row["epoch"]), int(row["batch"])) for row in table("nonfinite.csv")} == {
+        (epoch + 1, batch + 1) for epoch, batch in EVER_AFTER[:20]
+    }
+
+
+def test_half_the_learning_rate_may_be_enough(tiny, monkeypatch):
+    """The run then ends as it should, and says so in every later row."""
+    honest, calls = TrainStep.__call__, []
+
+    def wild(self, batch, settings):
+        calls.append(settings.place)
+        if settings.lrs[1] == 0.02 and settings.place >= (1, 0):
+            batch = replace(batch, boxes=batch.boxes * float("nan"))
+        return honest(self, batch, settings)
+
+    monkeypatch.setattr(TrainStep, "__call__", wild)
+    train.run(**tiny.options(epochs=15))
+    assert [row["epoch"] for row in table("results.csv")] == [str(epoch) for epoch in range(1, 16)]
+    assert {float(row["x/lr1"]) for row in table("results.csv")[1:]} == {0.01}
+    assert len(table("nonfinite.csv")) == 20
+    assert load_checkpoint(LAST)["lr_scale"] == 0.5
+    train.run(resume=str(LAST), epochs=16)  # stays so
+    assert float(table("results.csv")[-1]["x/lr1"]) == 0.01
+
+
+def test_without_a_checkpoint_to_go_back_to_the_run_ends(tiny, monkeypatch):
+    lose(monkeypatch, *EVER_AFTER)
+    with pytest.raises(RunError, match=r"^20 updates in a row gave no finite numbers: "):
+        train.run(**tiny.options(epochs=40, nosave=True))
 
 
 # ---- where the time goes --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from models.yolo import DetectionModel
-from utils.checkpoint import METRICS_FILE, Checkpoint, averaged_model, load_checkpoint
+from utils.checkpoint import Checkpoint, averaged_model, load_weights
 from utils.clock import TimeSplit
 from utils.config import SINGLE_CLASS, DetectOptions, ValOptions, find_file, validated, whole_strides
 from utils.data.images import BaseImages
@@ -25,6 +25,7 @@ from utils.hyp import hyperparameters
 from utils.loss import LossGains
 from utils.report.loggers import Console, result, strange_outputs
 from utils.report.run_report import PictureFiles, Pictures, write_metrics
+from utils.run_folder import METRICS_FILE
 from utils.runtime import Runtime, choose_runtime, mendable_errors
 from utils.structures import Batch, DatasetSpec, Detections, HeadSpec, LabelStore, Metrics, UserError
 
@@ -117,7 +118,7 @@ def _evaluated(parts: _Parts, folder: Path) -> Metrics:
 def _parts(options: ValOptions) -> _Parts:
     console = Console(quiet=options.quiet)
     runtime = choose_runtime(device=options.device, amp=options.amp, workers=options.workers)
-    checkpoint = load_checkpoint(Path(options.weights))
+    checkpoint = load_weights(Path(options.weights))
     spec = open_dataset(_data(options, checkpoint), note=console.note, bar=console.download_bar)
     single = options.single_cls or checkpoint["options"].get("single_cls", False)
     names = _names(options, spec, checkpoint, single=single, console=console)
@@ -153,6 +154,8 @@ def _data(options: ValOptions, checkpoint: Checkpoint) -> str:
     if options.data:
         return options.data
     learned_from = checkpoint["options"]["data"]
+    if not learned_from:
+        raise UserError(f"{options.weights} does not say what it was trained on; name a data set with --data")
     if not find_file(learned_from, "data").exists():
         raise UserError(
             f"not found: {learned_from}, the data set that {options.weights} was trained on; name another with --data"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from models.yolo import DetectionModel
-from utils.checkpoint import averaged_model, load_checkpoint
+from utils.checkpoint import averaged_model, load_weights
 from utils.clock import EVALUATION_PARTS, StepClock
 from utils.config import LARGEST_IMGSZ, whole_strides
 from utils.data.images import ImageError, decode_image
@@ -192,7 +192,7 @@ def load_detector(path: str | Path, *, device: str, imgsz: int | None) -> Detect
 
 def detector_of(path: Path, *, runtime: Runtime, imgsz: int | None, note: Callable[[str], object]) -> Detector:
     """The detector of a checkpoint, for a runtime. `imgsz` None: that of the training run."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_weights(path)
     model = averaged_model(checkpoint)
     return Detector(
         network=for_evaluation(model, runtime),

@@ -19,10 +19,10 @@ from typing import IO, Any
 import numpy as np
 
 from utils.boxes import cxcywh_from_xyxy, pairwise_iou, xywh_from_xyxy
-from utils.checkpoint import METRICS_FILE, WEIGHTS_FOLDER
 from utils.evaluate.matching import Labels
 from utils.evaluate.metrics import Evidence
 from utils.files import write_atomic, write_text
+from utils.run_folder import METRICS_FILE, WEIGHTS_FOLDER
 from utils.structures import CROWD, DIFFICULT, LabelStore, UserError
 
 PREDICTIONS_FILE = "predictions.json"

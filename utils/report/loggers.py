@@ -89,8 +89,9 @@ class CsvTable:
     those are others, and drops a last row cut short.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        self.path, self.columns = path, columns
+    def __init__(self, path: Path, columns: tuple[str, ...], *, lasting: bool = False) -> None:
+        """A row that is to be `lasting` is on disk before `append` returns, whatever becomes of the machine."""
+        self.path, self.columns, self._lasting = path, columns, lasting
         if path.exists() and path.read_text(encoding="utf-8", errors="replace") != self._text(rows := self.rows()):
             self._replace(rows)
 
@@ -118,6 +119,9 @@ class CsvTable:
             with self.path.open("a", encoding="utf-8", newline="") as file:
                 # one write, so that a kill cuts at most one row
                 file.write(self._line(cells) if file.tell() else self._text([cells]))
+                if self._lasting:
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             error.filename = str(self.path)  # a full disk has none
             raise
@@ -195,7 +199,7 @@ class CsvLogger(Logger):
     """results.csv, which an identical run repeats to the byte, and timing.csv, which no run repeats."""
 
     def __init__(self, folder: Path, *, start_epoch: int = 0, note: Note = print) -> None:
-        self._results = CsvTable(folder / "results.csv", RESULT_COLUMNS)
+        self._results = CsvTable(folder / "results.csv", RESULT_COLUMNS, lasting=True)  # checkpoints count on it
         self._timing = CsvTable(folder / "timing.csv", TIMING_COLUMNS)
         for table in (self._results, self._timing):
             table.truncate(start_epoch)
@@ -214,6 +218,10 @@ class NonFiniteTable:
 
     def __init__(self, folder: Path) -> None:
         self._table = CsvTable(folder / "nonfinite.csv", NONFINITE_COLUMNS)
+
+    @property
+    def path(self) -> Path:
+        return self._table.path
 
     def append(self, bad: Iterable[BadUpdate], store: LabelStore) -> None:
         """`store` is that of the training split."""

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from utils.checkpoint import METRICS_FILE
 from utils.clock import TimeSplit
 from utils.data.loader import Stream, UnpaintedBatch
 from utils.files import this_python, write_text
@@ -33,6 +32,7 @@ from utils.report.loggers import (
     result_row,
 )
 from utils.report.timing import bottleneck, time_table, timing_row
+from utils.run_folder import METRICS_FILE
 from utils.structures import BadUpdate, Batch, ClassMetrics, Detections, LabelStore, LossMeans, Metrics
 
 

@@ -6,7 +6,8 @@ Every mistake of the user is found before the run folder exists.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,7 @@ import torch
 from models.norm_silu import accelerate
 from models.yolo import DetectionModel, count_parameters, gflops, read_network
 from utils import __version__
-from utils.checkpoint import (
-    Checkpoint,
-    LateRunFolder,
-    RunFolder,
-    load_checkpoint,
-    load_last,
-    newest_checkpoint,
-    transfer,
-)
+from utils.checkpoint import Checkpoint, load_weights
 from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling, validated, whole_strides
 from utils.data import colours
 from utils.data.cache import NoRoom, cached_images, remove_abandoned, summary
@@ -41,8 +34,9 @@ from utils.hyp import Hyperparameters, hyperparameters, plain_values, read_hyp
 from utils.loss import LossGains
 from utils.report.loggers import Console
 from utils.report.run_report import PictureFiles, Pictures, RunReport
+from utils.run_folder import LateRunFolder, RunFolder, load_last, newest_checkpoint
 from utils.runtime import Note, Runtime, choose_runtime, mendable_errors, raise_or_note
-from utils.stopping import StopRequest
+from utils.stopping import Interrupted, StopRequest
 from utils.structures import DatasetSpec, LabelStore, UserError
 from utils.train.anchors import choose_anchors
 from utils.train.batchsize import largest_batch_size
@@ -56,10 +50,12 @@ from utils.train.optim import (
 )
 from utils.train.step import TrainStep
 from utils.train.trainer import RunState, Trainer
+from utils.transfer import Transfer, transfer
 
 _DEFAULT_EPOCHS = 300
 _DEFAULT_IMGSZ = 640
 _DEFAULT_CFG = "yolov5n.yaml"
+_NAMES_SHOWN = 4  # of entries or classes, in a line on weights
 _CLASSES_SHOWN = 6  # in the report on the data; `python -m utils.data.scan` shows more
 _WITH_RESUME = ("resume", "epochs", "device", "workers", "patience", "save_every", "quiet")  # may accompany --resume
 
@@ -85,7 +81,11 @@ def build_trainer(values: Mapping[str, Any], stop: StopRequest | None = None) ->
     """A trainer, new or resumed, for options by name; it heeds `stop`. Raises UserError before anything is written."""
     given = validated(TrainOptions, dict(values))
     console, stop = Console(quiet=given.quiet), stop or StopRequest()
-    return _new(given, console, stop) if given.resume is None else _resumed(values, given, console, stop)
+    try:
+        return _new(given, console, stop) if given.resume is None else _resumed(values, given, console, stop)
+    except Interrupted as interrupted:
+        does = "starts anew" if given.resume is None else "goes on from the same checkpoint"
+        raise Interrupted(interrupted.signum, f"nothing was trained yet: the same command {does}") from None
 
 
 def _new(given: TrainOptions, console: Console, stop: StopRequest) -> Trainer:
@@ -95,7 +95,7 @@ def _new(given: TrainOptions, console: Console, stop: StopRequest) -> Trainer:
     runtime = _runtime(given)
     for line in _advice(given, hyp, names, runtime):
         console.note(line)
-    model, lines = _model(given, hyp, names)
+    model, lines = _model(given, hyp, names, note=console.note)
     _accelerated(model, runtime)
     scan = _scan(given, spec, console)
     train, val = _stores(given, scan)
@@ -189,6 +189,8 @@ def _what_differs(checkpoint: Checkpoint, parts: _Parts) -> list[str]:
             f"the run was saved on {theirs}; this is {ours}: it goes on, and figures may differ in their last digits "
             "from those it would have had there"
         )
+    if (epochs := parts.options.epochs) != (planned := checkpoint["options"]["epochs"]):
+        lines.append(f"--epochs {epochs} after {planned}: from here on, rates are those of a run of {epochs} epochs")
     if checkpoint["project"] != __version__:
         lines.append(f"the run was saved by version {checkpoint['project']} of this trainer, this is {__version__}")
     for split, store in (("train", parts.train), ("val", parts.val)):
@@ -291,9 +293,11 @@ def _advice(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...],
     return [line for line in lines if line]
 
 
-def _model(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...]) -> tuple[DetectionModel, list[str]]:
+def _model(
+    options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...], *, note: Note
+) -> tuple[DetectionModel, list[str]]:
     """The network with the weights to start from, and lines on these for the user."""
-    checkpoint = load_checkpoint(Path(options.weights)) if options.weights else None
+    checkpoint = load_weights(Path(options.weights)) if options.weights else None
     cfg = str(find_file(options.cfg or _DEFAULT_CFG, "models"))
     network = checkpoint["network"] if checkpoint and not options.cfg else read_network(cfg)
     anchors = _placeholder_anchors(network, round(hyp.anchors)) if hyp.anchors is not None else None
@@ -301,8 +305,47 @@ def _model(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...]) 
     model.freeze(options.freeze)
     if checkpoint is None:
         return model, []
-    fitting, total = transfer(model, checkpoint["ema"])
-    return model, [f"Weights: {fitting} of {total} entries of {options.weights} fit this network"]
+    taken = transfer(model, checkpoint["ema"], learned=checkpoint["names"], names=names)
+    _refuse_strangers(options, taken)
+    if _can_go_on(Path(options.weights), checkpoint):
+        note(
+            f"--weights {options.weights} starts anew from the weights of a run that is not finished; "
+            f"--resume {shlex.quote(options.weights)} continues it"
+        )
+    return model, _transferred(options, taken)
+
+
+def _refuse_strangers(options: TrainOptions, taken: Transfer) -> None:
+    """Raise UserError where a network took nothing of the weights."""
+    if not taken.whole and not taken.by_class:
+        raise UserError(
+            f"--weights {options.weights}: not one of its entries fits {options.cfg}, where {taken.left_out[0]} has "
+            "another shape or name; leave out --cfg to train the network of the weights, or leave out --weights"
+        )
+
+
+def _transferred(options: TrainOptions, taken: Transfer) -> list[str]:
+    """What the user is told about the weights to start from."""
+    lines = [f"Weights: {len(taken.whole)} of {taken.total} entries of {options.weights} fit this network"]
+    if taken.by_class:
+        classes = f"the rows of {_few(taken.classes)}" if taken.classes else "no class of the same name"
+        lines.append(f"Weights: {len(taken.by_class)} entries of the head by class: boxes, objectness and {classes}")
+    if taken.left_out:
+        lines.append(f"Weights: left as they start: {_few(taken.left_out)}")
+    if taken.unused:
+        lines.append(f"Weights: not used: {_few(taken.unused)}")
+    return lines
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+def _can_go_on(path: Path, checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint is that of a run which `--resume` would continue."""
+    run = RunFolder(path.absolute().parent.parent)
+    return path.absolute() == run.last and not run.finished and "optimizer" in checkpoint
 
 
 def _placeholder_anchors(network: dict[str, Any], per_level: int) -> torch.Tensor:

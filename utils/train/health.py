@@ -141,7 +141,7 @@ class RunningStatistics:
             for module in model.modules()
             if isinstance(module, _BatchNorm)
             for buffer in module.buffers(recurse=False)
-            if buffer.is_floating_point()  # that counts batches, and nothing depends on it
+            if buffer.is_floating_point()  # the third counts batches, and nothing depends on it
         ]
         if self._live:
             self._kept = torch.cat(self._live)

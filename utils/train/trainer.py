@@ -12,15 +12,16 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from utils.checkpoint import RunFolder, averaged_model, checksum, load_checkpoint
-from utils.config import TrainOptions
+from utils.checkpoint import averaged_model, load_checkpoint, weights_digest
+from utils.config import PROJECT_ROOT, TrainOptions
 from utils.data.loader import TrainStream, faults_named
 from utils.evaluate.evaluator import Evaluator
 from utils.evaluate.saving import coco_ids, write_predictions
-from utils.files import this_python
+from utils.files import from_here, this_python
 from utils.hyp import Hyperparameters, plain_values
 from utils.report.loggers import format_losses, strange_outputs
 from utils.report.run_report import RunReport
+from utils.run_folder import RunFolder
 from utils.runtime import Runtime, mendable_errors
 from utils.stopping import Interrupted, StopRequest
 from utils.structures import Batch, Detections, LossMeans, Metrics, UserError
@@ -213,13 +214,12 @@ class Trainer:
             for line in write_predictions(self.run.path, evaluation.evidence, store, self.names):
                 self.report.console.note(line)
         self.run.tidy()
-        state = self.step.state_dict()
-        trained = {name: state[name] for name in ("model", "ema")}
+        digests = {self.run.best.name: checkpoint, self.run.last.name: self.step.state_dict()}
         self.report.finished(
             metrics,
             best_epoch=checkpoint["epoch"] - 1,
             epochs=self.state.epoch,
-            digests={self.run.best.name: checksum(checkpoint["ema"]), self.run.last.name: checksum(trained)},
+            digests={name: weights_digest(weights) for name, weights in digests.items()},
             last_times=self.clock.split,
         )
         return metrics
@@ -251,7 +251,7 @@ class Trainer:
         if self.state.lr_scale < 1:
             told += ", at half the learning rate as well"
         if self.state.lr_scale < 1 or not self.run.saved:
-            amp = "" if self.runtime.amp_dtype is None else " or use --amp off"
+            amp = "" if self.runtime.amp_dtype is None else ", or use --amp off"
             raise UserError(
                 f"{told}: {self.report.nonfinite} names batches and images; look at these, lower lr0 (now "
                 f"{self.hyp.lr0:g}){amp}"
@@ -326,5 +326,6 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
 def _how_to_continue(trainer: Trainer) -> str:
     """What to type to go on."""
     if trainer.run.saved:
-        return f"continue with: {this_python()} train.py --resume {shlex.quote(str(trainer.run.last))}"
+        script, last = (shlex.quote(str(path)) for path in (from_here(PROJECT_ROOT / "train.py"), trainer.run.last))
+        return f"continue with: {this_python()} {script} --resume {last}"
     return "--nosave saves nothing before the end, so there is no checkpoint to continue from"

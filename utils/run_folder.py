@@ -1,0 +1,168 @@
+"""The folder of a training run: its checkpoints, when they are written, and which one a run goes on from.
+
+The surprise: a thread writes them, from copies, while training goes on; `RunFolder.settle` waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from utils.checkpoint import Checkpoint, for_inference, load_checkpoint, save_checkpoint, snapshot
+from utils.files import remove_unfinished
+from utils.structures import RunError, UserError
+
+METRICS_FILE = "metrics.json"
+WEIGHTS_FOLDER = "weights"  # of a training run
+
+
+@dataclass
+class RunFolder:
+    """Where the files of a run lie."""
+
+    path: Path
+    saved: bool = False  # whether last.pt is of this run; with --exist-ok there may be that of an earlier one
+    _background: _Background = field(default_factory=lambda: _Background(), repr=False)
+
+    @property
+    def last(self) -> Path:
+        return self.path / WEIGHTS_FOLDER / "last.pt"
+
+    @property
+    def previous(self) -> Path:
+        """What last.pt was before, while the run is under way."""
+        return predecessor_of(self.last)
+
+    @property
+    def best(self) -> Path:
+        return self.path / WEIGHTS_FOLDER / "best.pt"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final evaluation is done, too."""
+        return (self.path / METRICS_FILE).exists()
+
+    def save(self, checkpoint: Checkpoint, *, best: bool = False, final: bool = False, keep: bool = False) -> None:
+        """Write last.pt and, where this is the best epoch so far, best.pt; `keep` writes epochN.pt, too.
+
+        From a copy, by a thread; a failure is raised by the next call, or by `settle`. `final` says that none may
+        follow. last.pt goes last: a run that dies in between repeats the epoch, and so never lacks the files it counts
+        on.
+        """
+        content = snapshot(checkpoint)
+        self._background.start(partial(self._write, content, for_inference(content) if best else None, keep=keep))
+
+    def settle(self) -> None:
+        """Return when everything is on disk. Raises what went wrong on the way."""
+        self._background.wait()
+
+    def take_over(self, source: Path | None = None) -> None:
+        """Before the run begins, in a folder that may have seen an earlier one, or goes on from the checkpoint at
+        `source`, last.pt or what it was before."""
+        remove_unfinished(self.path)
+        remove_unfinished(self.last.parent)
+        if source is not None and source.name == self.previous.name:
+            self.previous.replace(self.last)
+
+    def tidy(self) -> None:
+        """After the run: a finished one has no use for what last.pt was before."""
+        self.settle()
+        self.previous.unlink(missing_ok=True)
+
+    @contextmanager
+    def removal_named(self) -> Iterator[None]:
+        """What goes wrong with files while the folder is no longer there, goes wrong for that."""
+        try:
+            yield
+        except (OSError, UserError):
+            self._check_there()
+            raise
+
+    def _check_there(self) -> None:
+        if not self.path.is_dir():
+            raise RunError(f"the folder of this run has been removed, so nothing can be saved: {self.path}")
+
+    def _write(self, content: Checkpoint, best: Checkpoint | None, *, keep: bool) -> None:
+        self._check_there()
+        self.last.parent.mkdir(exist_ok=True)
+        if best is not None:
+            save_checkpoint(self.best, best)
+        if keep:
+            save_checkpoint(self.last.with_name(f"epoch{content['epoch']}.pt"), content)
+        if not self.saved:  # both would be of an earlier run
+            self.previous.unlink(missing_ok=True)
+        save_checkpoint(self.last, content, predecessor=self.previous if self.saved else None)
+        self.saved = True
+
+
+@dataclass
+class LateRunFolder(RunFolder):
+    """The folder of a run with `--nosave`: weights are written after the final epoch, or when a signal ends the run."""
+
+    waiting: Checkpoint | None = field(default=None, repr=False)  # the best so far, as best.pt will hold them
+
+    def save(self, checkpoint: Checkpoint, *, best: bool = False, final: bool = False, keep: bool = False) -> None:
+        if best:
+            self.waiting = for_inference(checkpoint)
+        if final:
+            self._background.start(partial(self._write, snapshot(checkpoint), self.waiting, keep=False))
+
+
+class _Background:
+    """One job at a time in a thread of its own, whose errors come back."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, job: Callable[[], object]) -> None:
+        """When the job before is done."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoints")
+        self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, job: Callable[[], object]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            self._error = error
+
+
+def predecessor_of(last: Path) -> Path:
+    return last.with_name("previous.pt")
+
+
+def load_last(path: Path, warn: Callable[[str], object]) -> tuple[Checkpoint, Path]:
+    """The checkpoint of a run to continue, and its file: where last.pt is damaged or lost, the one before it."""
+    previous = predecessor_of(path)
+    try:
+        return load_checkpoint(path), path
+    except UserError as error:
+        if path.name != "last.pt" or not previous.exists():
+            raise
+        try:
+            checkpoint = load_checkpoint(previous)
+        except UserError:
+            raise UserError(f"{error}; {previous}, which was saved before it, is damaged, too") from None
+        warn(f"{error}; going on from {previous}, which was saved before it")
+        return checkpoint, previous
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The `last.pt` below `folder` that was written last. Raises UserError when there is none."""
+    found = sorted(folder.glob(f"**/{WEIGHTS_FOLDER}/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"--resume: no last.pt below {folder}/; name the checkpoint to continue")
+    return found[-1]
