@@ -1,6 +1,6 @@
 # make demo: install into .venv and train on the embedded data set.   make test: install and run the tests.
 # make bench: what a step, the loader, an evaluation and a start cost here.   make bench-peer: step, samples, val.py and figures against the peers'.
-# make soak: fifty runs are killed at random moments and must end as if nobody had touched them; ten minutes.
+# make soak: fifty runs are killed at random moments and must end as if nobody had touched them; five minutes on two cores.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -108,7 +108,7 @@ def plans_of(kills: int, variants: Sequence[Variant], seed: int) -> list[Plan]:
     for number in range(1, kills + 1):
         kill = Blow(moment=next(moments), group=rng.random() < 0.5)
         first = kill if number % _STOPS_EVERY else next(stops)
-        source = {"scan": scanned, "cache": rng.choice([caching, turns])}.get(first.moment, turns)
+        source = {"scan": scanned, "cache": rng.choice([caching, caching, turns])}.get(first.moment, turns)
         again = [Blow(moment=rng.choice(_AGAIN), group=rng.random() < 0.5)] if rng.random() < _AGAIN_SHARE else []
         damages = rng.random() < _DAMAGES_SHARE and (not again or first.kills)
         plans.append(Plan(number=number, variant=next(source), blows=[first, *again], damages=damages))

@@ -14,7 +14,8 @@ from benchmarks.soak_process import Watched
 
 _SHARED_MEMORY = Path("/dev/shm")
 _TEMPORARY = re.compile(r"\.(last|best|previous)\.pt\.[0-9a-f]{8}")  # of `utils.files.write_atomic`
-_OF_CACHES = re.compile(r".*\.partial|.*\.cache\.[0-9a-f]{8}")  # of images, of labels
+_IMAGE_CACHE = re.compile(r".*\.partial")  # of `utils.data.cache`
+_LABEL_CACHE = re.compile(r".*\.cache\.[0-9a-f]{8}")
 _EVALUATING = rb"Evaluating +0%"  # shown once for each evaluation
 _SCANNING = rb"Scanning train +0%"
 _EPOCH = rb"[\r\n] *\d+/\d+ +\d\.\d{5} "  # the line of one that is done
@@ -33,6 +34,7 @@ class Facts:
     weights: Path = Path()  # the folder
     caches: Path = Path()
     stem: str = ""  # in the names of its caches
+    caches_images: bool = False
 
     @classmethod
     def of(cls, process: Watched, seconds: float) -> dict[str, float]:
@@ -81,11 +83,12 @@ def _checkpoint(process: Watched, facts: Facts, rng: Random) -> bool:
 
 
 def _cache(process: Watched, facts: Facts, rng: Random) -> bool:
-    """A file that is to become a cache appears."""
+    """A file that is to become a cache appears, of images where it makes one, else of labels."""
+    wanted = _IMAGE_CACHE if facts.caches_images else _LABEL_CACHE
 
     def appears() -> bool:
         names = [*_names(facts.caches), *(name for name in _names(_SHARED_MEMORY) if facts.stem in name)]
-        return any(map(_OF_CACHES.fullmatch, names))
+        return any(map(wanted.fullmatch, names))
 
     return process.until(appears)
 

@@ -91,7 +91,13 @@ class _Round:
         self.run = folder / RUN
         self.last, self.previous = (self.run / "weights" / name for name in ("last.pt", "previous.pt"))
         self.stem = f"soak{plan.number:03d}x{rng.randrange(16**6):06x}"
-        self.facts = replace(facts, weights=self.last.parent, caches=folder / "caches", stem=self.stem)
+        self.facts = replace(
+            facts,
+            weights=self.last.parent,
+            caches=folder / "caches",
+            stem=self.stem,
+            caches_images=plan.variant.caches_images,
+        )
         self.story = Story(plan=plan)
         self.processes: list[Watched] = []
         self.killed: set[Watched] = set()  # whose loader processes may complain
