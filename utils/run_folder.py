@@ -46,15 +46,25 @@ class RunFolder:
         """Whether the final evaluation is done, too."""
         return (self.path / METRICS_FILE).exists()
 
-    def save(self, checkpoint: Checkpoint, *, best: bool = False, final: bool = False, keep: bool = False) -> None:
-        """Write last.pt and, where this is the best epoch so far, best.pt; `keep` writes epochN.pt, too.
+    def save(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        best: bool = False,
+        final: bool = False,
+        keep: bool = False,
+        last: bool = True,
+    ) -> None:
+        """Write last.pt unless told not to and, where this is the best epoch so far, best.pt; `keep`: epochN.pt, too.
 
         From a copy, by a thread; a failure is raised by the next call, or by `settle`. `final` says that none may
         follow. last.pt goes last: a run that dies in between repeats the epoch, and so never lacks the files it counts
         on.
         """
-        content = snapshot(checkpoint)
-        self._background.start(partial(self._write, content, for_inference(content) if best else None, keep=keep))
+        if best or keep or last:
+            content = snapshot(checkpoint)
+            inference = for_inference(content) if best else None
+            self._background.start(partial(self._write, content, inference, keep=keep, last=last))
 
     def settle(self) -> None:
         """Return when everything is on disk. Raises what went wrong on the way."""
@@ -86,13 +96,17 @@ class RunFolder:
         if not self.path.is_dir():
             raise RunError(f"the folder of this run has been removed, so nothing can be saved: {self.path}")
 
-    def _write(self, content: Checkpoint, best: Checkpoint | None, *, keep: bool) -> None:
+    def _write(self, content: Checkpoint, best: Checkpoint | None, *, keep: bool, last: bool) -> None:
         self._check_there()
         self.last.parent.mkdir(exist_ok=True)
         if best is not None:
             save_checkpoint(self.best, best)
         if keep:
             save_checkpoint(self.last.with_name(f"epoch{content['epoch']}.pt"), content)
+        if last:
+            self._write_last(content)
+
+    def _write_last(self, content: Checkpoint) -> None:
         if not self.saved:  # both would be of an earlier run
             self.previous.unlink(missing_ok=True)
         save_checkpoint(self.last, content, predecessor=self.previous if self.saved else None)
@@ -105,11 +119,19 @@ class LateRunFolder(RunFolder):
 
     waiting: Checkpoint | None = field(default=None, repr=False)  # the best so far, as best.pt will hold them
 
-    def save(self, checkpoint: Checkpoint, *, best: bool = False, final: bool = False, keep: bool = False) -> None:
+    def save(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        best: bool = False,
+        final: bool = False,
+        keep: bool = False,
+        last: bool = True,
+    ) -> None:
         if best:
             self.waiting = for_inference(checkpoint)
         if final:
-            self._background.start(partial(self._write, snapshot(checkpoint), self.waiting, keep=False))
+            self._background.start(partial(self._write, snapshot(checkpoint), self.waiting, keep=False, last=True))
 
 
 class _Background:

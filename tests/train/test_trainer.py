@@ -600,6 +600,16 @@ def test_numbers_that_never_come_back_end_the_run_after_one_more_attempt(tiny, m
     }
 
 
+@pytest.mark.parametrize("nosave", [False, True])
+def test_the_best_epoch_may_end_with_a_batch_without_numbers(tiny, monkeypatch, nosave):
+    lose(monkeypatch, (1, 1))
+    evaluated = fitness_of_epochs(monkeypatch, 0.1, 0.3, 0.2)
+    train.run(**tiny.options(epochs=3, nominal_batch="4", nosave=nosave))
+    assert evaluated == [1, 2, 3]
+    assert load_checkpoint(RUNS / "exp/weights/best.pt")["epoch"] == 2
+    assert load_checkpoint(LAST)["best_epoch"] == 1
+
+
 def test_half_the_learning_rate_may_be_enough(tiny, monkeypatch):
     """The run then ends as it should, and says so in every later row."""
     honest, calls = TrainStep.__call__, []

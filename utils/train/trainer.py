@@ -256,8 +256,8 @@ class Trainer:
                 f"{told}: {self.report.nonfinite} names batches and images; look at these, lower lr0 (now "
                 f"{self.hyp.lr0:g}){amp}"
             )
-        checkpoint = load_checkpoint(self.run.last)
-        self.load_state_dict(checkpoint)
+        self.load_state_dict(load_checkpoint(self.run.last))
+        self._between_updates = True
         self.state.lr_scale = 0.5
         self.schedule = replace(self.schedule, lr_scale=0.5)
         self.report.go_back(self.state.epoch)
@@ -268,12 +268,13 @@ class Trainer:
     # ---- what is saved ----------------------------------------------------------------------------------------------
 
     def _save(self, *, best: bool = False, final: bool = False, keep: bool = False) -> None:
-        """Write a checkpoint. Not in the midst of numbers that are none: it would be one to go back to."""
+        """Write a checkpoint; but no last.pt in the midst of numbers that are none, which would be one to go back to."""
         health = self.step.health.poll(now=True)
         self._heed(health)
-        if health.in_row == 0 or final or not self.run.saved:
-            with self.clock.part("save"):
-                self.run.save(self.checkpoint(), best=best, final=final, keep=keep)
+        last = health.in_row == 0 or final or not self.run.saved
+        with self.clock.part("save"):
+            self.run.save(self.checkpoint(), best=best, final=final, keep=keep, last=last)
+        if last:
             self._saved_at = time.monotonic()
 
     def save_for_later(self) -> None:
