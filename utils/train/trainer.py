@@ -268,7 +268,7 @@ class Trainer:
     # ---- what is saved ----------------------------------------------------------------------------------------------
 
     def _save(self, *, best: bool = False, final: bool = False, keep: bool = False) -> None:
-        """Write a checkpoint; but no last.pt in the midst of numbers that are none, which would be one to go back to."""
+        """Write a checkpoint; but no last.pt amid numbers that are none: it would be one to go back to."""
         health = self.step.health.poll(now=True)
         self._heed(health)
         last = health.in_row == 0 or final or not self.run.saved
