@@ -89,6 +89,6 @@ def test_damage_and_leftovers_are_seen(finished, copy):
     (copy / "weights/best.pt").write_bytes(b"")
     found = differences(copy, finished)
     assert "weights/previous.pt is left over" in found
-    assert any("best.pt is damaged" in line for line in found)
+    assert any("best.pt is empty" in line for line in found)
     assert unfinished(copy) == [".last.pt.0123abcd"]
     assert (position(copy / "weights/best.pt"), position(copy / "weights/none.pt")) == ("damaged", "none")
