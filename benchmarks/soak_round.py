@@ -138,6 +138,9 @@ class _Round:
         self._finished(self._start(command))
 
     def _start(self, command: Sequence[str]) -> Watched:
+        if self.plan.variant.caches_images:  # orphans share a killed run's lock on images in memory, which stay with it
+            for process in self.killed:
+                process.survivors(_ORPHANS_S)
         process = Watched(command, self.folder, len(self.processes))
         self.processes.append(process)
         return process
@@ -191,8 +194,8 @@ class _Round:
         self._expect(took <= most, f"{took:.1f} s to leave after {blow}")
         command = self._last_words(process, blow)
         self._expect(command or "Epoch " not in process.shown, f"no command to continue after {blow}")
-        self._check_ended(process)
-        if not (blow.twice and _AT_ONCE in process.errors):
+        if not (blow.twice and _AT_ONCE in process.errors):  # else what it was at stays half done
+            self._check_ended(process)
             self._leaves_nothing()
         return command or self.begin
 
