@@ -543,6 +543,27 @@ def test_a_loader_process_that_is_killed_ends_the_run(tiny, start):
     assert not list(Path("/dev/shm").glob(inside))
 
 
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="Linux lists them there")
+def test_loader_processes_go_with_a_main_process_that_is_killed(tiny, start):
+    process = start("train.py", *tiny.flags(epochs=5000, workers=2))
+    while b" 2/5000 " not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)
+    assert len(children) >= 2
+    assert [child for child in children if lives(child)] == []
+
+
+def lives(pid: str) -> bool:
+    """Not so a process that nobody has asked for its end yet."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
 # ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ many seconds apart, and a second Ctrl-C should not wait for that.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import select
@@ -20,6 +21,7 @@ from typing import NoReturn
 # As terminals send, when they are closed too, and batch schedulers and service managers; Windows has but two of them
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _SILENT_S = 1.0  # a stop that takes longer is announced
 
 
@@ -177,6 +179,15 @@ def _say(text: str) -> None:
     """By a system call: the main thread may be in the midst of a line of its own."""
     with suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
+
+
+def end_with_parent() -> None:
+    """Let Linux kill this child process as soon as the one that started it is gone, were it by SIGKILL."""
+    parent = multiprocessing.parent_process()
+    with suppress(AttributeError, OSError, TypeError):  # TypeError: Windows, where there is no such library
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if parent is not None and not parent.is_alive():  # it was gone before
+        os._exit(1)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ from utils.data.probe import silence_libraries
 from utils.data.render import render, render_quad
 from utils.data.render_torch import Allocate, PackedPlans, PackedQuads, pack, paint
 from utils.hyp import Hyperparameters
-from utils.stopping import signals_held_back
+from utils.stopping import end_with_parent, signals_held_back
 from utils.structures import Batch, LabelStore, QuadPlan, RunError, SamplePlan, UserError
 
 _UNPAINTED_SIZE = 2  # in painted ones: 1.2 on average with scale 0.5, as much again for mixup
@@ -754,6 +754,7 @@ def _moved(batch: Batch | UnpaintedBatch) -> Batch | UnpaintedBatch | _Failure:
 
 
 def _start_worker(worker: int) -> None:
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `signals_held_back` holds none
     cv2.setNumThreads(0)
     silence_libraries()  # the scan has named damaged images, once

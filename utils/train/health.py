@@ -62,7 +62,7 @@ class StepHealth:
         self._skipped = 0
 
     def batch(self, losses: Losses, indices: Tensor, place: tuple[int, int]) -> Tensor:
-        """Take note of a batch. What the gradient of its total starts from: 1, or NaN if the total is not finite.
+        """Take note of a batch. What to multiply its total by: 1, or NaN if the total is not finite.
 
         Thus the norm of the gradient, summed over batches and ranks, tells of such a loss as well, and all ranks agree.
         """

@@ -67,8 +67,8 @@ class TrainStep:
         labels = pad_labels(batch) if self.runtime.compiles_network else batch
         losses = self._losses(predictions, labels, self._head, self.gains)
         self.clock.lap("loss")
-        start = self.health.batch(losses, batch.indices, settings.place)
-        self.scaler.scale(losses.total).backward(start)
+        share = self.health.batch(losses, batch.indices, settings.place)
+        self.scaler.scale(losses.total * share).backward()
         self.clock.lap("backward")
         if settings.update:
             self._update()

@@ -326,6 +326,8 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
 
 def _how_to_continue(trainer: Trainer) -> str:
     """What to type to go on."""
+    if trainer.run.finished:
+        return f"the run was finished: {trainer.run.path}"
     if trainer.run.saved:
         script, last = (shlex.quote(str(path)) for path in (from_here(PROJECT_ROOT / "train.py"), trainer.run.last))
         return f"continue with: {this_python()} {script} --resume {last}"
