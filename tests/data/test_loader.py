@@ -384,6 +384,37 @@ def test_an_epoch_taken_by_count_is_followed_by_the_next(drawn, batches):
     assert taken == [content(batch) for epoch in range(3) for batch in other.epoch(epoch)]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("changes", [{}, {"rect": True}, {"image_weights": True}, {"repeat_factor": 0.5}])
+def test_a_stream_begins_within_an_epoch_and_goes_back_to_any_other(changes, workers, batches):
+    """As a run does that is resumed, or returns to a checkpoint: to its end or not, whatever came before."""
+    drawn = {name: value for name, value in changes.items() if name != "rect"}
+    each = replace(batches, rect=changes.get("rect", False))
+    whole = TrainStream(each, end_epoch=3, workers=0, num_classes=3, **drawn)
+    expected = [[content(batch) for batch in whole.epoch(epoch)] for epoch in range(3)]
+    stream = TrainStream(each, end_epoch=3, workers=workers, num_classes=3, **drawn)
+    assert [content(batch) for batch in stream.epoch(1, start=2)] == expected[1][2:]
+    assert [content(batch) for batch in stream.epoch(2)] == expected[2]
+    next(stream.epoch(0))
+    assert [content(batch) for batch in stream.epoch(0, start=1)] == expected[0][1:]
+    assert list(stream.epoch(1, start=each.per_epoch)) == []
+    assert content(next(stream.epoch(2))) == expected[2][0]
+    stream.close()
+    assert content(next(stream.epoch(1))) == expected[1][0]  # by new processes
+    stream.close()
+
+
+def test_a_closed_stream_leaves_no_process_not_even_one_that_hangs(batches, monkeypatch):
+    plain = still(batches, batch_size=2)
+    hanging = replace(plain, images=Deadly(plain.images, int(lots(plain, 0)[4].images[1]), hang))
+    stream = TrainStream(hanging, end_epoch=1, workers=2, num_classes=3)
+    next(stream.epoch(0))
+    processes = list(stream._supply._processes)
+    monkeypatch.setattr(loader, "_CLOSING_S", 0.5)
+    stream.close()
+    assert [process.is_alive() for process in processes] == [False] * 2
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_training_stream_names_an_image_that_vanished(workers, batches, store, random_states):
     before = random_states()
