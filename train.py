@@ -21,7 +21,11 @@ def run(**options: Any) -> Metrics:
     Raises ValueError (structures.UserError) with one line for anything that a user can mend, and KeyboardInterrupt
     (stopping.Interrupted), with the run saved, when a signal asks to stop.
     """
-    with stop_signals() as stop:
+    return _run(options)
+
+
+def _run(options: dict[str, Any], *, ends_process: bool = False) -> Metrics:
+    with stop_signals(ends_process=ends_process) as stop:
         with stop.at_once():
             from utils.train.build import build_trainer  # torch only now, so that --help is instant
 
@@ -30,7 +34,10 @@ def run(**options: Any) -> Metrics:
 
 
 def main() -> int:
-    return run_command("train.py", lambda: run(**parse_flags(TrainOptions, sys.argv[1:], program="train.py")))
+    def train() -> None:
+        _run(parse_flags(TrainOptions, sys.argv[1:], program="train.py"), ends_process=True)
+
+    return run_command("train.py", train)
 
 
 if __name__ == "__main__":

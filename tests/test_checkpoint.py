@@ -161,6 +161,19 @@ def test_one_wrong_bit_in_a_tensor_is_damage(tmp_path):
     assert "damaged" in one_line(path)
 
 
+@pytest.mark.parametrize(
+    "change", [{"ema": {"w": torch.zeros(3)}}, {"epoch": 2}, {"more": None}, {"checksum": "0" * 32}]
+)
+def test_a_whole_file_of_other_values_is_damage(tmp_path, change):
+    """As zip's own checksums would not tell."""
+    save_checkpoint(tmp_path / "x.pt", {**SMALL, "ema": {"w": torch.ones(3)}})
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    torch.save(content, tmp_path / "x.pt")
+    load_checkpoint(tmp_path / "x.pt")
+    torch.save(content | change, tmp_path / "x.pt")
+    assert "its checksum is wrong" in one_line(tmp_path / "x.pt")
+
+
 def test_a_checksum_tells_plain_values_apart():
     values = [{"a": 1}, {"a": 1.0}, {"b": 1}, {"a": [1]}, {"a": (1,)}, {"a": True}, {"a": "1"}, {"a": None}, {}]
     assert len(set(map(checksum, values))) == len(values)

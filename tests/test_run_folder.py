@@ -4,6 +4,7 @@ import errno
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,13 +134,47 @@ def test_where_there_are_no_hard_links_the_one_before_is_kept_as_well(tmp_path, 
     assert [load_checkpoint(path)["epoch"] for path in (run.last, run.previous)] == [2, 1]
 
 
-def test_a_new_run_keeps_nothing_of_an_earlier_one_in_its_folder(tmp_path):
-    saved_twice(tmp_path)
-    run = RunFolder(tmp_path)
-    run.save(SMALL | {"epoch": 0})
+def test_a_new_run_keeps_no_checkpoint_of_an_earlier_one_to_go_on_from(tmp_path):
+    run = saved_twice(tmp_path)
+    RunFolder(tmp_path).take_over()
+    assert files(run) == []
+
+
+def test_a_write_that_failed_is_made_up_for_by_the_next(tmp_path, monkeypatch):
+    run = saved_twice(tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr("utils.checkpoint.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        run.save(SMALL | {"epoch": 3})
+        run.pause()
+        with pytest.raises(OSError, match="No space left"):
+            run.save(SMALL | {"epoch": 4})  # for the second time
+        run.save(SMALL | {"epoch": 5})
+        run.pause()
+    run.save(SMALL | {"epoch": 6})
     run.settle()
-    assert load_checkpoint(run.last)["epoch"] == 0
-    assert not run.previous.exists()
+    assert [load_checkpoint(path)["epoch"] for path in (run.last, run.previous)] == [6, 2]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "Input/output error")])
+def test_what_fails_for_another_reason_than_damage_is_no_damage(tmp_path, monkeypatch, error):
+    """The newer file stays the one to go on from."""
+    run = saved_twice(tmp_path)
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("utils.archive._archive", fails)
+    with pytest.raises(type(error)):
+        load_last(run.last, pytest.fail)
+
+
+def test_another_format_is_no_damage(tmp_path):
+    run = saved_twice(tmp_path)
+    for path in (run.last, run.previous):
+        torch.save({**SMALL, "schema": 99}, path)
+    with pytest.raises(UserError, match="has format 99") as raised:
+        load_last(run.last, pytest.fail)
+    assert "damaged" not in str(raised.value)
 
 
 def test_what_a_killed_write_left_is_removed(tmp_path):
@@ -172,6 +207,15 @@ def test_a_run_folder_that_was_removed_is_said_to_be(tmp_path):
     run.save(SMALL)
     with pytest.raises(RunError, match=r"the folder of this run has been removed.*gone"):
         run.settle()
+
+
+def test_the_newest_run_may_have_lost_its_last_checkpoint(tmp_path):
+    for age, name in ((2, "old/weights/last.pt"), (1, "new/weights/previous.pt")):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1000 - age, 1000 - age))
+    assert newest_checkpoint(tmp_path) == tmp_path / "new/weights/last.pt"
 
 
 def test_newest_checkpoint(tmp_path):

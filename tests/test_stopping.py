@@ -118,6 +118,49 @@ def test_a_command_without_a_run_is_ended_by_any_of_them():
     assert (raised.value.signum, raised.value.by) == (signal.SIGTERM, " by SIGTERM")
 
 
+def test_a_second_ctrl_c_ends_no_program_that_is_not_ours():
+    """As of a notebook."""
+    with pytest.raises(KeyboardInterrupt) as raised, stop_signals() as stop:
+        send(signal.SIGINT)
+        assert stop.requested
+        send(signal.SIGINT)
+    assert not isinstance(raised.value, Interrupted)
+
+
+def test_handlers_of_others_stay():
+    came = []
+    before = signal.signal(signal.SIGUSR1, lambda signum, _: came.append(signum))
+    try:
+        with stop_signals() as stop:
+            send(signal.SIGUSR1)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert came == [signal.SIGUSR1]
+
+
+def test_a_signal_waits_until_children_have_started():
+    """Though other threads may hear of it."""
+    steps = []
+    with stop_signals() as stop, pytest.raises(Interrupted), stop.at_once():
+        with signals_held_back():
+            send(signal.SIGTERM)
+            time.sleep(0.1)
+            steps.append("started")
+        steps.append("went on")
+    assert steps == ["started"]
+
+
+def test_a_child_that_lives_on_does_not_hold_up_the_end():
+    with stop_signals():
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 def test_what_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
@@ -147,7 +190,7 @@ _BUSY = """
 import hashlib, sys
 from utils.stopping import stop_signals
 
-with stop_signals() as stop:
+with stop_signals(ends_process=True) as stop:
     stop.before_leaving(lambda: print("cleaned", flush=True))
     print("busy", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))  # one long call, as of torch: not a line of Python
@@ -187,10 +230,18 @@ def test_a_second_one_does_not_wait(busy):
     process = busy(1000)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
+        time.sleep(0.3)
     output, problems = process.communicate(timeout=10)
     assert (process.returncode, output) == (130, "cleaned\n")
     assert "left at once" in problems
+
+
+def test_one_that_is_sent_twice_is_one(busy):
+    """To the process and to its group, as `timeout` does."""
+    process = busy(6)
+    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "asked\n"
 
 
 def test_a_second_request_of_another_kind_is_patient(busy):

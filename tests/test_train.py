@@ -543,6 +543,27 @@ def test_a_loader_process_that_is_killed_ends_the_run(tiny, start):
     assert not list(Path("/dev/shm").glob(inside))
 
 
+def test_a_run_under_way_is_not_resumed_by_another_process(tiny, start, cli, monkeypatch):
+    """As by a bare --resume, which takes the newest; nothing of the run is touched."""
+    process = start("train.py", *tiny.flags(epochs=5000))
+    while b" 2/5000 " not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr("utils.run_folder._PATIENCE_S", 0.2)
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    for flags in (["--resume"], tiny.flags("--exist-ok")):
+        code, _, problems = cli(train, *flags)
+        assert code == 2
+        assert problems == (
+            f"train.py: error: {RUN}: another process is training in this folder; wait for it, or stop it\n"
+        )
+    assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
+    process.kill()
+    process.wait()
+    epoch = load_checkpoint(RUN / "weights/last.pt")["epoch"]
+    assert cli(train, "--resume", "--epochs", str(epoch + 1))[0] == 0
+
+
 @pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="Linux lists them there")
 def test_loader_processes_go_with_a_main_process_that_is_killed(tiny, start):
     process = start("train.py", *tiny.flags(epochs=5000, workers=2))

@@ -25,6 +25,10 @@ _BLOCK = 16 << 20  # bytes that are read at once
 _PICKLES_OF_OLD = 4  # in a row, before the tensors
 
 
+class DamagedFile(UserError):
+    """A file that is not what was once written, or is there no longer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Archive:
     content: Any  # dict, list, tuple, str, bytes, int, float, bool, None, Tensor, Record
@@ -41,15 +45,17 @@ def read_archive(path: Path) -> Archive:
         with path.open("rb") as file:
             return _archive(file)
     except FileNotFoundError:
-        raise UserError(f"checkpoint not found: {path}; weights are never downloaded") from None
+        raise DamagedFile(f"checkpoint not found: {path}; weights are never downloaded") from None
     except IsADirectoryError:
         raise UserError(f"checkpoint is a folder, expected a .pt file: {path}") from None
     except PermissionError:
         raise UserError(f"checkpoint cannot be read, permission denied: {path}") from None
     except Unreadable as error:
-        raise UserError(f"checkpoint cannot be read: {path} {error}") from None
+        raise DamagedFile(f"checkpoint cannot be read: {path} {error}") from None
+    except (MemoryError, OSError):  # of this machine, not of the file
+        raise
     except Exception:  # what is fed with noise raises anything
-        raise UserError(f"checkpoint cannot be read: {path} is damaged, or no .pt file of torch") from None
+        raise DamagedFile(f"checkpoint cannot be read: {path} is damaged, or no .pt file of torch") from None
 
 
 def _archive(file: IO[bytes]) -> Archive:

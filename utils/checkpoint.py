@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.yolo import DetectionModel, entry_shapes
 from utils import __version__
-from utils.archive import Archive, read_archive
+from utils.archive import Archive, DamagedFile, read_archive
 from utils.config import LARGEST_IMGSZ, FlagParser, run_command
 from utils.files import write_atomic
 from utils.foreign import inference_checkpoint, is_foreign
@@ -86,7 +86,7 @@ def _own_checkpoint(archive: Archive, path: Path) -> Checkpoint:
     if sum(tensor.nbytes for tensor in _tensors(checkpoint)) > archive.size:
         raise UserError(f"checkpoint cannot be used: {path}: its tensors are more than the file")
     if not _is_intact(checkpoint):
-        raise UserError(f"checkpoint is damaged, its checksum is wrong: {path}")
+        raise DamagedFile(f"checkpoint is damaged, its checksum is wrong: {path}")
     return {key: value for key, value in checkpoint.items() if key != "checksum"}
 
 

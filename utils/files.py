@@ -16,6 +16,7 @@ import secrets
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -121,6 +122,29 @@ def _is_in_use(path: Path) -> bool:
     except OSError:  # a file system without locks, or it is gone
         return False
     return False
+
+
+def locked(folder: Path, *, patience_s: float) -> int | None:
+    """A handle on a folder that no other has until it is closed, or this process ends; None where one stays there.
+
+    -1 where the file system, or the system, knows no such locks.
+    """
+    if fcntl is None:
+        return -1
+    until = time.monotonic() + patience_s
+    handle = os.open(folder, os.O_RDONLY)
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(handle)
+                return None
+            time.sleep(0.1)
+        except OSError:
+            os.close(handle)
+            return -1
 
 
 def write_text(path: Path, text: str, *, lasting: bool = True) -> None:

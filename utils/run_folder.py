@@ -5,6 +5,7 @@ The surprise: a thread writes them, from copies, while training goes on; `RunFol
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +13,52 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from utils.archive import DamagedFile
 from utils.checkpoint import Checkpoint, for_inference, load_checkpoint, save_checkpoint, snapshot
-from utils.files import remove_unfinished
+from utils.files import locked, remove_unfinished
 from utils.structures import RunError, UserError
 
 METRICS_FILE = "metrics.json"
 WEIGHTS_FOLDER = "weights"  # of a training run
+_PATIENCE_S = 3.0  # with a run that is just about to end
+
+_held: dict[Path, int] = {}  # the folders that this process keeps others away from, each with what `locked` gave
+
+
+class _Background:
+    """One job at a time in a thread of its own, whose errors come back."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, job: Callable[[], object]) -> None:
+        """When the job before is done. If something went wrong with that, this one is done here, and may raise."""
+        self.join()
+        if self._error is not None:
+            self._error = None
+            job()
+            return
+        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoints")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Raises what went wrong, once."""
+        self.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, job: Callable[[], object]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            self._error = error
 
 
 @dataclass
@@ -26,7 +67,7 @@ class RunFolder:
 
     path: Path
     saved: bool = False  # whether last.pt is of this run; with --exist-ok there may be that of an earlier one
-    _background: _Background = field(default_factory=lambda: _Background(), repr=False)
+    _background: _Background = field(default_factory=_Background, repr=False)
 
     @property
     def last(self) -> Path:
@@ -57,25 +98,47 @@ class RunFolder:
     ) -> None:
         """Write last.pt unless told not to and, where this is the best epoch so far, best.pt; `keep`: epochN.pt, too.
 
-        From a copy, by a thread; a failure is raised by the next call, or by `settle`. `final` says that none may
-        follow. last.pt goes last: a run that dies in between repeats the epoch, and so never lacks the files it counts
-        on.
+        From a copy, by a thread. After a failure the next call does it here, and raises what `settle` would. `final`
+        says that none may follow. last.pt goes last: a run that dies in between repeats the epoch, and so never lacks
+        the files it counts on.
         """
         if best or keep or last:
             content = snapshot(checkpoint)
             inference = for_inference(content) if best else None
             self._background.start(partial(self._write, content, inference, keep=keep, last=last))
 
+    def pause(self) -> None:
+        """Return when nothing is being written."""
+        self._background.join()
+
     def settle(self) -> None:
         """Return when everything is on disk. Raises what went wrong on the way."""
         self._background.wait()
 
+    def hold(self) -> None:
+        """Keep other processes away until `let_go`, or the end of this one. Raises UserError where one is at work."""
+        if self.path not in _held:
+            handle = locked(self.path, patience_s=_PATIENCE_S)
+            if handle is None:
+                raise UserError(f"{self.path}: another process is training in this folder; wait for it, or stop it")
+            _held[self.path] = handle
+
+    def let_go(self) -> None:
+        handle = _held.pop(self.path, -1)
+        if handle >= 0:
+            os.close(handle)
+
     def take_over(self, source: Path | None = None) -> None:
-        """Before the run begins, in a folder that may have seen an earlier one, or goes on from the checkpoint at
-        `source`, last.pt or what it was before."""
+        """Before the run goes on from the checkpoint at `source`, last.pt or what it was before.
+
+        Or before it begins, in a folder that may hold checkpoints of an earlier one, to go on from by mistake.
+        """
         remove_unfinished(self.path)
         remove_unfinished(self.last.parent)
-        if source is not None and source.name == self.previous.name:
+        if source is None:
+            for path in (self.last, self.previous):
+                path.unlink(missing_ok=True)
+        elif source.name == self.previous.name:
             self.previous.replace(self.last)
 
     def tidy(self) -> None:
@@ -104,13 +167,8 @@ class RunFolder:
         if keep:
             save_checkpoint(self.last.with_name(f"epoch{content['epoch']}.pt"), content)
         if last:
-            self._write_last(content)
-
-    def _write_last(self, content: Checkpoint) -> None:
-        if not self.saved:  # both would be of an earlier run
-            self.previous.unlink(missing_ok=True)
-        save_checkpoint(self.last, content, predecessor=self.previous if self.saved else None)
-        self.saved = True
+            save_checkpoint(self.last, content, predecessor=self.previous)
+            self.saved = True
 
 
 @dataclass
@@ -134,34 +192,6 @@ class LateRunFolder(RunFolder):
             self._background.start(partial(self._write, snapshot(checkpoint), self.waiting, keep=False, last=True))
 
 
-class _Background:
-    """One job at a time in a thread of its own, whose errors come back."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def start(self, job: Callable[[], object]) -> None:
-        """When the job before is done."""
-        self.wait()
-        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoints")
-        self._thread.start()
-
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _run(self, job: Callable[[], object]) -> None:
-        try:
-            job()
-        except BaseException as error:
-            self._error = error
-
-
 def predecessor_of(last: Path) -> Path:
     return last.with_name("previous.pt")
 
@@ -171,20 +201,23 @@ def load_last(path: Path, warn: Callable[[str], object]) -> tuple[Checkpoint, Pa
     previous = predecessor_of(path)
     try:
         return load_checkpoint(path), path
-    except UserError as error:
+    except DamagedFile as error:
         if path.name != "last.pt" or not previous.exists():
             raise
-        try:
-            checkpoint = load_checkpoint(previous)
-        except UserError:
-            raise UserError(f"{error}; {previous}, which was saved before it, is damaged, too") from None
-        warn(f"{error}; going on from {previous}, which was saved before it")
-        return checkpoint, previous
+        damage = error
+    try:
+        checkpoint = load_checkpoint(previous)
+    except DamagedFile:
+        raise UserError(f"{damage}; {previous}, which was saved before it, is damaged, too") from None
+    warn(f"{damage}; going on from {previous}, which was saved before it")
+    return checkpoint, previous
 
 
 def newest_checkpoint(folder: Path) -> Path:
     """The `last.pt` below `folder` that was written last. Raises UserError when there is none."""
-    found = sorted(folder.glob(f"**/{WEIGHTS_FOLDER}/last.pt"), key=lambda path: path.stat().st_mtime)
+    names = ("last.pt", "previous.pt")  # where there are no hard links, there may be the second alone
+    written = [path for name in names for path in folder.glob(f"**/{WEIGHTS_FOLDER}/{name}")]
+    found = [path.with_name(names[0]) for path in sorted(written, key=lambda path: path.stat().st_mtime)]
     if not found:
         raise UserError(f"--resume: no last.pt below {folder}/; name the checkpoint to continue")
     return found[-1]

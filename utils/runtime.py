@@ -116,7 +116,7 @@ class Runtime:
 
     @property
     def made_on(self) -> str:
-        """All of the machine that the last digits of a result may depend on."""
+        """What computes, with all that the last digits of a result may depend on."""
         capability = torch.backends.cpu.get_cpu_capability()
         return f"{self.device_description}{', compiled' * self.compile}, {capability}"
 

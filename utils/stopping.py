@@ -7,6 +7,7 @@ many seconds apart, and a second Ctrl-C should not wait for that.
 from __future__ import annotations
 
 import ctypes
+import math
 import multiprocessing
 import os
 import select
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
@@ -22,6 +24,7 @@ from typing import NoReturn
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+_ONE_PRESS_S = 0.1  # within which a Ctrl-C may arrive twice, at the process and at its group, as `timeout` sends it
 _SILENT_S = 1.0  # a stop that takes longer is announced
 
 
@@ -41,7 +44,9 @@ class Interrupted(KeyboardInterrupt):
 class StopRequest:
     """Whether a signal has asked to stop. One that nobody connects to signals never has: the null object."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, ends_process: bool = False) -> None:
+        """A second Ctrl-C ends the process where this is so, as the process is ours; else it is raised."""
+        self.ends_process = ends_process
         self._signum: int | None = None
         self._raises = False
         self._leaving: list[Callable[[], object]] = []
@@ -72,10 +77,13 @@ class StopRequest:
 
     def receive(self, signum: int, _frame: object = None) -> None:
         """What the signals are connected to."""
+        again = self._signum is not None and signum == signal.SIGINT
         self._signum = self._signum or signum
         if self._raises:
             self._raises = False  # a second one must not strike while the first is on its way out
             raise Interrupted(self._signum)
+        if again and not self.ends_process:
+            raise KeyboardInterrupt
 
     def leave(self) -> None:
         """End the process here and now, with its children."""
@@ -92,8 +100,7 @@ class StopRequest:
 @contextmanager
 def signals_raised() -> Iterator[None]:
     """STOP_SIGNALS are raised as Interrupted within the block, but those that are ignored or have a handler already."""
-    usual = (signal.SIG_DFL, signal.default_int_handler, _spent)
-    mine = [signum for signum in STOP_SIGNALS if _in_main_thread() and signal.getsignal(signum) in usual]
+    mine = [signum for signum in STOP_SIGNALS if _in_main_thread() and signal.getsignal(signum) in _usual()]
     handlers = {signum: signal.signal(signum, _raise) for signum in mine}
     try:
         yield
@@ -116,6 +123,11 @@ def leave_with(command: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def _usual() -> tuple:
+    """Handlers of signals that nobody has a use for."""
+    return signal.SIG_DFL, signal.default_int_handler, _spent
+
+
 def _spent(_signum: int, _frame: object) -> None:
     """Where there is nothing to stop any more."""
 
@@ -129,13 +141,13 @@ def _in_main_thread() -> bool:
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """STOP_SIGNALS make a request of themselves within the block; a second SIGINT ends the process at once.
+def stop_signals(*, ends_process: bool = False) -> Iterator[StopRequest]:
+    """STOP_SIGNALS make a request of themselves within the block; see StopRequest for a second Ctrl-C.
 
-    Those that are ignored stay so, as under nohup. Outside of the main thread, which alone may ask for signals, nothing
-    is ever requested.
+    Those that are ignored stay so, as under nohup, and so do those that somebody handles. Outside of the main thread,
+    which alone may ask for signals, nothing is ever requested.
     """
-    stop = StopRequest()
+    stop = StopRequest(ends_process=ends_process)
     if not _in_main_thread():
         yield stop
         return
@@ -143,7 +155,7 @@ def stop_signals() -> Iterator[StopRequest]:
     writer.setblocking(False)
     thread = threading.Thread(target=_listen, args=(stop, reader), name="signals", daemon=True)
     thread.start()
-    heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) in (*_usual(), _raise)]
     handlers = {signum: signal.signal(signum, stop.receive) for signum in heeded}
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
@@ -152,27 +164,33 @@ def stop_signals() -> Iterator[StopRequest]:
         signal.set_wakeup_fd(wakeup)
         for signum, handler in handlers.items():  # one is on its way out: another is not to take its place
             signal.signal(signum, _spent if stop.requested and handler is _raise else handler)
-        writer.close()
+        writer.send(_END)  # closing it is no end to whoever was forked meanwhile
         thread.join()
+        writer.close()
         reader.close()
 
 
+_END = b"\0"  # no signal has this number
+
+
 def _listen(stop: StopRequest, reader: socket.socket) -> None:
-    """Hears of signals as they come, until the other end of the pipe is closed."""
-    interrupts, asked, announced = 0, False, False
+    """Hears of signals as they come, until _END does."""
+    asked = announced = False
+    first = math.inf  # when the first Ctrl-C came
     while True:
         waits = asked and not announced
         if not select.select([reader], [], [], _SILENT_S if waits else None)[0]:
             announced = True
             _say("stopping as soon as this step is done; a second Ctrl-C does not wait for it")
             continue
-        numbers = reader.recv(64)
-        if not numbers:
+        numbers, now = reader.recv(64), time.monotonic()
+        if _END in numbers:
             return
         asked = asked or any(number in STOP_SIGNALS for number in numbers)
-        interrupts += numbers.count(signal.SIGINT)
-        if interrupts > 1:
-            stop.leave()
+        if signal.SIGINT in numbers:
+            if now - first > _ONE_PRESS_S and stop.ends_process:
+                stop.leave()
+            first = min(first, now)
 
 
 def _say(text: str) -> None:
@@ -192,15 +210,27 @@ def end_with_parent() -> None:
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """For the start of child processes, which inherit this for good: what asks to stop is the main process's alone.
+    """For the start of child processes: they never hear of STOP_SIGNALS, and this process does when all have started.
 
-    It reaches this process afterwards, once, where a signal to the whole group would also have ended the children.
+    Children inherit what is blocked, for good: what asks to stop is the main process's alone, though it may be sent to
+    the whole group. Here, the system may hand a signal to any other thread, so the handlers wait as well.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    came: list[int] = []
+    handlers = {signum: signal.signal(signum, lambda signum, _: came.append(signum)) for signum in _handled()}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for signum in came:
+            handlers[signum](signum, None)
+
+
+def _handled() -> list[int]:
+    """Those that have a handler which this thread may change."""
+    return [signum for signum in STOP_SIGNALS if _in_main_thread() and callable(signal.getsignal(signum))]

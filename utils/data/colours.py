@@ -38,9 +38,9 @@ def recolour(region: np.ndarray, hsv: Hsv | None) -> None:
     native(region.ctypes.data, region.shape[0], region.shape[1], region.strides[0], *hsv)
 
 
-def prepare() -> None:
-    """Make and load the library, so that loader processes find it, and all of them the same."""
-    _native()
+def prepare() -> bool:
+    """Make and load the library, so that loader processes find it, and all of them the same; whether there is one."""
+    return _native() is not None
 
 
 def recolour_with_opencv(region: np.ndarray, hsv: Hsv) -> None:

@@ -503,9 +503,9 @@ class _Supply(Generic[_Batches, _Key]):
         try:
             with signals_held_back():
                 batches = iter(self._loader)
-            if self.workers and not self._processes:
-                self._processes = batches._workers
-                Finalize(None, _kill_those_of, args=(weakref.ref(self),), exitpriority=0)
+                if self.workers and not self._processes:
+                    self._processes = batches._workers
+                    Finalize(None, _kill_those_of, args=(weakref.ref(self),), exitpriority=0)
             for result in self._awaited(batches):
                 if isinstance(result, _Failure):
                     raise UserError(result.message)

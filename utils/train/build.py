@@ -5,6 +5,7 @@ Every mistake of the user is found before the run folder exists.
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 
 from models.norm_silu import accelerate
@@ -76,6 +78,17 @@ class _Parts:
     console: Console
     stop: StopRequest
 
+    @functools.cached_property
+    def data(self) -> dict[str, str]:
+        """By split, a digest of its images and labels."""
+        return {"train": content_digest(self.train), "val": content_digest(self.val)}
+
+    @property
+    def made_on(self) -> str:
+        """All of this machine that the last digits of a result may depend on."""
+        library = "C++" if colours.prepare() else "OpenCV's"
+        return f"{self.runtime.made_on}; OpenCV {cv2.__version__}, {library} colours"
+
 
 def build_trainer(values: Mapping[str, Any], stop: StopRequest | None = None) -> Trainer:
     """A trainer, new or resumed, for options by name; it heeds `stop`. Raises UserError before anything is written."""
@@ -106,6 +119,7 @@ def _new(given: TrainOptions, console: Console, stop: StopRequest) -> Trainer:
     images = _images(options, spec, stop, train=train, val=val, console=console)
     lines += _choose_anchors(model, options, hyp, train) + _repeated(options, names, train)
     run = _run_folder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok), options)
+    run.hold()
     run.take_over()
     write_yaml(run.path / "hyp.yaml", plain_values(hyp))
     if scan.count:
@@ -137,6 +151,7 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console, s
             f"--resume continues a run as it was; --{refused[0].replace('_', '-')} cannot change, only {allowed}"
         )
     path = newest_checkpoint(Path("runs")) if given.resume == LATEST else Path(given.resume)
+    _hold_run_of(path)
     checkpoint, source = load_last(path, console.warn)
     changed = {name: values[name] for name in values if name != "resume" and values[name] is not None}
     options = validated(TrainOptions, {**checkpoint["options"], **changed})
@@ -169,20 +184,21 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console, s
     )
     for line in _what_differs(checkpoint, parts):
         console.note(line)
-    if checkpoint["data"]["train"] != content_digest(train):
+    if checkpoint["data"]["train"] != parts.data["train"]:
         checkpoint["batch"] = state.batch = 0  # the epoch under way is another one now
     within = f" and batch {state.batch} of the next" if state.batch else ""
     console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}{within}")
     run.take_over(source)
     trainer = _assemble(parts, state, accumulation=checkpoint["accumulation"])
     trainer.load_state_dict(checkpoint)
+    trainer.save_first = trainer.checkpoint()["options"] != checkpoint["options"]
     return trainer
 
 
 def _what_differs(checkpoint: Checkpoint, parts: _Parts) -> list[str]:
     """Lines on what is no longer as it was when the run was saved."""
     lines = []
-    before, now = (checkpoint["made_on"], checkpoint["torch"]), (parts.runtime.made_on, str(torch.__version__))
+    before, now = (checkpoint["made_on"], checkpoint["torch"]), (parts.made_on, str(torch.__version__))
     if before != now:
         ours, theirs = (f"{device}, torch {version}" for device, version in (now, before))
         lines.append(
@@ -193,8 +209,8 @@ def _what_differs(checkpoint: Checkpoint, parts: _Parts) -> list[str]:
         lines.append(f"--epochs {epochs} after {planned}: from here on, rates are those of a run of {epochs} epochs")
     if checkpoint["project"] != __version__:
         lines.append(f"the run was saved by version {checkpoint['project']} of this trainer, this is {__version__}")
-    for split, store in (("train", parts.train), ("val", parts.val)):
-        if checkpoint["data"][split] != content_digest(store):
+    for split, digest in parts.data.items():
+        if checkpoint["data"][split] != digest:
             anew = "; the epoch under way is begun anew" if split == "train" and checkpoint["batch"] else ""
             lines.append(f"images or labels of '{split}' are no longer those of the run so far{anew}")
     return lines
@@ -202,6 +218,13 @@ def _what_differs(checkpoint: Checkpoint, parts: _Parts) -> list[str]:
 
 def _run_folder(path: Path, options: TrainOptions, *, saved: bool = False) -> RunFolder:
     return LateRunFolder(path, saved) if options.nosave else RunFolder(path, saved)
+
+
+def _hold_run_of(path: Path) -> None:
+    """Raises UserError where another process is at work in the run of a last.pt."""
+    folder = from_here(path.resolve().parent.parent)
+    if path.parent.is_dir():
+        RunFolder(folder).hold()
 
 
 def _run_of(path: Path, checkpoint: Checkpoint, options: TrainOptions) -> RunFolder:
@@ -505,7 +528,8 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
         run=parts.run,
         report=_report(parts, schedule, start=(state.epoch, state.batch)),
         state=state,
-        data={"train": content_digest(parts.train), "val": content_digest(parts.val)},
+        data=parts.data,
+        made_on=parts.made_on,
         stop=parts.stop,
     )
 

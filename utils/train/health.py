@@ -49,6 +49,7 @@ class StepHealth:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(3, device=device)  # of box, objectness and classification loss, over images
         self.images = torch.zeros((), dtype=torch.int64, device=device)  # of this epoch whose batch had a finite loss
+        self._settled = self.sums.clone(), self.images.clone()  # as they were after the last update
         self._in_row = self._longest = self._skipped = 0
         self._bad: list[BadUpdate] = []
         self._waiting: list[_Update] = []
@@ -59,6 +60,7 @@ class StepHealth:
         self._read()
         self.sums.zero_()
         self.images.zero_()
+        self._settle()
         self._skipped = 0
 
     def batch(self, losses: Losses, indices: Tensor, place: tuple[int, int]) -> Tensor:
@@ -83,6 +85,19 @@ class StepHealth:
         self._current.skipped, self._current.scaled = skipped, scaled
         self._waiting.append(self._current)
         self._current = _Update()
+        self._settle()
+
+    def _settle(self) -> None:
+        torch._foreach_copy_(self._settled, (self.sums, self.images))
+
+    def roll_back(self) -> None:
+        """Forget the batches since the last update."""
+        torch._foreach_copy_((self.sums, self.images), self._settled)
+        self._current = _Update()
+
+    def lost(self) -> Tensor:
+        """Whether a loss since the last update was not finite, () bool on the device."""
+        return ~torch.stack(self._current.finite).all()
 
     def poll(self, *, now: bool = False) -> HealthReport:
         """What is known; the device is waited for after every 16th update, and where it must be known `now`."""
@@ -126,6 +141,7 @@ class StepHealth:
         self._skipped = state["skipped"]
         self.sums.copy_(state["sums"])
         self.images.copy_(state["images"])
+        self._settle()
         self._bad, self._waiting, self._current = [], [], _Update()
 
 
@@ -136,13 +152,11 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._live = [
-            buffer
-            for module in model.modules()
-            if isinstance(module, _BatchNorm)
-            for buffer in module.buffers(recurse=False)
-            if buffer.is_floating_point()  # the third counts batches, and nothing depends on it
-        ]
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        self._live = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self._counters = [buffer for buffer in buffers if not buffer.is_floating_point()]  # of batches, bad ones too
+        self._counted = [counter.clone() for counter in self._counters]
         if self._live:
             self._kept = torch.cat(self._live)
             self._now = torch.empty_like(self._kept)
@@ -152,6 +166,7 @@ class RunningStatistics:
         """Take them as they are, after weights were loaded."""
         if self._live:
             torch.cat(self._live, out=self._kept)
+            torch._foreach_copy_(self._counted, self._counters)
 
     def settle(self, skipped: Tensor) -> None:
         """After an update: keep them, or go back to those kept if it was `skipped`, a () bool that nobody waits for."""
@@ -159,3 +174,10 @@ class RunningStatistics:
             torch.cat(self._live, out=self._now)
             torch.where(skipped, self._kept, self._now, out=self._kept)
             torch._foreach_copy_(self._live, self._views)
+            torch._foreach_copy_(self._counted, self._counters)
+
+    def roll_back(self) -> None:
+        """Be as after the last update."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._views)
+            torch._foreach_copy_(self._counters, self._counted)

@@ -80,11 +80,26 @@ class TrainStep:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
         skip = ~norm.isfinite()
         guarded_step(self.optimizer, skip)  # not scaler.step: one verdict holds for all that an update moves
-        self.scaler.update()
+        self._update_scale()
         self.optimizer.zero_grad()
         self._statistics.settle(skip)
         self.average.update(self.model, skip)
         self.health.update(skip, scaled=self.scaler.is_enabled())
+
+    def _update_scale(self) -> None:
+        """As the scaler does; but of a loss that is no number it learns nothing."""
+        if not self.scaler.is_enabled():
+            return
+        scale = self.scaler._get_scale_async()
+        before = scale.clone()
+        self.scaler.update()
+        self.scaler.update(torch.where(self.health.lost(), before, scale))
+
+    def roll_back(self) -> None:
+        """Be as after the last update: what came since is forgotten."""
+        self.optimizer.zero_grad()
+        self._statistics.roll_back()
+        self.health.roll_back()
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on, as tensors and plain values."""
@@ -107,5 +122,4 @@ class TrainStep:
         restore_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"]:  # else the run came from a device that needs none
             self.scaler.load_state_dict(state["scaler"])
-        if "health" in state:  # else the run was saved before there was any
-            self.health.load_state_dict(state["health"])
+        self.health.load_state_dict(state["health"])

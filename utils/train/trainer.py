@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -85,12 +85,13 @@ class Trainer:
     report: RunReport
     state: RunState
     data: dict[str, str]  # by split, a digest of images and labels
+    made_on: str  # the machine
     stop: StopRequest = field(default_factory=StopRequest)
+    save_first: bool = True  # before the first step: there is no checkpoint yet, or it knows other options
 
     def __post_init__(self) -> None:
         self.clock = self.step.clock
         self._warned = False
-        self._between_updates = True  # nothing is half done: gradients are not summed yet
         self._saved_at = time.monotonic()
 
     def fit(self) -> Metrics:
@@ -106,8 +107,8 @@ class Trainer:
             self.run.removal_named(),
             _interruptible(self),
         ):
-            if self.finished or not self.run.saved:
-                self._save(final=self.finished)  # so that a run can be continued from its first moment
+            if self.finished and self.save_first:
+                self._save(final=True)
             while not self.finished:
                 try:
                     self._run_epoch()
@@ -161,13 +162,11 @@ class Trainer:
                 settings = self.schedule(epoch * per_epoch + index)
                 self.step(batch, settings)
                 self.clock.count(len(batch.indices))
-                self.state.batch, self._between_updates = index + 1, settings.update
                 self.report.train_batch(epoch, index, batch)
                 if bar.update(1):  # the bar was drawn: only now are losses read back from the device
                     bar.set_postfix_str(format_losses(self.step.health.means()), refresh=False)
-                self._heed(self.step.health.poll())
-                if self._is_time_to_save:
-                    self._save()
+                if settings.update:
+                    self._updated(index)
         self._heed(self.step.health.poll(now=True))  # waits for what the device has not done yet
         if self.step.scaler.is_enabled() and self.step.scaler.get_scale() < _LEAST_LOSS_SCALE:
             raise UserError(
@@ -177,18 +176,24 @@ class Trainer:
         return self.step.health.means()
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch, for which a signal does not wait where nothing would be lost."""
-        with self.clock.part("data_wait"), self.stop.at_once() if self._between_updates else nullcontext():
-            return next(batches)
+        """The next batch, for which no signal waits."""
+        with self.clock.part("data_wait"), self.stop.at_once():
+            batch = next(batches)
+        if self.save_first:  # with the first batch at hand, as no loader process should be forked while a thread writes
+            self.save_first = False
+            self._save()
+        return batch
 
-    @property
-    def _is_time_to_save(self) -> bool:
-        due_s = 60 * self.options.save_every
-        return self._between_updates and 0 < due_s <= time.monotonic() - self._saved_at
+    def _updated(self, index: int) -> None:
+        """The batch of this number is trained on, and with it those that waited for an update."""
+        self.state.batch = index + 1
+        self._heed(self.step.health.poll())
+        if 0 < 60 * self.options.save_every <= time.monotonic() - self._saved_at:
+            self._save()
 
     def _evaluated(self) -> Metrics | None:
         """The evaluation of an epoch, where one is due. Ended by a signal, it is for the resumed run to make."""
-        self.run.settle()  # loader processes may start, and none should be forked while a thread is writing
+        self.run.pause()  # loader processes may start, and none should be forked while a thread is writing
         with self.clock.part("evaluate"), self.stop.at_once():
             return self.evaluate() if self._evaluates else None
 
@@ -257,7 +262,6 @@ class Trainer:
                 f"{self.hyp.lr0:g}){amp}"
             )
         self.load_state_dict(load_checkpoint(self.run.last))
-        self._between_updates = True
         self.state.lr_scale = 0.5
         self.schedule = replace(self.schedule, lr_scale=0.5)
         self.report.go_back(self.state.epoch)
@@ -272,16 +276,18 @@ class Trainer:
         health = self.step.health.poll(now=True)
         self._heed(health)
         last = health.in_row == 0 or final or not self.run.saved
-        with self.clock.part("save"):
-            self.run.save(self.checkpoint(), best=best, final=final, keep=keep, last=last)
+        if best or keep or last:
+            with self.clock.part("save"):
+                self.run.save(self.checkpoint(), best=best, final=final, keep=keep, last=last)
         if last:
             self._saved_at = time.monotonic()
 
     def save_for_later(self) -> None:
         """Before a signal ends the run; what comes after the last epoch is made anew."""
+        self.step.roll_back()
         health = self.step.health.poll(now=True)
         self.report.skipped(health.bad)
-        if self._between_updates and not self.finished and (health.in_row == 0 or not self.run.saved):
+        if not self.finished and (health.in_row == 0 or not self.run.saved):
             self.run.save(self.checkpoint(), final=True)
         self.run.settle()
 
@@ -294,7 +300,7 @@ class Trainer:
             "options": asdict(self.options),
             "hyp": plain_values(self.hyp),
             "accumulation": self.schedule.accumulation,
-            "made_on": self.runtime.made_on,
+            "made_on": self.made_on,
             "data": self.data,
             **asdict(self.state),
         }
@@ -322,6 +328,7 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
     finally:
         with suppress(Exception):  # the first one is on its way already
             trainer.run.settle()
+        trainer.run.let_go()
 
 
 def _how_to_continue(trainer: Trainer) -> str:
@@ -331,4 +338,5 @@ def _how_to_continue(trainer: Trainer) -> str:
     if trainer.run.saved:
         script, last = (shlex.quote(str(path)) for path in (from_here(PROJECT_ROOT / "train.py"), trainer.run.last))
         return f"continue with: {this_python()} {script} --resume {last}"
-    return "--nosave saves nothing before the end, so there is no checkpoint to continue from"
+    waits = trainer.options.nosave and trainer.state.epoch > 0
+    return f"{'--nosave saves nothing before the end' if waits else 'nothing was trained yet'}: start it again"
