@@ -383,10 +383,16 @@ def test_unreadable_images_are_named_and_left_out(tiny, cli):
 
 def test_a_reader_that_has_seen_enough_ends_the_run_quietly(tiny, start):
     process = start("train.py", *tiny.flags(epochs=1000))
-    process.stdout.readline()
+    while b" 2/1000 " not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
     process.stdout.close()
     assert process.wait(timeout=60) == 141
     assert process.stderr.read() == b""
+    assert load_checkpoint(RUN / "weights/last.pt")["epoch"] == len(rows_of_results())  # no epoch that was told is lost
+
+
+def rows_of_results() -> list[str]:
+    return (RUN / "results.csv").read_text().splitlines()[1:]
 
 
 def test_strict_stops_at_a_finding_before_there_is_a_run_folder(tiny, cli):
@@ -512,7 +518,7 @@ def test_numbers_that_are_none_end_a_run_after_a_second_attempt(tiny, cli):
     code, output, problems = cli(train, *tiny.flags(hyp=hyp, epochs=50, amp="bf16"))
     assert code == 1
     assert problems == (
-        "train.py: error: 20 updates in a row gave no finite numbers, at half the learning rate as well: "
+        "train.py: error: 20 updates in a row, or more, gave no finite numbers, at half the learning rate as well: "
         f"{RUN / 'nonfinite.csv'} names batches and images; look at these, lower lr0 (now 1e+30), or use --amp off\n"
     )
     assert len([line for line in output.splitlines() if line.startswith("warning: 20 updates in a row")]) == 1

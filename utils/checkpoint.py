@@ -152,14 +152,17 @@ def _feed(digest: blake2b, value: Any) -> None:
 
 
 def snapshot(value: Any) -> Any:
-    """The same with tensors of its own, on the CPU."""
+    """The same with tensors of its own, on the CPU.
+
+    Equal texts become one, so that equal content makes equal files, wherever it was loaded from.
+    """
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: snapshot(item) for key, item in value.items()}
+        return {snapshot(key): snapshot(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(map(snapshot, value))
-    return value
+    return sys.intern(value) if type(value) is str else value
 
 
 # ---- what is made of them -----------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ class RunFolder:
         remove_unfinished(self.path)
         remove_unfinished(self.last.parent)
         if source is None:
-            for path in (self.last, self.previous):
+            for path in (self.last, self.previous, self.best):
                 path.unlink(missing_ok=True)
         elif source.name == self.previous.name:
             self.previous.replace(self.last)
@@ -187,7 +187,7 @@ class LateRunFolder(RunFolder):
         last: bool = True,
     ) -> None:
         if best:
-            self.waiting = for_inference(checkpoint)
+            self.waiting = snapshot(for_inference(checkpoint))
         if final:
             self._background.start(partial(self._write, snapshot(checkpoint), self.waiting, keep=False, last=True))
 

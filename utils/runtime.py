@@ -59,6 +59,11 @@ class Runtime:
         return self.compile and self.device.type == "cpu"
 
     @property
+    def queues_work(self) -> bool:
+        """Whether the device works on while the host goes on, so that reading a result means to wait."""
+        return self.device.type != "cpu"
+
+    @property
     def pin_memory(self) -> bool:
         """Whether batches reach the device faster from memory that stays in its place."""
         return self.device.type == "cuda"

@@ -93,7 +93,7 @@ class StopRequest:
         for clean in self._leaving:
             with suppress(Exception):
                 clean()
-        _say("left at once; the last checkpoint is as it was")
+        _say("left at once")
         os._exit(128 + signal.SIGINT)
 
 

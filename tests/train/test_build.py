@@ -369,6 +369,38 @@ def test_a_run_that_is_cut_short_ends_where_it_stands(tiny, capsys):
         train.run(resume=str(LAST))
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])])
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_best_that_is_damaged_or_lost_is_stood_in_for(tiny, capsys, monkeypatch, damage, more):
+    """last.pt is all that --resume needs, even for the final evaluation alone."""
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(Trainer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        train.run(**tiny.options(epochs=2))
+    damage(LAST.with_name("best.pt"))
+    capsys.readouterr()
+    train.run(resume=str(LAST), epochs=2 + more)
+    [warning] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert "weights/best.pt" in warning and "the weights of last.pt take its place" in warning
+    best, last = (load_checkpoint(LAST.with_name(name)) for name in ("best.pt", "last.pt"))
+    assert best["epoch"] == 2 + more
+    name = "model.0.conv.weight"
+    assert torch.equal(best["ema"][name], last["ema"][name].half())
+
+
+def test_resume_takes_the_folder_of_a_run(tiny):
+    train.run(**tiny.options())
+    assert build_trainer({"resume": str(RUN), "epochs": 2}).state.epoch == 1
+
+
+def test_a_new_run_in_the_folder_of_an_unfinished_one_says_so(tiny, capsys):
+    saved_within_an_epoch(tiny)
+    capsys.readouterr()
+    build_trainer(tiny.options(exist_ok=True))
+    note = f"note: --exist-ok: {RUN} held a run that was not finished; its checkpoints are gone\n"
+    assert note in capsys.readouterr().out
+    assert not LAST.exists()
+
+
 def test_the_weights_that_a_run_began_with_are_not_read_again(tiny, tmp_path, monkeypatch):
     train.run(**tiny.options(name="first"))
     weights = tmp_path / "start.pt"

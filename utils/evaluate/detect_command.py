@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from utils.evaluate.saving import LABELS_FOLDER
 from utils.files import new_run_folder
 from utils.report.loggers import Console
 from utils.runtime import choose_runtime, mendable_errors
+from utils.stopping import Interrupted
 from utils.structures import RunError, UserError
 
 _LINES_MOST = 20  # images and videos that have a line each; with more, the summary alone
@@ -63,8 +65,9 @@ def detect(values: Mapping[str, Any]) -> Summary:
     try:
         with mendable_errors(batch_size=options.batch_size, imgsz=detector.imgsz), quiet_opencv(), overheard():
             times = _detect_all(options, detector, rules, tally, results)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"results so far: {folder}" if folder else "") from None
+    except KeyboardInterrupt as interrupt:
+        signum = interrupt.signum if isinstance(interrupt, Interrupted) else signal.SIGINT
+        raise Interrupted(signum, f"results so far: {folder}" if folder else "") from None
     _conclude(options, detector, tally, times, folder)
     return Summary(
         images=tally.images,

@@ -19,7 +19,8 @@ import torch
 from models.norm_silu import accelerate
 from models.yolo import DetectionModel, count_parameters, gflops, read_network
 from utils import __version__
-from utils.checkpoint import Checkpoint, load_weights
+from utils.archive import DamagedFile
+from utils.checkpoint import Checkpoint, for_inference, load_checkpoint, load_weights, save_checkpoint
 from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling, validated, whole_strides
 from utils.data import colours
 from utils.data.cache import NoRoom, cached_images, remove_abandoned, summary
@@ -120,6 +121,8 @@ def _new(given: TrainOptions, console: Console, stop: StopRequest) -> Trainer:
     lines += _choose_anchors(model, options, hyp, train) + _repeated(options, names, train)
     run = _run_folder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok), options)
     run.hold()
+    if run.last.exists() and not run.finished:
+        console.note(f"--exist-ok: {run.path} held a run that was not finished; its checkpoints are gone")
     run.take_over()
     write_yaml(run.path / "hyp.yaml", plain_values(hyp))
     if scan.count:
@@ -151,6 +154,8 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console, s
             f"--resume continues a run as it was; --{refused[0].replace('_', '-')} cannot change, only {allowed}"
         )
     path = newest_checkpoint(Path("runs")) if given.resume == LATEST else Path(given.resume)
+    if path.is_dir():
+        path = RunFolder(path).last
     _hold_run_of(path)
     checkpoint, source = load_last(path, console.warn)
     changed = {name: values[name] for name in values if name != "resume" and values[name] is not None}
@@ -158,7 +163,7 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console, s
     hyp = hyperparameters(checkpoint["hyp"], source=str(path))
     check_transforms(hyp.albumentations, source=str(path))
     run = _run_of(path, checkpoint, options)
-    state = _unfinished_state(path, checkpoint, run, options)
+    _refuse_finished(path, checkpoint, run, options)
     spec = open_dataset(options.data, note=console.note, bar=console.download_bar)
     names = _names(options, spec)
     if list(names) != checkpoint["names"]:
@@ -185,14 +190,28 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console, s
     for line in _what_differs(checkpoint, parts):
         console.note(line)
     if checkpoint["data"]["train"] != parts.data["train"]:
-        checkpoint["batch"] = state.batch = 0  # the epoch under way is another one now
+        checkpoint["batch"] = 0  # the epoch under way is another one now
+    run.take_over(source)
+    _mend_best(run, checkpoint, console)
+    state = RunState.of(checkpoint)
     within = f" and batch {state.batch} of the next" if state.batch else ""
     console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}{within}")
-    run.take_over(source)
     trainer = _assemble(parts, state, accumulation=checkpoint["accumulation"])
     trainer.load_state_dict(checkpoint)
     trainer.save_first = trainer.checkpoint()["options"] != checkpoint["options"]
     return trainer
+
+
+def _mend_best(run: RunFolder, checkpoint: Checkpoint, console: Console) -> None:
+    """Where best.pt is damaged or lost, let the averaged weights of the run stand in until the next evaluation."""
+    if checkpoint["best_epoch"] < 0:
+        return
+    try:
+        load_checkpoint(run.best)
+    except DamagedFile as error:
+        console.warn(f"{error}; the weights of last.pt take its place, until the next epoch is evaluated")
+        checkpoint |= {"best_fitness": -1.0, "best_epoch": checkpoint["epoch"] - 1}
+        save_checkpoint(run.best, for_inference(checkpoint))
 
 
 def _what_differs(checkpoint: Checkpoint, parts: _Parts) -> list[str]:
@@ -236,13 +255,11 @@ def _run_of(path: Path, checkpoint: Checkpoint, options: TrainOptions) -> RunFol
         )
     if path.resolve() != run.last.resolve():
         raise UserError(f"--resume {path}: a run continues in its folder, so the file should be RUN/weights/last.pt")
-    if checkpoint["best_epoch"] >= 0 and not run.best.exists():
-        raise UserError(f"--resume {path}: best.pt is missing beside it; put it back, or start anew with --weights")
     return run
 
 
-def _unfinished_state(path: Path, checkpoint: Checkpoint, run: RunFolder, options: TrainOptions) -> RunState:
-    """Where the run stands. Raises UserError when there is nothing left to do."""
+def _refuse_finished(path: Path, checkpoint: Checkpoint, run: RunFolder, options: TrainOptions) -> None:
+    """Raises UserError when there is nothing left to do."""
     state = RunState.of(checkpoint)
     if state.best_epoch < 0 and state.epoch >= options.epochs:  # with --noval, and --epochs lowered
         raise UserError(f"--resume {path}: {state.epoch} epochs are done and none was evaluated; raise --epochs")
@@ -253,7 +270,6 @@ def _unfinished_state(path: Path, checkpoint: Checkpoint, run: RunFolder, option
             f"--resume {path}: stopped after epoch {state.epoch}, {options.patience} epochs without improvement; "
             "extend the run with --patience"
         )
-    return state
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------

@@ -92,6 +92,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.clock = self.step.clock
         self._warned = False
+        self._best_is_due = False  # the last evaluation was the best, and its weights are still to be written
+        self._is_saved = False  # all of the run, as it is now
         self._saved_at = time.monotonic()
 
     def fit(self) -> Metrics:
@@ -123,7 +125,7 @@ class Trainer:
         losses = self.train_epoch()
         metrics = self._evaluated()
         self._warn_of_strange_outputs(metrics)
-        improved = self.state.finish_epoch(metrics, only=self.options.noval)
+        self._best_is_due, self._is_saved = self.state.finish_epoch(metrics, only=self.options.noval), False
         self.report.epoch(
             self.state.epoch - 1,
             losses,
@@ -132,7 +134,7 @@ class Trainer:
             self.clock.split(),
             skipped=self.step.health.poll().skipped,
         )
-        self._save(best=improved, final=self.finished, keep=self._keeps)
+        self._save(final=self.finished, keep=self._keeps)
 
     @property
     def finished(self) -> bool:
@@ -186,8 +188,8 @@ class Trainer:
 
     def _updated(self, index: int) -> None:
         """The batch of this number is trained on, and with it those that waited for an update."""
-        self.state.batch = index + 1
-        self._heed(self.step.health.poll())
+        self.state.batch, self._is_saved = index + 1, False
+        self._heed(self.step.health.poll(now=not self.runtime.queues_work))
         if 0 < 60 * self.options.save_every <= time.monotonic() - self._saved_at:
             self._save()
 
@@ -252,7 +254,7 @@ class Trainer:
     def _go_back(self) -> None:
         """To the last checkpoint, at half the learning rate. Raises UserError where that was done, or cannot be."""
         self.run.settle()
-        told = f"{_BAD_IN_ROW} updates in a row gave no finite numbers"
+        told = f"{_BAD_IN_ROW} updates in a row, or more, gave no finite numbers"
         if self.state.lr_scale < 1:
             told += ", at half the learning rate as well"
         if self.state.lr_scale < 1 or not self.run.saved:
@@ -271,24 +273,26 @@ class Trainer:
 
     # ---- what is saved ----------------------------------------------------------------------------------------------
 
-    def _save(self, *, best: bool = False, final: bool = False, keep: bool = False) -> None:
+    def _save(self, *, final: bool = False, keep: bool = False) -> None:
         """Write a checkpoint; but no last.pt amid numbers that are none: it would be one to go back to."""
         health = self.step.health.poll(now=True)
         self._heed(health)
         last = health.in_row == 0 or final or not self.run.saved
-        if best or keep or last:
+        if self._best_is_due or keep or last:
             with self.clock.part("save"):
-                self.run.save(self.checkpoint(), best=best, final=final, keep=keep, last=last)
+                self.run.save(self.checkpoint(), best=self._best_is_due, final=final, keep=keep, last=last)
+            self._best_is_due = False
         if last:
-            self._saved_at = time.monotonic()
+            self._is_saved, self._saved_at = True, time.monotonic()
 
     def save_for_later(self) -> None:
-        """Before a signal ends the run; what comes after the last epoch is made anew."""
+        """Before a signal ends the run, or because nobody reads what it says."""
         self.step.roll_back()
         health = self.step.health.poll(now=True)
         self.report.skipped(health.bad)
-        if not self.finished and (health.in_row == 0 or not self.run.saved):
-            self.run.save(self.checkpoint(), final=True)
+        if not self._is_saved:
+            last = health.in_row == 0 or not self.run.saved
+            self.run.save(self.checkpoint(), best=self._best_is_due, final=True, last=last)
         self.run.settle()
 
     def checkpoint(self) -> dict[str, Any]:
@@ -322,6 +326,9 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
     except Interrupted as interrupted:
         trainer.save_for_later()
         raise Interrupted(interrupted.signum, _how_to_continue(trainer)) from None
+    except BrokenPipeError:
+        trainer.save_for_later()
+        raise
     except KeyboardInterrupt:  # of a thread that may not ask for signals
         trainer.run.settle()
         raise KeyboardInterrupt(_how_to_continue(trainer)) from None
