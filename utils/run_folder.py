@@ -66,7 +66,7 @@ class RunFolder:
     """Where the files of a run lie."""
 
     path: Path
-    saved: bool = False  # whether last.pt is of this run; with --exist-ok there may be that of an earlier one
+    saved: bool = False  # whether there is a last.pt
     _background: _Background = field(default_factory=_Background, repr=False)
 
     @property
@@ -117,14 +117,15 @@ class RunFolder:
 
     def hold(self) -> None:
         """Keep other processes away until `let_go`, or the end of this one. Raises UserError where one is at work."""
-        if self.path not in _held:
-            handle = locked(self.path, patience_s=_PATIENCE_S)
+        folder = self.path.resolve()
+        if folder not in _held:
+            handle = locked(folder, patience_s=_PATIENCE_S)
             if handle is None:
                 raise UserError(f"{self.path}: another process is training in this folder; wait for it, or stop it")
-            _held[self.path] = handle
+            _held[folder] = handle
 
     def let_go(self) -> None:
-        handle = _held.pop(self.path, -1)
+        handle = _held.pop(self.path.resolve(), -1)
         if handle >= 0:
             os.close(handle)
 

@@ -62,6 +62,13 @@ def test_the_head_gets_the_classes_of_the_data_set(tiny):
     assert trainer.checkpoint()["network"]["nc"] == 4
 
 
+@pytest.mark.parametrize(("rate", "said"), [(0.5, 0), (1000, 1)])
+def test_a_learning_rate_that_nobody_means_is_said(tiny, capsys, rate, said):
+    tiny.hyp.write_text(f"lr0: {rate}\n")
+    build_trainer(tiny.options())
+    assert len([line for line in lines(capsys, "note: ") if f"'lr0: {rate}' is far above" in line]) == said
+
+
 def test_evaluation_stays_in_full_precision(tiny):
     trainer = build_trainer(tiny.options(amp="bf16"))
     assert trainer.runtime.amp_dtype == torch.bfloat16

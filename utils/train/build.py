@@ -58,6 +58,7 @@ from utils.transfer import Transfer, transfer
 _DEFAULT_EPOCHS = 300
 _DEFAULT_IMGSZ = 640
 _DEFAULT_CFG = "yolov5n.yaml"
+_HIGH_LR0 = 1.0
 _NAMES_SHOWN = 4  # of entries or classes, in a line on weights
 _CLASSES_SHOWN = 6  # in the report on the data; `python -m utils.data.scan` shows more
 _WITH_RESUME = ("resume", "epochs", "device", "workers", "patience", "save_every", "quiet")  # may accompany --resume
@@ -318,6 +319,8 @@ def _accelerated(model: DetectionModel, runtime: Runtime, *, note: Note | None =
 def _advice(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...], runtime: Runtime) -> list[str]:
     """Lines on options of a new run that do less, or other, than one may expect."""
     lines = [rates_of_sgd(options.optimizer, hyp)]
+    if hyp.lr0 > _HIGH_LR0:
+        lines.append(f"{options.hyp}: 'lr0: {hyp.lr0:g}' is far above what networks learn with, some 0.01")
     if options.rect and hyp.mosaic > 0:
         lines.append(f"--rect: no mosaics, though the hyp file has 'mosaic: {hyp.mosaic:g}'")
     if options.freeze not in ((), (0,)) and not options.weights:
