@@ -298,6 +298,7 @@ def saved_within_an_epoch(tiny, **changes) -> dict:
     for index in range(2):
         trainer.step(next(batches), trainer.schedule(4 + index))
     trainer.state.batch = 2
+    trainer.run.settle()
     checkpoint = trainer.checkpoint() | changes
     LAST.parent.mkdir(exist_ok=True)
     save_checkpoint(LAST, checkpoint)
