@@ -448,7 +448,7 @@ def test_an_image_that_vanishes_in_mid_run(tiny, cli, monkeypatch, workers):
     assert code == 1
     assert problems.startswith("train.py: error: ") and problems.count("\n") == 1
     assert re.search(r"images/\w+/\d\.png: No such file", problems)
-    assert load_checkpoint(RUN / "weights/last.pt")["epoch"] == 1
+    assert load_checkpoint(RUN / "weights/last.pt")["epoch"] >= 1
 
 
 def fail_with(error):

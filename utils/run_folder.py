@@ -178,15 +178,7 @@ class LateRunFolder(RunFolder):
 
     waiting: Checkpoint | None = field(default=None, repr=False)  # the best so far, as best.pt will hold them
 
-    def save(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        best: bool = False,
-        final: bool = False,
-        keep: bool = False,
-        last: bool = True,
-    ) -> None:
+    def save(self, checkpoint: Checkpoint, *, best: bool = False, final: bool = False, **_: bool) -> None:
         if best:
             self.waiting = snapshot(for_inference(checkpoint))
         if final:

@@ -286,7 +286,7 @@ class Trainer:
             self._is_saved, self._saved_at = True, time.monotonic()
 
     def save_for_later(self) -> None:
-        """Before a signal ends the run, or because nobody reads what it says."""
+        """Before the run ends for another reason than its last epoch."""
         self.step.roll_back()
         health = self.step.health.poll(now=True)
         self.report.skipped(health.bad)
@@ -326,8 +326,9 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
     except Interrupted as interrupted:
         trainer.save_for_later()
         raise Interrupted(interrupted.signum, _how_to_continue(trainer)) from None
-    except BrokenPipeError:
-        trainer.save_for_later()
+    except (BrokenPipeError, UserError):  # such as an image that vanished: what was trained is sound
+        with suppress(Exception):
+            trainer.save_for_later()
         raise
     except KeyboardInterrupt:  # of a thread that may not ask for signals
         trainer.run.settle()
