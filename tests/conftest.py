@@ -83,6 +83,15 @@ class Tiny:
         return self.folder / "labels" / split / f"{index}.txt"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def signals_as_usual():
+    """Not ignored, as they may be where the tests run in the background; a run would leave them so."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL}
+    for signum, handler in usual.items():
+        if signal.getsignal(signum) == signal.SIG_IGN:
+            signal.signal(signum, handler)
+
+
 @pytest.fixture(scope="session")
 def draw_tiny():
     """Draws a tiny data set into a new folder."""
