@@ -95,8 +95,10 @@ class RunFolder:
         final: bool = False,
         keep: bool = False,
         last: bool = True,
-    ) -> None:
+    ) -> bool:
         """Write last.pt unless told not to and, where this is the best epoch so far, best.pt; `keep`: epochN.pt, too.
+
+        Whether last.pt is written.
 
         From a copy, by a thread. After a failure the next call does it here, and raises what `settle` would. `final`
         says that none may follow. last.pt goes last: a run that dies in between repeats the epoch, and so never lacks
@@ -106,6 +108,7 @@ class RunFolder:
             content = snapshot(checkpoint)
             inference = for_inference(content) if best else None
             self._background.start(partial(self._write, content, inference, keep=keep, last=last))
+        return last
 
     def pause(self) -> None:
         """Return when nothing is being written."""
@@ -178,11 +181,12 @@ class LateRunFolder(RunFolder):
 
     waiting: Checkpoint | None = field(default=None, repr=False)  # the best so far, as best.pt will hold them
 
-    def save(self, checkpoint: Checkpoint, *, best: bool = False, final: bool = False, **_: bool) -> None:
+    def save(self, checkpoint: Checkpoint, *, best: bool = False, final: bool = False, **_: bool) -> bool:
         if best:
             self.waiting = snapshot(for_inference(checkpoint))
         if final:
             self._background.start(partial(self._write, snapshot(checkpoint), self.waiting, keep=False, last=True))
+        return final
 
 
 def predecessor_of(last: Path) -> Path:

@@ -441,10 +441,11 @@ def test_other_epochs_of_a_resumed_run_are_remembered_though_it_dies_at_once(tin
     assert load_checkpoint(LAST)["epoch"] == 3
 
 
-def test_a_signal_saves_what_nosave_would_have_saved_at_the_end(augmented, monkeypatch):
+@pytest.mark.parametrize("batch", [0, 1])
+def test_a_signal_saves_what_nosave_would_have_saved_at_the_end(augmented, monkeypatch, batch):
     train.run(**augmented.options(name="whole", epochs=4, nosave=True))
     with monkeypatch.context() as context, pytest.raises(Interrupted, match="--resume"):
-        interrupt(context, epoch=2, batch=1, signum=signal.SIGTERM)
+        interrupt(context, epoch=2, batch=batch, signum=signal.SIGTERM)
         train.run(**augmented.options(epochs=4, nosave=True))
     assert (RUNS / "exp/weights/best.pt").exists()
     train.run(resume=str(LAST))

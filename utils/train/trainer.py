@@ -280,10 +280,12 @@ class Trainer:
         last = health.in_row == 0 or final or not self.run.saved
         if self._best_is_due or keep or last:
             with self.clock.part("save"):
-                self.run.save(self.checkpoint(), best=self._best_is_due, final=final, keep=keep, last=last)
+                self._is_saved = self.run.save(
+                    self.checkpoint(), best=self._best_is_due, final=final, keep=keep, last=last
+                )
             self._best_is_due = False
         if last:
-            self._is_saved, self._saved_at = True, time.monotonic()
+            self._saved_at = time.monotonic()
 
     def save_for_later(self) -> None:
         """Before the run ends for another reason than its last epoch."""
