@@ -61,9 +61,8 @@ def read_archive(path: Path) -> Archive:
 def _archive(file: IO[bytes]) -> Archive:
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    start = file.read(_LARGEST_PICKLE if size else 0)
-    if not start.startswith(b"PK"):
-        _refuse_other(start)
+    if (start := file.read(2)) != b"PK":
+        _refuse_other(start + file.read(_LARGEST_PICKLE))
     with zipfile.ZipFile(file) as zipped:
         members = _Members(zipped, size)
         content, names = unpickled(io.BytesIO(members.pickle()), members.storage)

@@ -32,8 +32,8 @@ SCHEMA = 2
 Checkpoint = dict[str, Any]
 
 _INFERENCE = {"ema": dict, "network": dict, "names": list, "options": dict, "hyp": dict}  # what detection relies on
-_LONGEST_LINE = 10_000  # characters, of those that describe a file
 _INFERENCE_OPTIONS = {"data": str, "imgsz": int, "label_smoothing": float}
+_LONGEST_LINE = 10_000  # characters, of those that describe a file
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, *, predecessor: Path | None = None) -> None:
@@ -85,15 +85,15 @@ def _own_checkpoint(archive: Archive, path: Path) -> Checkpoint:
         raise UserError(f"checkpoint has format {written}, this version reads {SCHEMA}: {path}")
     if sum(tensor.nbytes for tensor in _tensors(checkpoint)) > archive.size:
         raise UserError(f"checkpoint cannot be used: {path}: its tensors are more than the file")
-    if not _is_intact(checkpoint):
-        raise DamagedFile(f"checkpoint is damaged, its checksum is wrong: {path}")
-    return {key: value for key, value in checkpoint.items() if key != "checksum"}
-
-
-def _is_intact(checkpoint: Checkpoint) -> bool:
     content = {key: value for key, value in checkpoint.items() if key != "checksum"}
+    if not _is_intact(content, checkpoint.get("checksum")):
+        raise DamagedFile(f"checkpoint is damaged, its checksum is wrong: {path}")
+    return content
+
+
+def _is_intact(content: Checkpoint, stated: Any) -> bool:
     try:
-        return checkpoint.get("checksum") == checksum(content)
+        return stated == checksum(content)
     except TypeError:  # of what is no plain value
         return False
 

@@ -75,13 +75,12 @@ def _write_atomic(path: Path, write: Callable[[IO[bytes]], None], lasting: bool,
 @contextmanager
 def _in_use(file: IO[bytes]) -> Iterator[None]:
     """A lock on the file within the block, though it is closed there; it ends with the program, however that ends."""
-    if fcntl is None:
+    if fcntl is None:  # Windows, where nothing that is open can be renamed
         yield
         return
     handle = os.dup(file.fileno())
+    try_lock(handle)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)
@@ -112,39 +111,38 @@ def remove_unfinished(folder: Path, name: str = "") -> None:
 
 
 def _is_in_use(path: Path) -> bool:
-    if fcntl is None:
-        return False
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks, or it is gone
+            return not try_lock(file.fileno(), exclusive=False)
+    except OSError:  # it is gone
         return False
-    return False
+
+
+def try_lock(handle: int, *, exclusive: bool = True) -> bool:
+    """Whether nobody objects to a lock. Without locks in the file system, or the system, nobody ever does."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def locked(folder: Path, *, patience_s: float) -> int | None:
-    """A handle on a folder that no other has until it is closed, or this process ends; None where one stays there.
-
-    -1 where the file system, or the system, knows no such locks.
-    """
-    if fcntl is None:
-        return -1
+    """A handle on a folder with a lock until it is closed, or this process ends; None where another stays there."""
+    if fcntl is None:  # Windows, where folders have no handles
+        return os.open(os.devnull, os.O_RDONLY)
     until = time.monotonic() + patience_s
     handle = os.open(folder, os.O_RDONLY)
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
-            if time.monotonic() > until:
-                os.close(handle)
-                return None
-            time.sleep(0.1)
-        except OSError:
+    while not try_lock(handle):
+        if time.monotonic() > until:
             os.close(handle)
-            return -1
+            return None
+        time.sleep(0.1)
+    return handle
 
 
 def write_text(path: Path, text: str, *, lasting: bool = True) -> None:

@@ -128,8 +128,8 @@ class RunFolder:
             _held[folder] = handle
 
     def let_go(self) -> None:
-        handle = _held.pop(self.path.resolve(), -1)
-        if handle >= 0:
+        handle = _held.pop(self.path.resolve(), None)
+        if handle is not None:
             os.close(handle)
 
     def take_over(self, source: Path | None = None) -> None:

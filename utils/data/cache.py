@@ -27,14 +27,9 @@ from utils.config import CacheKind
 from utils.data.images import BaseImages, base_shapes
 from utils.data.pool import by_threads
 from utils.data.probe import overheard
-from utils.files import array_layout, cache_folder, read_arrays
+from utils.files import array_layout, cache_folder, read_arrays, try_lock
 from utils.machine import usable_cores
 from utils.structures import DatasetSpec, UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _SCHEMA = 1  # raise it when the pixels of base images change, or the layout of the file
 _MEMORY = Path("/dev/shm")  # Linux; elsewhere a temporary file is in the system's page cache, which is as good
@@ -281,23 +276,10 @@ class _Lease:
 def _end_lease(handle: int, path: Path, owner: int) -> None:
     if os.getpid() != owner:  # a forked loader process has no say in it
         return
-    if _is_temporary(path) and _lock(handle, exclusive=True) and _is_at(handle, path):
+    if _is_temporary(path) and try_lock(handle) and _is_at(handle, path):
         with suppress(OSError):
             path.unlink()
     os.close(handle)
-
-
-def _lock(handle: int, *, exclusive: bool) -> bool:
-    """Whether nobody objects to a lock. Without locks in the file system nobody ever does."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _is_at(handle: int, path: Path) -> bool:
@@ -327,7 +309,7 @@ def _found(paths: Iterable[Path], key: str) -> CachedImages | None:
             continue
         lease = _Lease(handle, path)
         with suppress(OSError, ValueError, KeyError, TypeError):  # gone, damaged, or of other content
-            if _lock(handle, exclusive=False) and _is_at(handle, path) and _is_mine(handle, path):
+            if try_lock(handle, exclusive=False) and _is_at(handle, path) and _is_mine(handle, path):
                 return CachedImages(path, key, lease)
         lease.end()
     return None
@@ -345,7 +327,7 @@ def _removed(path: Path) -> bool:
     except OSError:
         return not path.exists()
     try:
-        if not (_lock(handle, exclusive=True) and _is_at(handle, path)):
+        if not (try_lock(handle) and _is_at(handle, path)):
             return False
         path.unlink()
     except OSError:
@@ -389,7 +371,7 @@ def _build(path: Path, content: _Content, progress: Progress | None, *, durable:
     partial = _partial(path)
     handle = _open(partial, os.O_RDWR | os.O_CREAT)
     lease = _Lease(handle, path)
-    if not (_lock(handle, exclusive=True) and _is_at(handle, partial)):
+    if not (try_lock(handle) and _is_at(handle, partial)):
         lease.end()
         return None
     try:
@@ -404,7 +386,7 @@ def _build(path: Path, content: _Content, progress: Progress | None, *, durable:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _lock(handle, exclusive=False)
+    try_lock(handle, exclusive=False)
     return CachedImages(path, content.key, lease, built=True)
 
 
@@ -415,7 +397,7 @@ def _is_fresh(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return not _lock(handle, exclusive=False)
+        return not try_lock(handle, exclusive=False)
     finally:
         os.close(handle)
 

@@ -199,7 +199,7 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console, s
     console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}{within}")
     trainer = _assemble(parts, state, accumulation=checkpoint["accumulation"])
     trainer.load_state_dict(checkpoint)
-    trainer.save_first = trainer.checkpoint()["options"] != checkpoint["options"]
+    trainer.save_first = asdict(options) != checkpoint["options"]
     return trainer
 
 
