@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -308,6 +309,20 @@ def new_run_folder(project: Path, name: str, *, exist_ok: bool) -> Path:
             raise UserError(f"--project {project}: cannot make {candidate}: {error.strerror}") from None
         return candidate
     raise AssertionError("the candidates never end")
+
+
+def run_folders(project: Path, name: str) -> list[Path]:
+    """Those that are there, of the names that `new_run_folder` gives."""
+    known = re.compile(re.escape(name) + r"\d*")
+    return [path for path in project.glob("*") if known.fullmatch(path.name) and path.is_dir()]
+
+
+def code_digest(root: Path) -> str:
+    """16 hexadecimal digits of the Python files of the project at `root`."""
+    digest = blake2b(digest_size=8)
+    for path in sorted([*root.glob("*.py"), *root.glob("models/**/*.py"), *root.glob("utils/**/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _run_folders(project: Path, name: str) -> Iterable[Path]:

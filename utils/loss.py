@@ -7,7 +7,7 @@ objectness target. They are named in `Detached`, so that tests can hold them fix
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from utils.boxes import ciou, ciou_factor, ciou_parts, cxcywh_from_xyxy, xyxy_from_cxcywh
 from utils.hyp import Hyperparameters
-from utils.structures import Batch, HeadSpec, Losses
+from utils.structures import Batch, HeadSpec, Losses, Part
 
 _BALANCE_OF_THREE = (4.0, 1.0, 0.4)  # objectness weight per level
 _BALANCE = (4.0, 1.0, 0.25, 0.06, 0.02)
@@ -143,6 +143,10 @@ def _along_side(centre: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
     return own, torch.where(exists, near, own), exists
 
 
+def _of_one(values: Tensor) -> Tensor:
+    return values
+
+
 def detection_losses(
     predictions: Sequence[Tensor],
     batch: Batch,
@@ -150,12 +154,17 @@ def detection_losses(
     gains: LossGains,
     *,
     detached: Detached | None = None,
+    over_ranks: Callable[[Tensor], Tensor] = _of_one,
 ) -> Losses:
     """The losses of a batch from the head's raw outputs, L tensors (B, A, h, w, 5 + C).
 
     Computed in float32, or float64 when the predictions are. `detached` replaces what would be derived. Nothing here
     waits for the device, and every shape follows from those of the arguments.
+
+    Of a batch that is a part of one which several ranks share, they are the part of the whole one's losses: means are
+    taken over all its matches, which `over_ranks` sums up, and all its cells. Parts add up to the losses of the whole.
     """
+    part = batch.part or Part(len(predictions[0]), len(predictions[0]))
     matches = _matches_for(predictions, batch, head, gains)
     matched, objectness_logits = _Gather.apply(matches.rows, *map(_in_memory_order, predictions))
     parts = ciou_parts(_decode_matched(matched, matches), matches.boxes)
@@ -163,7 +172,7 @@ def detection_losses(
 
     by_level = (len(predictions), len(matches.holds) // len(predictions))
     holds = matches.holds.view(by_level)
-    counts = holds.sum(1).clamp(min=1)  # (L,)
+    counts = over_ranks(holds.sum(1)).clamp(min=1)  # (L,)
 
     def mean_of_matches(values: Tensor) -> Tensor:
         return (torch.where(holds, values.view(by_level), 0).sum(1) / counts).sum()
@@ -174,12 +183,13 @@ def detection_losses(
         classification = mean_of_matches(_class_loss(matched[:, 5:], matches.classes, gains)) * gains.classification
     each = _binary_cross_entropy(objectness_logits, constants.objectness, gains.obj_pw, gains.fl_gamma)
     per_level = each.split([level[..., 0].numel() for level in predictions])
-    objectness = sum(weight * loss.mean() for weight, loss in zip(gains.level, per_level)) * gains.objectness
+    objectness = sum(weight * loss.mean() for weight, loss in zip(gains.level, per_level))
+    objectness = objectness * (gains.objectness * part.share)
     return Losses(
         box=box.detach(),
         objectness=objectness.detach(),
         classification=classification.detach(),
-        total=(box + objectness + classification) * (len(predictions[0]) * gains.total),
+        total=(box + objectness + classification) * (part.whole * gains.total),
     )
 
 

@@ -150,6 +150,10 @@ class RunFolder:
         self.settle()
         self.previous.unlink(missing_ok=True)
 
+    def put(self, name: str, write: Callable[[Path], object]) -> None:
+        """Let `write` make a file of the run besides its checkpoints."""
+        write(self.path / name)
+
     @contextmanager
     def removal_named(self) -> Iterator[None]:
         """What goes wrong with files while the folder is no longer there, goes wrong for that."""
@@ -187,6 +191,30 @@ class LateRunFolder(RunFolder):
         if final:
             self._background.start(partial(self._write, snapshot(checkpoint), self.waiting, keep=False, last=True))
         return final
+
+
+@dataclass
+class FollowedRunFolder(RunFolder):
+    """The folder of a run as all ranks but the first have it: they write nothing. It may not even be there."""
+
+    def save(self, checkpoint: Checkpoint, *, last: bool = True, **_: bool) -> bool:
+        self.saved = self.saved or last
+        return last
+
+    def hold(self) -> None:
+        pass
+
+    def take_over(self, source: Path | None = None) -> None:
+        pass
+
+    def tidy(self) -> None:
+        pass
+
+    def put(self, name: str, write: Callable[[Path], object]) -> None:
+        pass
+
+    def _check_there(self) -> None:
+        pass
 
 
 def predecessor_of(last: Path) -> Path:

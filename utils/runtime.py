@@ -1,47 +1,42 @@
-"""Where a run computes: device, mixed precision, loader processes. The only reader of RANK and os.environ."""
+"""Where a run computes: on one device, on several by DataParallel, or as ranks; mixed precision, loader processes.
+
+With launch.py the only reader of os.environ.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from utils.clock import PARTS, EventClock, StepClock
+from utils.launch import Place, place
 from utils.machine import usable_cores
+from utils.ranks import Group, Ranks
 from utils.structures import RunError, UserError
 
 Note = Callable[[str], object]  # takes a line for the user
 
-_Value = TypeVar("_Value")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """The device of a run and how to compute on it, and this process's place among those that share the work."""
+    """The device of a run and how to compute on it, and the processes that share the work."""
 
     device: torch.device
     amp_dtype: torch.dtype | None  # None: everything in fp32
     workers: int
     compile: bool = False
-    rank: int = 0  # of this process among `ranks`
-    ranks: int = 1
-
-    def gather(self, value: _Value) -> list[_Value]:
-        """What all ranks call this with, in their order, on every rank. All of them must call it."""
-        if self.ranks == 1:
-            return [value]
-        from torch import distributed
-
-        gathered = [value] * self.ranks
-        distributed.all_gather_object(gathered, value)
-        return gathered
+    ranks: Ranks = field(default_factory=Ranks)
+    devices: tuple[torch.device, ...] = ()  # all that this process computes on, where these are several
+    unused: int = 0  # GPUs more that are there, where nobody named one
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.amp_dtype is None:
@@ -67,6 +62,19 @@ class Runtime:
     def pin_memory(self) -> bool:
         """Whether batches reach the device faster from memory that stays in its place."""
         return self.device.type == "cuda"
+
+    def replicas(self, model: nn.Module) -> nn.Module:
+        """What to call in the place of `model` in training, where several devices take their parts of a batch."""
+        if self.devices:
+            return nn.DataParallel(model, device_ids=list(self.devices))
+        return self.ranks.replicas(model)
+
+    def synchronised(self, model: nn.Module) -> nn.Module:
+        """The model with batch norms over all ranks, for `--sync-bn`. Raises UserError where there are none to be had."""
+        if self.ranks.alone or self.device.type != "cuda":
+            has = "one process" if self.ranks.alone else "the CPU, where torch has none"
+            raise UserError(f"--sync-bn: is for several ranks on CUDA GPUs, and this is {has}; leave it out")
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def compiled(self, function: Callable) -> Callable:
         """What to call in the place of a network or a loss in training: its twin of torch.compile where that is due."""
@@ -117,13 +125,21 @@ class Runtime:
     def description(self) -> str:
         """One phrase for the first line of a run, e.g. `CPU (2 threads), bf16, 2 loader processes`."""
         processes = f"{self.workers} loader process{'es' * (self.workers != 1)}" if self.workers else "loading in place"
-        return f"{self.device_description}{', compiled' * self.compile}, {processes}"
+        each = " each" * (not self.ranks.alone)
+        return f"{self._all_devices}{', compiled' * self.compile}, {processes}{each}"
 
     @property
     def made_on(self) -> str:
         """What computes, with all that the last digits of a result may depend on."""
         capability = torch.backends.cpu.get_cpu_capability()
-        return f"{self.device_description}{', compiled' * self.compile}, {capability}"
+        return f"{self._all_devices}{', compiled' * self.compile}, {capability}"
+
+    @property
+    def _all_devices(self) -> str:
+        """The devices of all ranks, which are taken to be alike."""
+        count = max(self.ranks.count, len(self.devices))
+        how = "ranks" if len(self.devices) < 2 else "devices"
+        return f"{count} {how} of {self.device_description}" if count > 1 else self.device_description
 
     @property
     def device_description(self) -> str:
@@ -154,34 +170,155 @@ def choose_runtime(
     compile: bool = False,
     deterministic: bool = False,
     fixed_shapes: bool = False,
+    ranks: Ranks | None = None,
     note: Note | None = None,
 ) -> Runtime:
     """The runtime for the options of these names. Raises UserError for a device that is not there.
 
     And for what the device cannot do; but with `note` that is a line, and something else is taken.
 
+    `ranks` are those of `join_ranks`; without, for work that is not shared out, a launcher of several is refused.
+
     `deterministic` is torch's own switch, and so holds for the whole process, as does what follows from it and from
     `fixed_shapes`, inputs of one size: whether cuDNN tries which of its kernels are the fastest.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several processes (WORLD_SIZE > 1) are not supported yet; start train.py without the launcher")
-    chosen = _choose_device(device.strip().lower())
+    if ranks is None:
+        ranks = _by_itself()
+    available = _available_devices()
+    strategy = choose_strategy(place=ranks.place, available=available, flag=device.strip().lower())
+    chosen = torch.device(strategy.devices[0])
     try:
         amp_dtype = _choose_amp(amp, chosen)
     except UserError as refusal:
         raise_or_note(refusal, note, "with --amp auto")
         amp_dtype = _choose_amp("auto", chosen)
+    several = strategy.kind == "DataParallel"
+    if several:
+        names = ",".join(name.removeprefix("cuda:") for name in strategy.devices)
+        _refuse_with_several(names, compile=compile)
     if compile and chosen.type != "cpu":
         try:
             _try_compiler(chosen)
         except UserError as refusal:
             raise_or_note(refusal, note, "without it")
             compile = False
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # of the GPUs, the one that NCCL takes for this rank
     if deterministic:
         _be_deterministic()
     elif chosen.type == "cuda":
         torch.backends.cudnn.benchmark = fixed_shapes
-    return Runtime(device=chosen, amp_dtype=amp_dtype, workers=min(workers, usable_cores()), compile=compile)
+    return Runtime(
+        device=chosen,
+        amp_dtype=amp_dtype,
+        workers=min(workers, max(usable_cores() // ranks.local_count, 1)),
+        compile=compile,
+        ranks=ranks,
+        devices=tuple(map(torch.device, strategy.devices)) if several else (),
+        unused=sum(name.isdecimal() for name in available) - 1 if chosen.type == "cuda" and not device else 0,
+    )
+
+
+def join_ranks(*, dist_timeout: float = 10.0) -> Ranks:
+    """The ranks that a launcher started, when all of them are there; this process by itself where there is no launcher.
+
+    They wait for one another for `dist_timeout` minutes, and share the cores of their host. Raises UserError where they
+    do not meet.
+    """
+    here = place()
+    if here is None:
+        return Ranks()
+    if here.local_ranks == here.ranks:  # else gloo asks for the address of this host's name, which may have none
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # what torch's launcher says when nobody else does
+        torch.set_num_threads(max(usable_cores() // here.local_ranks, 1))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
+    return Group(here, backend=backend, timeout_s=60 * dist_timeout)
+
+
+_LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+
+
+def _by_itself() -> Ranks:
+    here = place()
+    if here is not None and here.ranks > 1:
+        raise UserError(f"this is work for one process, and a launcher started {here.ranks}; start it without")
+    return Ranks()
+
+
+# ---- strategy -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How the devices of a run are used, and those of this process, as torch names them."""
+
+    kind: Literal["single", "DataParallel", "DistributedDataParallel"]
+    devices: tuple[str, ...]
+
+
+def choose_strategy(*, place: Place | None, available: Sequence[str], flag: str) -> Strategy:
+    """Where this process computes: `available` are the names of devices, the best first, and `flag` is `--device`.
+
+    Ranks of a launcher take one device each. Without one, several that the flag names are for DataParallel. Raises
+    UserError for devices that are not there, and where there are fewer than ranks.
+    """
+    named = _named_devices(flag, available)
+    if place is not None:
+        return Strategy(kind="DistributedDataParallel", devices=(_device_of_rank(place, named, available, flag),))
+    if len(named) > 1 and flag not in ("", "cuda"):
+        return Strategy(kind="DataParallel", devices=tuple(map(_torch_name, named)))
+    return Strategy(kind="single", devices=(_torch_name(named[0]),))
+
+
+def _named_devices(flag: str, available: Sequence[str]) -> list[str]:
+    """What the flag names, as in `available`; with nothing it is all GPUs, or the best there is."""
+    gpus = [name for name in available if name.isdecimal()]
+    if flag == "" or (flag == "cuda" and gpus):
+        return gpus or [available[0]]
+    named = [_plain_name(name.strip()) for name in flag.split(",")]
+    for name in named:
+        if name not in available:
+            where = f"--device {flag}: no such device here"
+            raise UserError(f"{where}{f' as {name}' * (len(named) > 1)}; there is: {', '.join(available)}")
+    if len(set(named)) < len(named):
+        raise UserError(f"--device {flag}: names a device twice")
+    if len(named) > 1 and not set(named) <= set(gpus):
+        raise UserError(f"--device {flag}: only GPUs are used several at a time; there is: {', '.join(available)}")
+    return named
+
+
+def _device_of_rank(place: Place, named: Sequence[str], available: Sequence[str], flag: str) -> str:
+    if named == ["mps"]:
+        if flag:
+            raise UserError("--device mps: ranks need GPUs of CUDA, or --device cpu")
+        return "cpu"
+    if named == ["cpu"]:
+        return "cpu"
+    if len(named) < place.local_ranks:
+        whose = f"--device {flag} names" if flag else "this machine has"
+        raise UserError(
+            f"{place.local_ranks} ranks on this machine want a GPU each, and {whose} {len(named)}; "
+            f"start fewer ranks, or use --device cpu; there is: {', '.join(available)}"
+        )
+    return _torch_name(named[place.local_rank])
+
+
+def _plain_name(name: str) -> str:
+    number = name.removeprefix("cuda:")
+    return number if number.isdecimal() else name
+
+
+def _torch_name(name: str) -> str:
+    return f"cuda:{name}" if name.isdecimal() else name
+
+
+def _refuse_with_several(names: str, *, compile: bool) -> None:
+    if compile:
+        count = names.count(",") + 1
+        raise UserError(
+            f"--compile with --device {names}: not with several GPUs in one process; --nproc {count} trains a process on each"
+        )
 
 
 def raise_or_note(refusal: UserError, note: Note | None, instead: str) -> None:
@@ -218,19 +355,6 @@ def _available_devices() -> list[str]:
     cuda = [str(index) for index in range(torch.cuda.device_count())]
     mps = ["mps"] if torch.backends.mps.is_available() else []
     return [*cuda, *mps, "cpu"]
-
-
-def _choose_device(flag: str) -> torch.device:
-    available = _available_devices()
-    spellings = {f"cuda:{name}": name for name in available if name.isdecimal()} | {"cuda": "0", "": available[0]}
-    name = spellings.get(flag, flag)
-    if "," in name:
-        raise UserError(
-            f"--device {flag}: several devices are not supported yet; choose one of: {', '.join(available)}"
-        )
-    if name not in available:
-        raise UserError(f"--device {flag}: no such device here; there is: {', '.join(available)}")
-    return torch.device(f"cuda:{name}" if name.isdecimal() else name)
 
 
 def _choose_amp(flag: str, device: torch.device) -> torch.dtype | None:

@@ -55,6 +55,11 @@ class StopRequest:
     def requested(self) -> bool:
         return self._signum is not None
 
+    @property
+    def signum(self) -> int:
+        """The number of the signal; 0 where none has come."""
+        return self._signum or 0
+
     def check(self) -> None:
         """Raises Interrupted where a signal has come."""
         if self._signum is not None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -180,6 +180,17 @@ class QuadPlan:
     classes: np.ndarray  # (N,) i32
 
 
+class Part(NamedTuple):
+    """What a rank has of a batch that several ranks share, in network inputs."""
+
+    own: int  # 0: there are fewer than ranks, and this one goes along with an input of another, which counts for nothing
+    whole: int
+
+    @property
+    def share(self) -> float:
+        return self.own / self.whole
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """One network input with its labels. Images are RGB, channels-last in memory."""
@@ -190,6 +201,7 @@ class Batch:
     image_of: Tensor  # (T,) i64, 0 <= image_of < B
     indices: Tensor  # (B,) i64 into the LabelStore; with --quad up to 4 B, also of images that were left out
     placements: Tensor | None = None  # (B, 3, 3) f64 source px -> network px, when each image stands alone
+    part: Part | None = None  # of a batch of several ranks, whose images `indices` are; None: all of it
 
     def to(self, device: torch.device) -> Batch:
         """What network and loss work on goes to the device; indices and placements stay."""
@@ -200,9 +212,9 @@ class Batch:
 
     def share_memory(self) -> None:
         """Move all of it to where other processes can see it. Raises RuntimeError where there is no room."""
-        for tensor in vars(self).values():
-            if tensor is not None:
-                tensor.share_memory_()
+        for value in vars(self).values():
+            if value is not None and value is not self.part:
+                value.share_memory_()
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
         moved = {name: move(getattr(self, name)) for name in ("images", "boxes", "classes", "image_of")}

@@ -52,7 +52,7 @@ from utils.data.render import render, render_quad
 from utils.data.render_torch import Allocate, PackedPlans, PackedQuads, pack, paint
 from utils.hyp import Hyperparameters
 from utils.stopping import end_with_parent, signals_held_back
-from utils.structures import Batch, LabelStore, QuadPlan, RunError, SamplePlan, UserError
+from utils.structures import Batch, LabelStore, Part, QuadPlan, RunError, SamplePlan, UserError
 
 _UNPAINTED_SIZE = 2  # in painted ones: 1.2 on average with scale 0.5, as much again for mixup
 _PREFETCH = 4  # batches that each loader process works ahead
@@ -97,12 +97,14 @@ class TrainBatches:
     stride: int = 32  # of the network; sides of rectangular batches are multiples of it
     epochs: int | None = None  # of the run, the last of which may have no mosaics
     unpainted: bool = False  # its batches are painted on the device that they go to
+    rank: int = 0  # who has these parts of the batches
+    ranks: int = 1
 
     @property
     def batch_bytes(self) -> int:
-        """What the images of a batch take at most; where they are unpainted, it may be more, but seldom is."""
+        """What the images of a batch take here at most; where they are unpainted, it may be more, but seldom is."""
         height, width = self._shape(np.ones(1))
-        samples = 4 * -(-self.batch_size // 4) if self.quad else self.batch_size
+        samples = -(-self._inputs(self.batch_size) // self.ranks) * self._images_each
         return (_UNPAINTED_SIZE if self.unpainted else 1) * samples * 3 * height * width
 
     @property
@@ -125,15 +127,25 @@ class TrainBatches:
 
     def batch_of(self, lot: Lot, allocate: Allocate | None = None) -> Batch | UnpaintedBatch:
         """Its images, or what they will be painted from, are written into what `allocate` yields."""
-        shape = self._shape(_aspects(self.store, lot.images))
-        if self.quad:
-            plans = self._quads(lot, shape)
-        else:
-            plans = [self._sample(lot, place, shape) for place in range(len(lot.images))]
+        shape, inputs = self._shape(_aspects(self.store, lot.images)), self._inputs(len(lot.images))
+        own = part_of(inputs, self.rank, self.ranks)
+        plans = [(self._quad if self.quad else self._sample)(lot, number, shape) for number in own or range(1)]
+        if not own:  # every rank takes part in every step
+            plans = [replace(plans[0], boxes=plans[0].boxes[:0], classes=plans[0].classes[:0])]
+        part = Part(len(own), inputs) if self.ranks > 1 else None
         if self.unpainted:
             packed = pack(plans, self.images, allocate)
-            return UnpaintedBatch(packed=packed, **_labels(plans, lot.images))
-        return _assemble(plans, lot.images, self.images, allocate, paint=render_quad if self.quad else render)
+            return UnpaintedBatch(packed=packed, part=part, **_labels(plans, lot.images))
+        batch = _assemble(plans, lot.images, self.images, allocate, paint=render_quad if self.quad else render)
+        return replace(batch, part=part)
+
+    @property
+    def _images_each(self) -> int:
+        return 4 if self.quad else 1
+
+    def _inputs(self, images: int) -> int:
+        """What so many images make."""
+        return -(-images // self._images_each)
 
     def _shape(self, aspects: np.ndarray) -> tuple[int, int]:
         return _rect_shape(aspects, self.imgsz, self.stride) if self.rect else (self.imgsz, self.imgsz)
@@ -146,15 +158,20 @@ class TrainBatches:
     def _has_mosaics(self, epoch: int) -> bool:
         return not self.rect and (self.epochs is None or epoch < self.epochs - self.hyp.close_mosaic)
 
-    def _quads(self, lot: Lot, shape: tuple[int, int]) -> list[QuadPlan]:
-        """The groups of four. A last one of fewer is always merged, with padding where nothing lies."""
-        plans = []
-        for first in range(0, len(lot.images), 4):
-            group = range(first, min(first + 4, len(lot.images)))
-            enlarge = len(group) == 4 and enlarges(generator(self.seed, lot.epoch, lot.position + first, QUAD))
-            shown = group[:1] if enlarge else group
-            plans.append(quad_plan([self._sample(lot, place, shape) for place in shown], enlarge=enlarge))
-        return plans
+    def _quad(self, lot: Lot, number: int, shape: tuple[int, int]) -> QuadPlan:
+        """A group of four. A last one of fewer is always merged, with padding where nothing lies."""
+        first = 4 * number
+        group = range(first, min(first + 4, len(lot.images)))
+        enlarge = len(group) == 4 and enlarges(generator(self.seed, lot.epoch, lot.position + first, QUAD))
+        shown = group[:1] if enlarge else group
+        return quad_plan([self._sample(lot, place, shape) for place in shown], enlarge=enlarge)
+
+
+def part_of(inputs: int, rank: int, ranks: int) -> range:
+    """Which of so many are a rank's: parts differ by one at most, and the first ones are the larger."""
+    size, more = divmod(inputs, ranks)
+    first = rank * size + min(rank, more)
+    return range(first, first + size + (rank < more))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,10 +284,11 @@ class UnpaintedBatch:
     classes: torch.Tensor
     image_of: torch.Tensor
     indices: torch.Tensor
+    part: Part | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on the device, which nobody waits for."""
-        labels = Batch(images=paint(self.packed, device), **self._labels())
+        labels = Batch(images=paint(self.packed, device), part=self.part, **self._labels())
         return labels.to(device)
 
     def pin_memory(self) -> UnpaintedBatch:
@@ -284,7 +302,7 @@ class UnpaintedBatch:
             tensor.share_memory_()
 
     def _labels(self) -> dict[str, torch.Tensor]:
-        return {name: value for name, value in vars(self).items() if name != "packed"}
+        return {name: value for name, value in vars(self).items() if name not in ("packed", "part")}
 
 
 def resized(batch: Batch, factor: float, stride: int) -> Batch:
@@ -322,11 +340,26 @@ class Stream:
     RunError when a process dies or hangs.
     """
 
-    def __init__(self, batches: EvalBatches, numbers: Sequence[int], *, workers: int, pin_memory: bool = False):
+    def __init__(
+        self,
+        batches: EvalBatches,
+        numbers: Sequence[int],
+        *,
+        workers: int,
+        pin_memory: bool = False,
+        sharers: int = 1,
+    ):
+        """`sharers` are the ranks on this host, which share its memory."""
         self.batch_size = batches.batch_size
         self._numbers = numbers
         self._supply = _Supply(
-            batches, EvalBatches.batch, _evaluated_at, numbers, workers=workers, pin_memory=pin_memory
+            batches,
+            EvalBatches.batch,
+            _evaluated_at,
+            numbers,
+            workers=workers,
+            pin_memory=pin_memory,
+            sharers=sharers,
         )
 
     def __len__(self) -> int:
@@ -363,6 +396,7 @@ class TrainStream:
         end_epoch: int,
         workers: int,
         pin_memory: bool = False,
+        sharers: int = 1,
         image_weights: bool = False,
         repeat_factor: float = 0.0,
         num_classes: int,
@@ -376,7 +410,13 @@ class TrainStream:
             factors = repeat_factors(batches.store, num_classes, repeat_factor)
             self._lots.draw = partial(even_order, batches.seed, weights=factors)
         self._supply = _Supply(
-            batches, TrainBatches.batch_of, _trained_at, self._lots, workers=workers, pin_memory=pin_memory
+            batches,
+            TrainBatches.batch_of,
+            _trained_at,
+            self._lots,
+            workers=workers,
+            pin_memory=pin_memory,
+            sharers=sharers,
         )
         self._following: Iterator[Batch | UnpaintedBatch] = iter(())
 
@@ -475,9 +515,10 @@ class _Supply(Generic[_Batches, _Key]):
         *,
         workers: int,
         pin_memory: bool,
+        sharers: int,
     ):
         """`place` yields the epoch of a key, or _EVALUATION, and the number of its batch."""
-        self.workers, prefetch = _within_shared_memory(workers, batches.batch_bytes)
+        self.workers, prefetch = _within_shared_memory(workers, batches.batch_bytes * sharers)
         self._store = batches.store
         self._board = _Board(self.workers)
         self._processes: Sequence[multiprocessing.Process] = ()

@@ -28,6 +28,8 @@ from utils.loss import LossGains
 from utils.runtime import Runtime
 from utils.structures import Batch, Detections, Losses, LossMeans, Metrics
 
+_MOST_AT_ONCE = 32  # images: more are no faster
+
 OnBatch = Callable[[int, Batch, list[Detections]], None]  # number of the batch, batch, detections in network px
 Watch = Callable[[Stream], Iterable[Batch]]  # wraps the batches, as a progress bar does
 
@@ -71,13 +73,14 @@ class Evaluator:
             self._numbers,
             workers=min(self.runtime.workers, len(self._numbers)),
             pin_memory=self.runtime.pin_memory,
+            sharers=self.runtime.ranks.local_count,
         )
         object.__setattr__(self, "stream", stream)
 
     @property
     def _numbers(self) -> range:
         """The batches of this rank."""
-        return self.batches.numbers()[self.runtime.rank :: self.runtime.ranks]
+        return self.batches.numbers()[self.runtime.ranks.rank :: self.runtime.ranks.count]
 
     def __call__(
         self,
@@ -97,9 +100,13 @@ class Evaluator:
         *,
         gains: LossGains | None = None,
         on_batch: OnBatch | None = None,
+        shown: int = 0,
         watch: Watch | None = None,
     ) -> Evaluation:
-        """All that is found out on the split; with `gains` the losses too. `on_batch` sees each batch, for pictures."""
+        """All that is found out on the split; with `gains` the losses too.
+
+        `on_batch` sees each batch of this rank, for pictures, and of the first `shown` those of other ranks as well.
+        """
         network, seen = self._prepared(model), []
         clock = self.runtime.step_clock(EVALUATION_PARTS)
         for number, batch in self._loaded(clock, watch):
@@ -107,7 +114,12 @@ class Evaluator:
             if on_batch:
                 on_batch(number, batch, suppressed.detections)
             seen.append(self._seen(number, batch, suppressed, losses))
-        return self._concluded(seen, clock.split(), with_losses=gains is not None)
+        times = clock.split()
+        if on_batch:
+            for number in sorted(set(self.batches.numbers()[:shown]) - set(self._numbers)):
+                batch = self.batches.batch(number)
+                on_batch(number, batch, self._detect(network, batch, clock, None)[0].detections)
+        return self._concluded(seen, times, with_losses=gains is not None)
 
     @torch.no_grad()
     def measured(self, model: DetectionModel, *, watch: Watch | None = None) -> TimeSplit:
@@ -164,7 +176,7 @@ class Evaluator:
 
     def _concluded(self, seen: list[_Seen], times: TimeSplit, *, with_losses: bool) -> Evaluation:
         """What all ranks saw, put together on each of them."""
-        store, gathered = self.batches.store, self.runtime.gather((seen, times))
+        store, gathered = self.batches.store, self.runtime.ranks.gather((seen, times))
         everything = sorted((one for seen, _ in gathered for one in seen), key=lambda one: one.number)
         evidence = merge([one.evidence for one in everything])
         box, objectness, classification = (sum(one.losses for one in everything) / len(store)).tolist()
@@ -187,5 +199,8 @@ class Evaluator:
 
 
 def evaluated_at_once(batch_size: int) -> int:
-    """Images per batch of the evaluations in a run that trains on `batch_size`."""
-    return 2 * batch_size
+    """Images per batch of the evaluations in a run that trains on `batch_size`, however many ranks share that.
+
+    Figures are the same to the last bit only where batches are, and each rank takes whole ones.
+    """
+    return min(2 * batch_size, _MOST_AT_ONCE)

@@ -217,11 +217,11 @@ class NonFiniteTable:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._table = CsvTable(folder / "nonfinite.csv", NONFINITE_COLUMNS)
+        self._table = CsvTable(self.path_in(folder), NONFINITE_COLUMNS)
 
-    @property
-    def path(self) -> Path:
-        return self._table.path
+    @staticmethod
+    def path_in(folder: Path) -> Path:
+        return folder / "nonfinite.csv"
 
     def append(self, bad: Iterable[BadUpdate], store: LabelStore) -> None:
         """`store` is that of the training split."""
@@ -454,6 +454,16 @@ class Console:
             self.line(format_header(summary.epochs))
             self._headed = True
         self.line(format_epoch(summary))
+
+
+class SilentConsole(Console):
+    """The terminal side of what another process tells: the null object."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    def line(self, text: str) -> None:
+        pass
 
 
 class _Bar(tqdm):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import add
@@ -26,6 +26,7 @@ from utils.report.loggers import (
     EpochSummary,
     Logger,
     NonFiniteTable,
+    SilentConsole,
     coco_names,
     format_duration,
     result,
@@ -130,7 +131,68 @@ def _cut_to_images(batch: Batch, store: LabelStore) -> Batch:
 
 
 class RunReport:
-    """The reporter of a training run."""
+    """The reporter of a training run, and at once the null object: this one says nothing, and writes nothing."""
+
+    pictures = Pictures()
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.console = folder, SilentConsole()
+
+    def go_back(self, epoch: int) -> None:
+        """What was said of epochs from this one on is withdrawn; but not which numbers were not finite."""
+
+    def skipped(self, bad: Sequence[BadUpdate]) -> None:
+        """Updates were skipped as their numbers were not finite."""
+
+    @property
+    def nonfinite(self) -> Path:
+        """The file that names them."""
+        return NonFiniteTable.path_in(self.folder)
+
+    def training_bar(self, epoch: int, batches: int, *, start: int = 0) -> AbstractContextManager:
+        """A bar of one epoch, of which `start` batches are done; `update(1)` is true when it was drawn."""
+        return self.console.bar(batches, "", start=start)
+
+    def evaluation_bar(self, batches: Stream) -> Iterable[Batch]:
+        """The batches of an evaluation."""
+        return batches
+
+    def train_batch(self, epoch: int, index: int, batch: Batch | UnpaintedBatch) -> None:
+        """A batch has been trained on. Pictures are drawn after it, so that no run waits for them to start."""
+
+    def epoch(
+        self,
+        epoch: int,
+        losses: LossMeans,
+        metrics: Metrics | None,
+        learning_rates: Sequence[float],
+        times: TimeSplit,
+        *,
+        skipped: int = 0,
+    ) -> None:
+        """An epoch is over, evaluated or not: its line, its rows, its scalars. So many updates were skipped.
+
+        To be called before its checkpoint is written: a resumed run drops a row too many, but never adds one.
+        """
+
+    def finished(
+        self,
+        metrics: Metrics,
+        *,
+        best_epoch: int,
+        epochs: int,
+        digests: Callable[[], Mapping[str, str]],
+        last_times: Callable[[], TimeSplit],
+    ) -> None:
+        """The last words of a run: the table, metrics.json, the pictures, and where everything lies.
+
+        `digests` tells those of the weights, by file. `last_times` tells what came since the row of the last epoch; it
+        is asked when the pictures are drawn.
+        """
+
+
+class WrittenReport(RunReport):
+    """The reporter that shows and writes."""
 
     def __init__(
         self,
@@ -148,7 +210,8 @@ class RunReport:
 
         `flags` are those that were given, which the last words then do not advise.
         """
-        self.folder, self.console, self.pictures, self._flags = folder, console, pictures, flags
+        super().__init__(folder)
+        self.console, self.pictures, self._flags = console, pictures, flags
         self._epochs, self._batch_size, self._start_epoch, self._train = epochs, batch_size, start[0], train
         self._loggers = self._loggers_from(start[0])
         self._nonfinite = NonFiniteTable(folder)
@@ -161,32 +224,21 @@ class RunReport:
         return [make(self.folder, start_epoch=epoch, note=self.console.note) for make in LOGGERS.values()]
 
     def go_back(self, epoch: int) -> None:
-        """What was said of epochs from this one on is withdrawn; but not which numbers were not finite."""
         for logger in self._loggers:
             logger.close()
         self._loggers = self._loggers_from(epoch)
 
     def skipped(self, bad: Sequence[BadUpdate]) -> None:
-        """Updates were skipped as their numbers were not finite."""
         self._nonfinite.append(bad, self._train)
 
-    @property
-    def nonfinite(self) -> Path:
-        """The file that names them."""
-        return self._nonfinite.path
-
-    @contextmanager
-    def training_bar(self, epoch: int, batches: int, *, start: int = 0) -> Iterator:
-        """A bar of one epoch, of which `start` batches are done; `update(1)` is true when it was drawn."""
+    def training_bar(self, epoch: int, batches: int, *, start: int = 0) -> AbstractContextManager:
         title = f"Epoch {epoch + 1}/{self._epochs}"
-        with self.console.bar(batches, title, images_each=self._batch_size, start=start) as bar:
-            yield bar
+        return self.console.bar(batches, title, images_each=self._batch_size, start=start)
 
     def evaluation_bar(self, batches: Stream) -> Iterable[Batch]:
         return self.console.bar(batches, "Evaluating", images_each=batches.batch_size)
 
     def train_batch(self, epoch: int, index: int, batch: Batch | UnpaintedBatch) -> None:
-        """A batch has been trained on. Pictures are drawn after it, so that no run waits for them to start."""
         if epoch > 0:
             return
         if index == 0:
@@ -203,10 +255,6 @@ class RunReport:
         *,
         skipped: int = 0,
     ) -> None:
-        """An epoch is over, evaluated or not: its line, its rows, its scalars. So many updates were skipped.
-
-        To be called before its checkpoint is written: a resumed run drops a row too many, but never adds one.
-        """
         self._times.append(times)
         for logger in self._loggers:
             logger.epoch(result_row(epoch, losses, metrics, learning_rates, skipped=skipped), timing_row(epoch, times))
@@ -233,14 +281,9 @@ class RunReport:
         *,
         best_epoch: int,
         epochs: int,
-        digests: Mapping[str, str],
+        digests: Callable[[], Mapping[str, str]],
         last_times: Callable[[], TimeSplit],
     ) -> None:
-        """The last words of a run: the table, metrics.json, the pictures, and where everything lies.
-
-        `digests` are those of the weights, by file. `last_times` tells what came since the row of the last epoch; it is
-        asked when the pictures are drawn.
-        """
         for logger in self._loggers:
             logger.close()
         self.pictures.finished(metrics)
@@ -251,7 +294,7 @@ class RunReport:
         self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
         self.console.line(result(metrics, verbose=True))
         self._account_for_time(last_times())
-        self.console.line(f"Digest of the weights: {', '.join(f'{digest} {file}' for file, digest in digests.items())}")
+        self.console.line(f"Digest of the weights: {', '.join(f'{digest} {file}' for file, digest in digests().items())}")
         self.console.line(f"Weights, tables and pictures: {self.folder}")
         logdir = shlex.quote(str(self.folder.parent))
         self.console.line(f"Curves: {this_python()} -m tensorboard.main --logdir {logdir}")

@@ -6,10 +6,13 @@ Every mistake of the user is found before the run folder exists.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +24,35 @@ from models.yolo import DetectionModel, count_parameters, gflops, read_network
 from utils import __version__
 from utils.archive import DamagedFile
 from utils.checkpoint import Checkpoint, for_inference, load_checkpoint, load_weights, save_checkpoint
-from utils.config import LATEST, SINGLE_CLASS, TrainOptions, find_file, spelling, validated, whole_strides
+from utils.config import (
+    LATEST,
+    PROJECT_ROOT,
+    SINGLE_CLASS,
+    TrainOptions,
+    find_file,
+    spelling,
+    validated,
+    whole_strides,
+)
 from utils.data import colours
 from utils.data.cache import NoRoom, cached_images, remove_abandoned, summary
 from utils.data.findings import write_findings
 from utils.data.images import BaseImages, ImageSource
-from utils.data.loader import EvalBatches, TrainBatches, TrainStream
+from utils.data.loader import EvalBatches, TrainBatches, TrainStream, part_of
 from utils.data.pixels import check_transforms
 from utils.data.plan import repeat_factors
 from utils.data.scan import DatasetScan, open_dataset, refuse_findings, refuse_no_label, scan_dataset
 from utils.data.store import content_digest, single_class
 from utils.evaluate.evaluator import Evaluator, evaluated_at_once
-from utils.files import from_here, new_run_folder, write_yaml
+from utils.files import code_digest, from_here, new_run_folder, run_folders, write_text, write_yaml
 from utils.hyp import Hyperparameters, hyperparameters, plain_values, read_hyp
 from utils.loss import LossGains
-from utils.report.loggers import Console
-from utils.report.run_report import PictureFiles, Pictures, RunReport
-from utils.run_folder import LateRunFolder, RunFolder, load_last, newest_checkpoint
-from utils.runtime import Note, Runtime, choose_runtime, mendable_errors, raise_or_note
+from utils.launch import Place
+from utils.ranks import Ranks
+from utils.report.loggers import Console, SilentConsole
+from utils.report.run_report import PictureFiles, Pictures, RunReport, WrittenReport
+from utils.run_folder import FollowedRunFolder, LateRunFolder, RunFolder, load_last, newest_checkpoint
+from utils.runtime import Note, Runtime, choose_runtime, join_ranks, mendable_errors, raise_or_note
 from utils.stopping import Interrupted, StopRequest
 from utils.structures import DatasetSpec, LabelStore, UserError
 from utils.train.anchors import choose_anchors
@@ -61,7 +75,10 @@ _DEFAULT_CFG = "yolov5n.yaml"
 _HIGH_LR0 = 1.0
 _NAMES_SHOWN = 4  # of entries or classes, in a line on weights
 _CLASSES_SHOWN = 6  # in the report on the data; `python -m utils.data.scan` shows more
-_WITH_RESUME = ("resume", "epochs", "device", "workers", "patience", "save_every", "quiet")  # may accompany --resume
+# May accompany --resume
+_WITH_RESUME = ("resume", "epochs", "device", "workers", "nproc", "dist_timeout", "patience", "save_every", "quiet")
+_OF_A_RANK = ("device", "workers", "cache_dir", "data", "local_rank")  # options that hosts may differ in; data is compared by content
+_LAUNCH_FILE = "launch.json"  # of a run that a launcher began: which one, and with what options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,41 +110,80 @@ class _Parts:
 
 
 def build_trainer(values: Mapping[str, Any], stop: StopRequest | None = None) -> Trainer:
-    """A trainer, new or resumed, for options by name; it heeds `stop`. Raises UserError before anything is written."""
-    given = validated(TrainOptions, dict(values))
-    console, stop = Console(quiet=given.quiet), stop or StopRequest()
+    """A trainer, new or resumed, for options by name; it heeds `stop`. Raises UserError before anything is written.
+
+    Ranks that a launcher started build theirs together: what is read from files but the data, and what is decided, is
+    rank 0's. A launcher that starts them again finds the run that it began, and they go on with it.
+    """
+    given, stop = validated(TrainOptions, dict(values)), stop or StopRequest()
+    ranks = join_ranks(dist_timeout=given.dist_timeout)
+    console = Console(quiet=given.quiet) if ranks.speaks else SilentConsole()
+    begun = ranks.from_first(partial(_begun_by, ranks.place, given))
+    with _nothing_trained(given), ranks.losses_named():
+        if begun is not None and begun.saved:
+            console.note(f"going on with {begun.path}, which this launch began")
+            kept = {name: value for name, value in values.items() if name in _WITH_RESUME}
+            return _resumed({**kept, "resume": str(begun.last)}, ranks, console, stop, relaunched=True)
+        if given.resume is not None:
+            return _resumed(values, ranks, console, stop, relaunched=ranks.place is not None and ranks.place.restarts > 0)
+        return _new(given, ranks, console, stop, begun)
+
+
+@contextmanager
+def _nothing_trained(given: TrainOptions) -> Iterator[None]:
     try:
-        return _new(given, console, stop) if given.resume is None else _resumed(values, given, console, stop)
+        yield
     except Interrupted as interrupted:
         does = "starts anew" if given.resume is None else "goes on from the same checkpoint"
         raise Interrupted(interrupted.signum, f"nothing was trained yet: the same command {does}") from None
 
 
-def _new(given: TrainOptions, console: Console, stop: StopRequest) -> Trainer:
-    hyp = _hyperparameters(given)
-    spec = open_dataset(given.data, note=console.note, bar=console.download_bar)
+def _begun_by(place: Place | None, given: TrainOptions) -> RunFolder | None:
+    """The run that this very launch began with these options, before it started its ranks again."""
+    if place is None or not place.launch or given.resume is not None:
+        return None
+    for folder in run_folders(Path(given.project), given.name):
+        run = RunFolder(folder)
+        run.saved = run.last.exists() or run.previous.exists()
+        with suppress(OSError, ValueError):
+            # a name for a launch may be used again another day
+            if json.loads((folder / _LAUNCH_FILE).read_text()) == _launch_of(place, given):
+                return run if not run.finished or place.restarts else None
+    return None
+
+
+def _launch_of(place: Place, given: TrainOptions) -> dict[str, Any]:
+    return {"launch": place.launch, "options": json.loads(json.dumps(asdict(given)))}
+
+
+def _new(
+    given: TrainOptions, ranks: Ranks, console: Console, stop: StopRequest, begun: RunFolder | None
+) -> Trainer:
+    hyp = ranks.from_first(partial(_hyperparameters, given))
+    spec = ranks.host_first(lambda: open_dataset(given.data, note=console.note, bar=console.download_bar))
     names = _names(given, spec)
-    runtime = _runtime(given)
+    runtime = ranks.each(lambda: _runtime(given, ranks))
     for line in _advice(given, hyp, names, runtime):
         console.note(line)
-    model, lines = _model(given, hyp, names, note=console.note)
-    _accelerated(model, runtime)
-    scan = _scan(given, spec, console)
+    model, lines = _model(given, hyp, names, ranks, note=console.note)
+    ranks.each(lambda: _accelerated(model, runtime))
+    scan = ranks.host_first(lambda: _scan(given, spec, console))
     train, val = _stores(given, scan)
     if hyp.copy_paste and not len(train.points):
         console.note(f"{given.hyp}: 'copy_paste: {hyp.copy_paste:g}' does nothing: no label of 'train' is a polygon")
-    options = _resolved(given, spec, model, console)
-    options = _with_batch_size(options, hyp, model, runtime, train=train, val=val, console=console)
-    images = _images(options, spec, stop, train=train, val=val, console=console)
-    lines += _choose_anchors(model, options, hyp, train) + _repeated(options, names, train)
-    run = _run_folder(new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok), options)
-    run.hold()
-    if run.last.exists() and not run.finished:
-        console.note(f"--exist-ok: {run.path} held a run that was not finished; its checkpoints are gone")
+    resolved = ranks.each(lambda: _resolved(given, spec, model, console))
+    options = ranks.from_first(
+        lambda: _with_batch_size(resolved, hyp, model, runtime, train=train, val=val, console=console)
+    )
+    images = ranks.host_first(lambda: _images(options, spec, stop, train=train, val=val, console=console))
+    lines += _choose_anchors(model, options, hyp, train, ranks) + _repeated(options, names, train)
+    run = _new_run(options, ranks, console, begun)
     run.take_over()
-    write_yaml(run.path / "hyp.yaml", plain_values(hyp))
+    if ranks.place:
+        run.put(_LAUNCH_FILE, partial(write_text, text=json.dumps(_launch_of(ranks.place, given))))
+    run.put("hyp.yaml", partial(write_yaml, content=plain_values(hyp)))
     if scan.count:
-        write_findings(run.path / "scan.csv", scan.reports.values())
+        run.put("scan.csv", partial(write_findings, reports=scan.reports.values()))
         lines.append(f"All findings in the data: {run.path / 'scan.csv'}")
     for line in lines:
         console.line(line)
@@ -147,34 +203,53 @@ def _new(given: TrainOptions, console: Console, stop: StopRequest) -> Trainer:
     return _assemble(parts, RunState())
 
 
-def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console, stop: StopRequest) -> Trainer:
+def _new_run(options: TrainOptions, ranks: Ranks, console: Console, begun: RunFolder | None) -> RunFolder:
+    """The folder of a new run, held by this process; of one that this launch `begun` and never saved, the same again."""
+
+    def made() -> Path:
+        path = begun.path if begun else None
+        return path or new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
+
+    run = _run_folder(ranks.from_first(made), options, ranks)
+    ranks.from_first(run.hold)
+    if run.last.exists() and not run.finished:
+        console.note(f"--exist-ok: {run.path} held a run that was not finished; its checkpoints are gone")
+    return run
+
+
+def _resumed(
+    values: Mapping[str, Any], ranks: Ranks, console: Console, stop: StopRequest, *, relaunched: bool
+) -> Trainer:
+    """`relaunched`: by a launcher that began the run, or went on with it, and may not have heard of its end."""
     refused = sorted(name for name in values if name not in _WITH_RESUME and values[name] is not None)
     if refused:
-        allowed = ", ".join("--" + name.replace("_", "-") for name in _WITH_RESUME[1:])
-        raise UserError(
-            f"--resume continues a run as it was; --{refused[0].replace('_', '-')} cannot change, only {allowed}"
+        allowed = ", ".join(spelling(name) for name in _WITH_RESUME[1:])
+        raise ranks.of_all(
+            UserError(f"--resume continues a run as it was; {spelling(refused[0])} cannot change, only {allowed}")
         )
-    path = newest_checkpoint(Path("runs")) if given.resume == LATEST else Path(given.resume)
-    if path.is_dir():
-        path = RunFolder(path).last
-    _hold_run_of(path)
-    checkpoint, source = load_last(path, console.warn)
+    path, source, checkpoint = ranks.from_first(partial(_saved_run, str(values["resume"]), console))
     changed = {name: values[name] for name in values if name != "resume" and values[name] is not None}
     options = validated(TrainOptions, {**checkpoint["options"], **changed})
     hyp = hyperparameters(checkpoint["hyp"], source=str(path))
-    check_transforms(hyp.albumentations, source=str(path))
-    run = _run_of(path, checkpoint, options)
-    _refuse_finished(path, checkpoint, run, options)
-    spec = open_dataset(options.data, note=console.note, bar=console.download_bar)
+    ranks.each(partial(check_transforms, hyp.albumentations, source=str(path)))
+    run = ranks.from_first(partial(_run_of, path, checkpoint, options))
+    if not ranks.speaks:
+        run = _run_folder(run.path, options, ranks)
+    if not relaunched:
+        ranks.from_first(partial(_refuse_finished, path, checkpoint, run, options))
+    spec = ranks.host_first(lambda: open_dataset(options.data, note=console.note, bar=console.download_bar))
     names = _names(options, spec)
     if list(names) != checkpoint["names"]:
-        raise UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run")
-    runtime = _runtime(options, note=console.note)  # another machine may lack what the run had, and the run goes on
+        raise ranks.of_all(UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run"))
+    # another machine may lack what the run had, and the run goes on
+    runtime = ranks.each(lambda: _runtime(options, ranks, note=console.note))
     model = DetectionModel(checkpoint["network"], seed=options.seed)
     model.freeze(options.freeze)
     runtime = _accelerated(model, runtime, note=console.note)
-    train, val = _stores(options, _scan(options, spec, console))
-    images = _images(options, spec, stop, train=train, val=val, console=console, note=console.note)
+    train, val = _stores(options, ranks.host_first(lambda: _scan(options, spec, console)))
+    images = ranks.host_first(
+        lambda: _images(options, spec, stop, train=train, val=val, console=console, note=console.note)
+    )
     parts = _Parts(
         options=options,
         hyp=hyp,
@@ -193,7 +268,7 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console, s
     if checkpoint["data"]["train"] != parts.data["train"]:
         checkpoint["batch"] = 0  # the epoch under way is another one now
     run.take_over(source)
-    _mend_best(run, checkpoint, console)
+    checkpoint |= ranks.from_first(partial(_mended_best, run, checkpoint, console))
     state = RunState.of(checkpoint)
     within = f" and batch {state.batch} of the next" if state.batch else ""
     console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}{within}")
@@ -203,16 +278,31 @@ def _resumed(values: Mapping[str, Any], given: TrainOptions, console: Console, s
     return trainer
 
 
-def _mend_best(run: RunFolder, checkpoint: Checkpoint, console: Console) -> None:
-    """Where best.pt is damaged or lost, let the averaged weights of the run stand in until the next evaluation."""
+def _saved_run(given: str, console: Console) -> tuple[Path, Path, Checkpoint]:
+    """The last.pt that `--resume` means, the file that stands for it, and what that holds. Its folder is held now."""
+    path = newest_checkpoint(Path("runs")) if given == LATEST else Path(given)
+    if path.is_dir():
+        path = RunFolder(path).last
+    _hold_run_of(path)
+    checkpoint, source = load_last(path, console.warn)
+    return path, source, checkpoint
+
+
+def _mended_best(run: RunFolder, checkpoint: Checkpoint, console: Console) -> dict[str, Any]:
+    """Where best.pt is damaged or lost, let the averaged weights of the run stand in until the next evaluation.
+
+    What the run is to know of it.
+    """
     if checkpoint["best_epoch"] < 0:
-        return
+        return {}
     try:
         load_checkpoint(run.best)
     except DamagedFile as error:
         console.warn(f"{error}; the weights of last.pt take its place, until the next epoch is evaluated")
-        checkpoint |= {"best_fitness": -1.0, "best_epoch": checkpoint["epoch"] - 1}
-        save_checkpoint(run.best, for_inference(checkpoint))
+        changed = {"best_fitness": -1.0, "best_epoch": checkpoint["epoch"] - 1}
+        save_checkpoint(run.best, for_inference({**checkpoint, **changed}))
+        return changed
+    return {}
 
 
 def _what_differs(checkpoint: Checkpoint, parts: _Parts) -> list[str]:
@@ -236,7 +326,9 @@ def _what_differs(checkpoint: Checkpoint, parts: _Parts) -> list[str]:
     return lines
 
 
-def _run_folder(path: Path, options: TrainOptions, *, saved: bool = False) -> RunFolder:
+def _run_folder(path: Path, options: TrainOptions, ranks: Ranks, *, saved: bool = False) -> RunFolder:
+    if not ranks.speaks:
+        return FollowedRunFolder(path, saved)
     return LateRunFolder(path, saved) if options.nosave else RunFolder(path, saved)
 
 
@@ -292,8 +384,9 @@ def _names(options: TrainOptions, spec: DatasetSpec) -> tuple[str, ...]:
     return SINGLE_CLASS if options.single_cls else spec.names
 
 
-def _runtime(options: TrainOptions, *, note: Note | None = None) -> Runtime:
+def _runtime(options: TrainOptions, ranks: Ranks, *, note: Note | None = None) -> Runtime:
     return choose_runtime(
+        ranks=ranks,
         device=options.device,
         amp=options.amp,
         workers=options.workers,
@@ -330,18 +423,39 @@ def _advice(options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...],
     if runtime.compiles_network and (options.multi_scale or options.rect):
         flag = "--multi-scale" if options.multi_scale else "--rect"
         lines.append(f"--compile with {flag}: each new shape may be compiled anew, which takes minutes")
+    if runtime.unused and runtime.ranks.alone:
+        there = runtime.unused + 1
+        lines.append(f"one of the {there} GPUs here is used; --nproc {there} trains on all of them")
+    if runtime.devices:
+        lines.append(f"DataParallel on {len(runtime.devices)} GPUs; --nproc {len(runtime.devices)} is faster")
     if options.paint == "device" and runtime.device.type == "cpu":
         lines.append("--paint device: on the CPU, --paint loader is many times faster")
     return [line for line in lines if line]
 
 
 def _model(
-    options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...], *, note: Note
+    options: TrainOptions, hyp: Hyperparameters, names: tuple[str, ...], ranks: Ranks, *, note: Note
 ) -> tuple[DetectionModel, list[str]]:
     """The network with the weights to start from, and lines on these for the user."""
+    network, checkpoint = ranks.from_first(partial(_network, options))
+    return ranks.each(partial(_started_model, options, hyp, names, network, checkpoint, note))
+
+
+def _network(options: TrainOptions) -> tuple[dict[str, Any], Checkpoint | None]:
+    """The description of the network, and the weights to start from."""
     checkpoint = load_weights(Path(options.weights)) if options.weights else None
     cfg = str(find_file(options.cfg or _DEFAULT_CFG, "models"))
-    network = checkpoint["network"] if checkpoint and not options.cfg else read_network(cfg)
+    return checkpoint["network"] if checkpoint and not options.cfg else read_network(cfg), checkpoint
+
+
+def _started_model(
+    options: TrainOptions,
+    hyp: Hyperparameters,
+    names: tuple[str, ...],
+    network: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    note: Note,
+) -> tuple[DetectionModel, list[str]]:
     anchors = _placeholder_anchors(network, round(hyp.anchors)) if hyp.anchors is not None else None
     model = DetectionModel(network, num_classes=len(names), anchors=anchors, seed=options.seed)
     model.freeze(options.freeze)
@@ -435,21 +549,28 @@ def _with_batch_size(
     console: Console,
 ) -> TrainOptions:
     """The options with the batch size that the run works with."""
-    step = 4 if options.quad else 1
+    step, ranks = 4 if options.quad else 1, runtime.ranks.count
     batch_size, most = options.batch_size, len(train) // step * step
     if not most:
         raise UserError(f"--quad takes images by four, and there are {len(train)} to train on")
+    if most < ranks * step:
+        raise UserError(f"{ranks} ranks, and only {len(train)} images to train on; start fewer ranks")
     if batch_size == -1:
-        batch_size = largest_batch_size(
+        batch_size = ranks * largest_batch_size(
             model=model,
             hyp=hyp,
             options=options,
             train=train,
             val=val,
             runtime=runtime,
-            limit=most,
+            limit=most // ranks // step * step,
             step=step,
             note=console.note,
+        )
+    if batch_size < ranks * step:
+        raise UserError(
+            f"--batch-size {batch_size}: is for all {ranks} ranks together, of which each has a part; make it "
+            f"{ranks * step} or more, or start fewer ranks"
         )
     if batch_size > most:
         console.note(f"--batch-size {batch_size} is larger than the {len(train)} training images: using {most}")
@@ -487,17 +608,21 @@ def _images(
     return caches
 
 
-def _choose_anchors(model: DetectionModel, options: TrainOptions, hyp: Hyperparameters, store: LabelStore) -> list[str]:
+def _choose_anchors(
+    model: DetectionModel, options: TrainOptions, hyp: Hyperparameters, store: LabelStore, ranks: Ranks
+) -> list[str]:
     """Give the model anchors that reach the labels; a line for the user."""
     if options.noautoanchor:
         return []
-    choice = choose_anchors(
-        model.head.anchors.numpy(),
-        store,
-        imgsz=options.imgsz,
-        anchor_t=hyp.anchor_t,
-        seed=options.seed,
-        force=hyp.anchors is not None,
+    choice = ranks.from_first(
+        lambda: choose_anchors(
+            model.head.anchors.numpy(),
+            store,
+            imgsz=options.imgsz,
+            anchor_t=hyp.anchor_t,
+            seed=options.seed,
+            force=hyp.anchors is not None,
+        )
     )
     verdict = f"Anchors reach {choice.recall_before:.1%} of the labels"
     if choice.changed:
@@ -524,7 +649,10 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
     options, runtime = parts.options, parts.runtime
     with mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz):
         model = parts.model.to(runtime.device, memory_format=torch.channels_last)
-    write_yaml(parts.run.path / "opt.yaml", asdict(options))
+    if options.sync_bn:
+        model = runtime.synchronised(model)
+    _check_alike(parts)
+    parts.run.put("opt.yaml", partial(write_yaml, content=asdict(options)))
     batches = _batches(parts)
     schedule = _schedule(parts, batches.per_epoch, accumulation=accumulation, lr_scale=state.lr_scale)
     return Trainer(
@@ -539,6 +667,7 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
             end_epoch=options.epochs,
             workers=runtime.workers,
             pin_memory=runtime.pin_memory,
+            sharers=runtime.ranks.local_count,
             image_weights=options.image_weights,
             repeat_factor=options.repeat_factor,
             num_classes=len(parts.names),
@@ -568,7 +697,47 @@ def _batches(parts: _Parts) -> TrainBatches:
         stride=max(parts.model.head.strides),
         epochs=options.epochs,
         unpainted=options.paint == "device",
+        rank=parts.runtime.ranks.rank,
+        ranks=parts.runtime.ranks.count,
     )
+
+
+def _check_alike(parts: _Parts) -> None:
+    """Raises UserError where ranks are not at the same work: other data, options or code, as on different hosts."""
+    ranks, data = parts.runtime.ranks, parts.data
+    mine = {
+        "version of this trainer": f"{__version__}, code {code_digest(PROJECT_ROOT)}",
+        "torch": str(torch.__version__),
+        **{spelling(name): value for name, value in asdict(parts.options).items() if name not in _OF_A_RANK},
+        **{f"images or labels of '{split}'": f"{data[split]} ({len(getattr(parts, split)):,})" for split in data},
+    }
+    for rank, theirs in enumerate(said := ranks.gather(mine)):
+        for what, value in theirs.items():
+            if value != said[0][what]:
+                raise ranks.of_all(
+                    UserError(
+                        f"{what}: {value} on rank {rank} ({ranks.names[rank]}), and {said[0][what]} on rank 0 "
+                        f"({ranks.names[0]}); all ranks should be at the same work"
+                    )
+                )
+
+
+def _ranks_table(parts: _Parts) -> list[str]:
+    """Lines on who does what, where there are several."""
+    runtime, images = parts.runtime, parts.options.batch_size
+    ranks, each = runtime.ranks, 4 if parts.options.quad else 1
+    rows = ranks.gather((ranks.host, runtime.device_description))
+    if ranks.alone:
+        return []
+    parts_of_it = [each * len(part_of(images // each, rank, ranks.count)) for rank in range(ranks.count)]
+    width = max(4, *(len(host) for host, _ in rows)) + 2
+    wide = max(6, *(len(device) for _, device in rows)) + 2
+    lines = [f"{'Rank':>6}  {'Host':<{width}}{'Device':<{wide}}{'Images':>6}"]
+    for rank, ((host, device), own) in enumerate(zip(rows, parts_of_it)):
+        lines.append(f"{rank:>6}  {host:<{width}}{device:<{wide}}{own:>6}")
+    if len(set(parts_of_it)) > 1:
+        lines.append(f"--batch-size {images} is no multiple of {ranks.count}: the parts differ, the result does not")
+    return lines
 
 
 def _schedule(parts: _Parts, per_epoch: int, *, accumulation: int | None, lr_scale: float) -> Schedule:
@@ -630,6 +799,9 @@ def _evaluator(parts: _Parts) -> Evaluator:
 
 def _report(parts: _Parts, schedule: Schedule, *, start: tuple[int, int]) -> RunReport:
     """The reporter, after its first lines: what is trained, on what, and where to."""
+    table = _ranks_table(parts)
+    if not parts.runtime.ranks.speaks:
+        return RunReport(parts.run.path)
     options, model, folder = parts.options, parts.model, parts.run.path
     network = f"Network of {options.weights}" if options.weights and not options.cfg else options.cfg or _DEFAULT_CFG
     per_update = options.batch_size * schedule.accumulation
@@ -638,11 +810,13 @@ def _report(parts: _Parts, schedule: Schedule, *, start: tuple[int, int]) -> Run
         f"{options.imgsz}; batches of {options.batch_size}, {per_update} images per update"
     )
     parts.console.line(f"{parts.runtime.description}; writing to {folder}")
+    for line in table:
+        parts.console.line(line)
     if parts.hyp.close_mosaic and parts.hyp.mosaic and not options.rect:
         first = max(math.ceil(options.epochs - parts.hyp.close_mosaic), 0) + 1
         parts.console.line(f"No mosaics from epoch {first} of {options.epochs} on (close_mosaic)")
     files = PictureFiles(folder, parts.names, val=parts.val, train=parts.train)
-    return RunReport(
+    return WrittenReport(
         folder,
         console=parts.console,
         pictures=Pictures() if options.noplots else files,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.structures import BadUpdate, Losses, LossMeans, NamedBatch
+from utils.ranks import Ranks
+from utils.structures import BadUpdate, Losses, LossMeans, NamedBatch, Part
 
 _READ_AFTER = 16  # updates
 
@@ -148,15 +149,17 @@ class StepHealth:
 class RunningStatistics:
     """What a model's batch norms remember of past batches, and how it was after the last update that was not skipped.
 
-    A forward pass that is not finite poisons these at once, whatever then becomes of the update.
+    A forward pass that is not finite poisons these at once, whatever then becomes of the update. Ranks have each seen
+    their parts of the batches: what they go on with is the mean, weighted by how much that was.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and _learns(module)]
         buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
         self._live = [buffer for buffer in buffers if buffer.is_floating_point()]
         self._counters = [buffer for buffer in buffers if not buffer.is_floating_point()]  # of batches, bad ones too
         self._counted = [counter.clone() for counter in self._counters]
+        self._own = self._whole = 0  # network inputs since the last update
         if self._live:
             self._kept = torch.cat(self._live)
             self._now = torch.empty_like(self._kept)
@@ -164,20 +167,39 @@ class RunningStatistics:
 
     def keep(self) -> None:
         """Take them as they are, after weights were loaded."""
+        self._own = self._whole = 0
         if self._live:
             torch.cat(self._live, out=self._kept)
             torch._foreach_copy_(self._counted, self._counters)
 
+    def saw(self, part: Part | None) -> None:
+        """A batch has gone through the network, or a part of it."""
+        self._own += part.own if part else 1
+        self._whole += part.whole if part else 1
+
+    def agree(self, ranks: Ranks) -> None:
+        """Before an update: make them those of all ranks, to be taken up or not when that is settled."""
+        if self._live:
+            torch.cat(self._live, out=self._now)
+            self._now = ranks.mean(self._now, self._own / max(self._whole, 1))
+        self._own = self._whole = 0
+
     def settle(self, skipped: Tensor) -> None:
         """After an update: keep them, or go back to those kept if it was `skipped`, a () bool that nobody waits for."""
         if self._live:
-            torch.cat(self._live, out=self._now)
             torch.where(skipped, self._kept, self._now, out=self._kept)
             torch._foreach_copy_(self._live, self._views)
             torch._foreach_copy_(self._counted, self._counters)
 
     def roll_back(self) -> None:
         """Be as after the last update."""
+        self._own = self._whole = 0
         if self._live:
             torch._foreach_copy_(self._live, self._views)
             torch._foreach_copy_(self._counters, self._counted)
+
+
+def _learns(norm: _BatchNorm) -> bool:
+    """What is frozen keeps its statistics."""
+    frozen = [not parameter.requires_grad for parameter in norm.parameters()]
+    return not (frozen and all(frozen))

@@ -34,6 +34,7 @@ class TrainStep:
     """Calling it with a batch and its settings trains on them: forward, loss, backward, an update where one is due.
 
     An update of which a loss or the gradient is not finite is skipped, and what `health` says of it is all it leaves.
+    Several ranks each have a part of the batch, and end with the same weights, average, losses and verdicts.
     """
 
     runtime: Runtime
@@ -53,7 +54,9 @@ class TrainStep:
         self._statistics = RunningStatistics(self.model)
         self._head = self.model.head
         self._parameters = trained_parameters(self.optimizer)
-        self._network = self.runtime.compiled(self.model)
+        self._ranks = self.runtime.ranks
+        self._replicas = self.runtime.replicas(self.model)
+        self._network = self.runtime.compiled(self._replicas)
         self._losses = self.runtime.compiled(detection_losses)
 
     def __call__(self, batch: Batch | UnpaintedBatch, settings: StepSettings) -> Losses:
@@ -61,24 +64,35 @@ class TrainStep:
         batch = batch.to(self.runtime.device)  # paints it, where that is still to be done
         self.clock.lap("transfer")
         batch = resized(batch, settings.scale, max(self._head.strides))
-        with self.runtime.autocast():
-            predictions = self._network(self.runtime.network_input(batch.images))
-        self.clock.lap("forward")
-        labels = pad_labels(batch) if self.runtime.compiles_network else batch
-        losses = self._losses(predictions, labels, self._head, self.gains)
-        self.clock.lap("loss")
-        share = self.health.batch(losses, batch.indices, settings.place)
-        self.scaler.scale(losses.total * share).backward()
+        with self._ranks.reduces(self._replicas, settings.update):
+            with self.runtime.autocast():
+                predictions = self._network(self.runtime.network_input(batch.images))
+            self.clock.lap("forward")
+            labels = pad_labels(batch) if self.runtime.compiles_network else batch
+            own = self._losses(predictions, labels, self._head, self.gains, over_ranks=self._ranks.sum)
+            losses = self._of_all_ranks(own)
+            self.clock.lap("loss")
+            share = self.health.batch(losses, batch.indices, settings.place)
+            # gradients are means over the ranks, and those of the parts add up to that of the whole
+            self.scaler.scale(own.total * (self._ranks.count * share)).backward()
+        self._statistics.saw(batch.part)
         self.clock.lap("backward")
         if settings.update:
             self._update()
             self.clock.lap("optimizer")
         return losses
 
+    def _of_all_ranks(self, own: Losses) -> Losses:
+        """The losses of the whole batch, for people and for `health`."""
+        parts = torch.stack([own.box, own.objectness, own.classification, own.total.detach()])
+        box, objectness, classification, total = self._ranks.sum(parts)
+        return Losses(box=box, objectness=objectness, classification=classification, total=total)
+
     def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
         skip = ~norm.isfinite()
+        self._statistics.agree(self._ranks)  # before anything moves: should another rank be gone, nothing has
         guarded_step(self.optimizer, skip)  # not scaler.step: one verdict holds for all that an update moves
         self._update_scale()
         self.optimizer.zero_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from utils.files import from_here, this_python
 from utils.hyp import Hyperparameters, plain_values
 from utils.report.loggers import format_losses, strange_outputs
 from utils.report.run_report import RunReport
+from utils.ranks import LostRank
 from utils.run_folder import RunFolder
 from utils.runtime import Runtime, mendable_errors
 from utils.stopping import Interrupted, StopRequest
@@ -90,7 +91,7 @@ class Trainer:
     save_first: bool = True  # before the first step: there is no checkpoint yet, or it knows other options
 
     def __post_init__(self) -> None:
-        self.clock = self.step.clock
+        self.clock, self.ranks = self.step.clock, self.runtime.ranks
         self._warned = False
         self._best_is_due = False  # the last evaluation was the best, and its weights are still to be written
         self._is_saved = False  # all of the run, as it is now
@@ -108,7 +109,9 @@ class Trainer:
             faults_named(self.stream, self.evaluator.stream),
             self.run.removal_named(),
             _interruptible(self),
+            self.ranks.losses_named(),
         ):
+            self.ranks.hurry()
             if self.finished and self.save_first:
                 self._save(final=True)
             while not self.finished:
@@ -171,27 +174,42 @@ class Trainer:
                     self._updated(index)
         self._heed(self.step.health.poll(now=True))  # waits for what the device has not done yet
         if self.step.scaler.is_enabled() and self.step.scaler.get_scale() < _LEAST_LOSS_SCALE:
-            raise UserError(
-                f"the gradients overflow in fp16 at every step of epoch {epoch + 1}, so nothing is learned: "
-                "use --amp bf16 or --amp off"
+            raise self.ranks.of_all(
+                UserError(
+                    f"the gradients overflow in fp16 at every step of epoch {epoch + 1}, so nothing is learned: "
+                    "use --amp bf16 or --amp off"
+                )
             )
         return self.step.health.means()
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, for which no signal waits."""
-        with self.clock.part("data_wait"), self.stop.at_once():
+        with self.clock.part("data_wait"), self._waits():
             batch = next(batches)
         if self.save_first:  # with the first batch at hand, as no loader process should be forked while a thread writes
             self.save_first = False
             self._save()
         return batch
 
+    def _waits(self) -> AbstractContextManager:
+        """Around a wait that a signal ends at once; but ranks, of which each needs the others' gradients, stop as one."""
+        return self.stop.at_once() if self.ranks.alone else nullcontext()
+
     def _updated(self, index: int) -> None:
         """The batch of this number is trained on, and with it those that waited for an update."""
         self.state.batch, self._is_saved = index + 1, False
+        self.ranks.reached(f"batch {index + 1} of epoch {self.state.epoch + 1}")
         self._heed(self.step.health.poll(now=not self.runtime.queues_work))
-        if 0 < 60 * self.options.save_every <= time.monotonic() - self._saved_at:
+        signum, due = self.ranks.most(self.stop.signum, self._is_save_due)  # ranks hear of signals one by one
+        if signum:
+            raise Interrupted(signum)
+        if due:
             self._save()
+
+    @property
+    def _is_save_due(self) -> bool:
+        """Whether it is time for a checkpoint within the epoch."""
+        return 0 < 60 * self.options.save_every <= time.monotonic() - self._saved_at
 
     def _evaluated(self) -> Metrics | None:
         """The evaluation of an epoch, where one is due. Ended by a signal, it is for the resumed run to make."""
@@ -209,24 +227,28 @@ class Trainer:
         What it detects, and what that is scored against, is written where the split has ids of images and categories.
         """
         self.run.settle()
-        checkpoint = load_checkpoint(self.run.best)
+        checkpoint = self.ranks.from_first(lambda: load_checkpoint(self.run.best))
         best = averaged_model(checkpoint).to(self.runtime.device)
         with self.clock.part("evaluate"):
             evaluation = self.evaluator.evaluation(
-                best, gains=self.step.gains, on_batch=self._picture, watch=self.report.evaluation_bar
+                best,
+                gains=self.step.gains,
+                on_batch=self._picture if self.ranks.speaks else None,
+                shown=self.report.pictures.batches,
+                watch=self.report.evaluation_bar,
             )
         metrics, store = evaluation.metrics, self.evaluator.batches.store
         self._warn_of_strange_outputs(metrics)
-        if not coco_ids(store, len(self.names)).invented:
+        if self.ranks.speaks and not coco_ids(store, len(self.names)).invented:
             for line in write_predictions(self.run.path, evaluation.evidence, store, self.names):
                 self.report.console.note(line)
         self.run.tidy()
-        digests = {self.run.best.name: checkpoint, self.run.last.name: self.step.state_dict()}
+        weights = {self.run.best.name: checkpoint, self.run.last.name: self.step.state_dict()}
         self.report.finished(
             metrics,
             best_epoch=checkpoint["epoch"] - 1,
             epochs=self.state.epoch,
-            digests={name: weights_digest(weights) for name, weights in digests.items()},
+            digests=lambda: {name: weights_digest(content) for name, content in weights.items()},
             last_times=self.clock.split,
         )
         return metrics
@@ -259,11 +281,13 @@ class Trainer:
             told += ", at half the learning rate as well"
         if self.state.lr_scale < 1 or not self.run.saved:
             amp = "" if self.runtime.amp_dtype is None else ", or use --amp off"
-            raise UserError(
-                f"{told}: {self.report.nonfinite} names batches and images; look at these, lower lr0 (now "
-                f"{self.hyp.lr0:g}){amp}"
+            raise self.ranks.of_all(
+                UserError(
+                    f"{told}: {self.report.nonfinite} names batches and images; look at these, lower lr0 (now "
+                    f"{self.hyp.lr0:g}){amp}"
+                )
             )
-        self.load_state_dict(load_checkpoint(self.run.last))
+        self.load_state_dict(self.ranks.from_first(lambda: load_checkpoint(self.run.last)))
         self.state.lr_scale = 0.5
         self.schedule = replace(self.schedule, lr_scale=0.5)
         self.report.go_back(self.state.epoch)
@@ -328,6 +352,15 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
     except Interrupted as interrupted:
         trainer.save_for_later()
         raise Interrupted(interrupted.signum, _how_to_continue(trainer)) from None
+    except LostRank as lost:
+        if trainer.runtime.queues_work:  # the device may wait for others without end, or have taken half a sum for a whole
+            trainer.run.settle()
+        else:
+            trainer.save_for_later()
+        if trainer.stop.signum:  # all are to stop, and some were faster
+            raise Interrupted(trainer.stop.signum, _how_to_continue(trainer)) from None
+        lost.args = (f"{lost}; {_how_to_continue(trainer)}",)
+        raise
     except (BrokenPipeError, UserError):  # such as an image that vanished: what was trained is sound
         with suppress(Exception):
             trainer.save_for_later()
@@ -343,10 +376,12 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
 
 def _how_to_continue(trainer: Trainer) -> str:
     """What to type to go on."""
+    if not trainer.ranks.speaks:
+        return ""
     if trainer.run.finished:
         return f"the run was finished: {trainer.run.path}"
     if trainer.run.saved:
         script, last = (shlex.quote(str(path)) for path in (from_here(PROJECT_ROOT / "train.py"), trainer.run.last))
-        return f"continue with: {this_python()} {script} --resume {last}"
+        return trainer.ranks.how_to_start(this_python(), f"{script} --resume {last}")
     waits = trainer.options.nosave and trainer.state.epoch > 0
     return f"{'--nosave saves nothing before the end' if waits else 'nothing was trained yet'}: start it again"

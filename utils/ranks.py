@@ -1,0 +1,316 @@
+"""The ranks of a run, processes that share one training: what they tell one another, and who speaks for all.
+
+The surprise: a process by itself is a group as well, `Ranks()`, to which every question here has an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+from utils.launch import Place
+from utils.structures import RunError, UserError
+
+_Value = TypeVar("_Value")
+_Made = TypeVar("_Made")
+
+_AGES = timedelta(days=7)  # that ranks wait while one of them looks at the data
+_MEETING_S = 0.02  # between two looks at what others have said
+_DYING_S = 3.0  # after which whoever has not told of a broken connection is taken for the cause of it
+
+# How torch says that another process is gone or silent, where it has no exception of its own for that
+_SIGNS_OF_LOSS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+
+
+class LostRank(RunError):
+    """Another rank is gone, or hangs."""
+
+
+class Ranks:
+    """The processes of a run. This one is alone: the null object.
+
+    What is asked of a group is asked by all of its ranks, in the same order.
+    """
+
+    place: Place | None = None  # of this process, where a launcher started it
+    rank = 0  # of this process
+    count = 1
+    local_count = 1  # on this host
+    names: Sequence[str] = ("this process",)  # host and process of each rank
+
+    @property
+    def host(self) -> str:
+        return socket.gethostname()
+
+    @property
+    def alone(self) -> bool:
+        return self.count == 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process writes files and talks to the user, for all."""
+        return self.rank == 0
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """What all ranks call this with, by rank, on every rank."""
+        return [value]
+
+    def most(self, *numbers: int) -> list[int]:
+        """The largest of what the ranks say, number by number."""
+        return list(numbers)
+
+    def from_first(self, make: Callable[[], _Made]) -> _Made:
+        """What rank 0 makes, on every rank. A UserError there is raised on all."""
+        return make()
+
+    def each(self, make: Callable[[], _Made]) -> _Made:
+        """What this rank makes, unless any of them raises a UserError, which then all do."""
+        return make()
+
+    def host_first(self, make: Callable[[], _Made]) -> _Made:
+        """As `each`; but the first rank of each host is done before the others there begin, who find its caches."""
+        return make()
+
+    def of_all(self, error: UserError) -> UserError:
+        """An error that all ranks raise, to be told once."""
+        return error
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, on the device; it may take the place of `tensor`. The same bits on every rank."""
+        return tensor
+
+    def mean(self, tensor: Tensor, weight: float) -> Tensor:
+        """As `sum`, of tensors times the weights of their ranks, which add up to 1."""
+        return tensor
+
+    def replicas(self, model: nn.Module) -> nn.Module:
+        """What to call in the place of `model`: its gradients are means over the ranks when backward returns."""
+        return model
+
+    def reduces(self, network: nn.Module, update: bool) -> contextlib.AbstractContextManager:
+        """Around forward and backward of what `replicas` gave; without an `update` gradients stay with this rank."""
+        return contextlib.nullcontext()
+
+    def reached(self, step: str) -> None:
+        """What this rank has done, in words, for others to tell if it hangs."""
+
+    def hurry(self) -> None:
+        """From here on nobody keeps others waiting for longer than the timeout."""
+
+    @contextlib.contextmanager
+    def losses_named(self) -> Iterator[None]:
+        """That others are gone or silent becomes a LostRank, which says who."""
+        yield
+
+    def how_to_start(self, python: str, program: str) -> str:
+        """For the user, who is to start a program as this one was."""
+        return f"continue with: {python} {program}"
+
+    def leave(self) -> None:
+        """Let go of the others."""
+
+
+class Group(Ranks):
+    """The ranks that a launcher started, connected by torch.distributed."""
+
+    def __init__(self, place: Place, *, backend: str, timeout_s: float) -> None:
+        """`backend` serves tensors on their devices. Raises UserError where the others cannot be reached."""
+        self.place, self.rank, self.count, self.local_count = place, place.rank, place.ranks, place.local_ranks
+        self._timeout_s = timeout_s
+        with _meeting_named(place):
+            timeout = timedelta(seconds=timeout_s)
+            store = next(distributed.rendezvous("env://", place.rank, place.ranks, timeout=timeout))[0]
+            self._store = distributed.PrefixStore(_meet(store, place.rank, place.ranks, timeout_s), store)
+            distributed.init_process_group(
+                backend, store=self._store, rank=place.rank, world_size=place.ranks, timeout=timeout
+            )
+            self._quick = distributed.new_group(backend="gloo", timeout=timeout)
+            self._patient = distributed.new_group(backend="gloo", timeout=_AGES)
+        self._control = self._patient
+        self.names = self.gather(f"{self.host}, pid {os.getpid()}")
+
+    def gather(self, value: _Value) -> list[_Value]:
+        gathered = [value] * self.count
+        distributed.all_gather_object(gathered, value, group=self._control)
+        return gathered
+
+    def most(self, *numbers: int) -> list[int]:
+        votes = torch.tensor(numbers, dtype=torch.int64)
+        distributed.all_reduce(votes, distributed.ReduceOp.MAX, group=self._control)
+        return votes.tolist()
+
+    def from_first(self, make: Callable[[], _Made]) -> _Made:
+        said = [_outcome_of(make) if self.rank == 0 else None]
+        distributed.broadcast_object_list(said, src=0, group=self._control)
+        self._agree([said[0].error])
+        return said[0].value
+
+    def each(self, make: Callable[[], _Made]) -> _Made:
+        outcome = _outcome_of(make)
+        self._agree(self.gather(outcome.error))
+        return outcome.value
+
+    def host_first(self, make: Callable[[], _Made]) -> _Made:
+        firsts = self.place.local_rank == 0
+        outcome = _outcome_of(make) if firsts else _Outcome()
+        self._agree(self.gather(outcome.error))
+        return self.each(make if not firsts else lambda: outcome.value)
+
+    def _agree(self, errors: Sequence[UserError | None]) -> None:
+        """Raise the first of the errors, by rank, on all ranks; one of them tells the user."""
+        failed = next((rank for rank, error in enumerate(errors) if error is not None), None)
+        if failed is None:
+            return
+        error = errors[failed]
+        if failed > 0:
+            error = type(error)(f"rank {failed} ({self.names[failed]}): {error}")
+        raise self.of_all(error)
+
+    def of_all(self, error: UserError) -> UserError:
+        error.said_elsewhere = not self.speaks
+        return error
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        distributed.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor: Tensor, weight: float) -> Tensor:
+        return self.sum(tensor.mul_(weight))
+
+    def replicas(self, model: nn.Module) -> nn.Module:
+        """All ranks start from the weights of rank 0. Buffers, such as running statistics, stay the caller's care."""
+        device = next(model.parameters()).device
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=None if device.type == "cpu" else [device],
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def reduces(self, network: nn.Module, update: bool) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if update else network.no_sync()
+
+    def reached(self, step: str) -> None:
+        self._store.set(f"reached/{self.rank}", step)
+
+    def hurry(self) -> None:
+        self._control = self._quick
+
+    @contextlib.contextmanager
+    def losses_named(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, UserError) or not _tells_of_loss(error):
+                raise
+            lost = LostRank(self._who_is_lost(silent="imed out" in str(error) or "timeout" in str(error)))
+            lost.said_elsewhere = self.rank != self._first_left
+            raise lost from error
+
+    def _who_is_lost(self, *, silent: bool) -> str:
+        """The ranks that do not say, as this one does, that something is wrong; `silent`: after a timeout."""
+        self._first_left = self.rank
+        try:
+            self._store.set(f"left/{self.rank}", "")
+            time.sleep(_DYING_S)  # the others notice as well
+            there = [rank for rank in range(self.count) if self._store.check([f"left/{rank}"])]
+            steps = {rank: self._step_of(rank) for rank in range(self.count) if rank not in there}
+        except RuntimeError:  # with rank 0 or its host, what holds the store is gone
+            return "lost contact to the other ranks, and to what launched them"
+        self._first_left = min(there)
+        if not steps:
+            return "the connection between the ranks has failed; all of them are there"
+        end = f"hangs: nothing for {self._timeout_s / 60:g} minutes (--dist-timeout)" if silent else "is gone"
+        named = "; ".join(f"rank {rank} ({self.names[rank]}) {end}; {step}" for rank, step in steps.items())
+        return named
+
+    def _step_of(self, rank: int) -> str:
+        key = f"reached/{rank}"
+        return f"its last step was {self._store.get(key).decode()}" if self._store.check([key]) else "before its first step"
+
+    def how_to_start(self, python: str, program: str) -> str:
+        if self.place.ours:
+            return f"continue with: {python} {program} --nproc {self.count}"
+        return f"continue, by the same launcher, with: {program}"
+
+    def leave(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            distributed.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of making something."""
+
+    value: Any = None
+    error: UserError | None = None
+
+
+def _outcome_of(make: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(make())
+    except UserError as error:
+        return _Outcome(error=type(error)(str(error)))  # without its traceback, which cannot travel
+
+
+def _tells_of_loss(error: RuntimeError) -> bool:
+    return isinstance(error, distributed.DistError) or any(words in str(error) for words in _SIGNS_OF_LOSS)
+
+
+@contextlib.contextmanager
+def _meeting_named(place: Place) -> Iterator[None]:
+    """What keeps ranks from meeting is told in a line."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"rank {place.rank} cannot reach the others ({reason}); MASTER_ADDR and MASTER_PORT should be those of rank "
+            "0, and the port free: see --master-addr, --master-port and --rdzv-endpoint of torch.distributed.run"
+        ) from error
+
+
+def _meet(store: distributed.Store, rank: int, count: int, timeout_s: float) -> str:
+    """A word that only these ranks share, who have all come: the store may hold what those of an earlier start said.
+
+    torch's launcher keeps its store when it starts ranks again. Each rank calls with a number of its own, until rank 0
+    answers to that.
+    """
+    deadline = time.monotonic() + timeout_s
+    word = secrets.token_hex(8)
+    if rank == 0:
+        waits_for = set(range(1, count))
+        while waits_for:
+            for other in sorted(waits_for):
+                if store.check([f"call/{other}"]):
+                    store.set(f"answer/{other}", f"{store.get(f'call/{other}').decode()} {word}")
+                if store.check([f"heard/{word}/{other}"]):
+                    waits_for.remove(other)
+            _wait(deadline, f"rank {min(waits_for, default=0)} has not come")
+        return word
+    store.set(f"call/{rank}", word)
+    while True:
+        if store.check([f"answer/{rank}"]):
+            mine, theirs = store.get(f"answer/{rank}").decode().split()
+            if mine == word:
+                store.set(f"heard/{theirs}/{rank}", "")
+                return theirs
+        _wait(deadline, "rank 0 does not answer")
+
+
+def _wait(deadline: float, missing: str) -> None:
+    if time.monotonic() > deadline:
+        raise RuntimeError(missing)
+    time.sleep(_MEETING_S)
