@@ -71,6 +71,8 @@ TRAIN_DEFAULTS = {  # SPEC 1; what None stands for depends on the data set and i
     "save_every": 10.0,
     "save_period": -1,
     "bucket": "",
+    "nproc": 1,
+    "dist_timeout": 10.0,
     "local_rank": -1,
 }
 VAL_DEFAULTS = {
@@ -85,6 +87,8 @@ VAL_DEFAULTS = {
     "device": "",
     "amp": "off",
     "workers": 8,
+    "nproc": 1,
+    "dist_timeout": 10.0,
     "cache_dir": "",
     "strict": False,
     "single_cls": False,
@@ -239,7 +243,7 @@ def test_resume_takes_a_path_or_none(argv, resume):
 
 
 NOT_YET_OF_TRAIN = (
-    *("--artifact_alias", "--evolve=5", "--nproc", "--dist-timeout", "--tb-histograms"),
+    *("--artifact_alias", "--evolve=5", "--tb-histograms"),
     *("--bbox_interval=3", "--bucket", "--entity", "--evolve-jobs=2", "--evolve_sampler"),
 )
 
@@ -284,6 +288,10 @@ NOT_YET_OF_TRAIN = (
         ("--noval --image-weights", "--noval and --image-weights: "),
         ("--sync-bn", "--sync-bn: needs DistributedDataParallel on CUDA"),
         ("--seed 4294967296", "--seed 4294967296: should be below 4294967296"),
+        ("--nproc 0", "--nproc 0: should be 1 or more"),
+        ("--dist-timeout 0", "--dist-timeout 0: should be above 0"),
+        ("--dist-timeout nan", "--dist-timeout nan: should be above 0"),
+        ("--dist-timeout inf", "--dist-timeout inf: should be 525600 or less"),
         ("--name a/b", "--name 'a/b': should be one folder name; --project says where it lies"),
         ("--name ..", "--name '..': should be one folder name"),
         ("--name .", "--name '.': should be one folder name"),
@@ -310,6 +318,8 @@ def test_bad_usage_is_one_line(argv, message):
         ("--weights w --save-conf", "--save-conf adds scores to label files; ask for these with --save-txt or"),
         ("--weights w --half --amp bf16", "--half and --amp bf16: choose one"),
         ("--weights w --evolve-jobs 2", "unknown flag '--evolve-jobs'"),
+        ("--weights w --nproc -1", "--nproc -1: should be 1 or more"),
+        ("--weights w --dist-timeout -1", "--dist-timeout -1: should be above 0"),
     ],
 )
 def test_bad_usage_of_val_is_one_line(argv, message):
@@ -363,7 +373,7 @@ def test_options_by_name_are_mended_where_the_meaning_is_plain():
     [
         ({"epoch": 3}, "unknown option 'epoch'; did you mean 'epochs'?"),
         ({"batchsize": 3}, "unknown option 'batchsize'; did you mean 'batch_size'?"),
-        ({"nproc": 5}, "--nproc: not available yet; leave it out"),
+        ({"bucket": "b"}, "--bucket: not available yet; leave it out"),
         ({"epochs": "3"}, "--epochs '3': should be int, got str"),
         ({"epochs": 3.0}, "--epochs 3.0: should be int, got float"),
         ({"epochs": True}, "--epochs True: should be int, got bool"),

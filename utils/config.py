@@ -49,6 +49,11 @@ def _flag(
     )
 
 
+# Of programs that run as several processes
+_NPROC = "processes (ranks) on this machine, one per GPU, or sharing the cores"
+_DIST_TIMEOUT = "minutes that ranks wait for one another"
+_LONGEST_TIMEOUT = 525_600  # minutes, a year; torch cannot count to what nobody means
+
 # Flags that stand for a value of another
 _SHORT_FOR = {"adam": ("optimizer", "Adam"), "cache_images": ("cache", "ram"), "half": ("amp", "fp16")}
 
@@ -120,6 +125,8 @@ class TrainOptions:
         10.0, "minutes between checkpoints within an epoch, besides the one at its end; 0: none within", low=0
     )
     save_period: int = _flag(-1, "also keep weights/epochN.pt, every so many epochs; -1: never", low=-1)
+    nproc: int = _flag(1, _NPROC, low=1)
+    dist_timeout: float = _flag(10.0, _DIST_TIMEOUT, high=_LONGEST_TIMEOUT)
     local_rank: int = _flag(-1, "accepted for old launchers and ignored; the environment decides")
 
 
@@ -149,6 +156,8 @@ class ValOptions:
     device: str = _flag("", "cpu, 0 (the first GPU), mps; default: the best there is")
     amp: Amp = _flag("off", "mixed precision; off gives the exact figures")
     workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
+    nproc: int = _flag(1, _NPROC, low=1)
+    dist_timeout: float = _flag(10.0, _DIST_TIMEOUT, high=_LONGEST_TIMEOUT)
     cache_dir: str = _flag("", "folder for label caches; default: beside the data, else ~/.cache")
     strict: bool = _flag(False, "stop at any finding in the data")
     single_cls: bool = _flag(
@@ -225,10 +234,10 @@ Options = TypeVar("Options", TrainOptions, ValOptions, DetectOptions, ScanOption
 # Options that users of this family know and that are still to be built: a guess at a misspelling would mislead
 _NOT_YET = {
     TrainOptions: (
-        *("evolve", "nproc", "dist_timeout"),
-        *("tb_histograms", "bucket", "entity", "upload_dataset", "bbox_interval", "artifact_alias"),
+        *("evolve", "tb_histograms"),
+        *("bucket", "entity", "upload_dataset", "bbox_interval", "artifact_alias"),
     ),
-    ValOptions: ("nproc", "dist_timeout"),
+    ValOptions: (),
     DetectOptions: (),
     ScanOptions: (),
 }
@@ -489,6 +498,7 @@ def _check_train(options: TrainOptions) -> None:
         raise UserError(f"--repeat-factor {options.repeat_factor:g}: should be a share of the images, from 0 to 1")
     if options.seed >= 2**32:
         raise UserError(f"--seed {options.seed}: should be below {2**32}")
+    _check_timeout(options)
 
 
 def _check_val(options: ValOptions) -> None:
@@ -500,6 +510,7 @@ def _check_val(options: ValOptions) -> None:
     if options.save_conf and not (options.save_txt or options.save_hybrid):
         raise UserError("--save-conf adds scores to label files; ask for these with --save-txt or --save-hybrid")
     _check_thresholds(options)
+    _check_timeout(options)
 
 
 def _check_detect(options: DetectOptions) -> None:
@@ -518,6 +529,11 @@ def _check_thresholds(options: ValOptions | DetectOptions) -> None:
     for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
         if value > 1:
             raise UserError(f"{flag} {value:g}: should be between 0 and 1")
+
+
+def _check_timeout(options: TrainOptions | ValOptions) -> None:
+    if not options.dist_timeout > 0:
+        raise UserError(f"--dist-timeout {options.dist_timeout:g}: should be above 0")
 
 
 def whole_strides(imgsz: int, stride: int, *, note: Callable[[str], object]) -> int:

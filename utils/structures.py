@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # config.py and `--help` pass through here and must not wait 
 class UserError(ValueError):
     """A mistake that the user can mend. The message is the one line they see: what is wrong, what would be right."""
 
+    said_elsewhere: bool = False  # another rank tells the user of it; the exit code is the same
+
 
 class RunError(UserError):
     """A UserError that struck when work was under way: exit code 1 in place of 2."""
