@@ -68,7 +68,10 @@ class TrainOptions:
     hyp: str = _flag("data/hyps/hyp.scratch.yaml", "hyperparameter YAML")
     epochs: int | None = _flag(None, "default: what the data set YAML says, else 300", low=1)
     batch_size: int = _flag(
-        16, "images per forward; -1: the largest that fits into the GPU (elsewhere: 16)", also=["--batch"], low=-1
+        16,
+        "images per forward, over all ranks; -1: the largest that fits into the GPUs (elsewhere: 16)",
+        also=["--batch"],
+        low=-1,
     )
     nominal_batch: str = _flag("auto", "images per optimizer update; auto: 64, less for small data sets")
     imgsz: int | None = _flag(
@@ -102,9 +105,9 @@ class TrainOptions:
     )
     single_cls: bool = _flag(False, "treat all classes as one, named item")
     optimizer: OptimizerName = _flag("SGD", "Adam and AdamW want lr0 and warmup_bias_lr near 0.001 in --hyp")
-    sync_bn: bool = _flag(False, "batch-norm statistics over all GPUs; not available yet")
+    sync_bn: bool = _flag(False, "batch-norm statistics over all GPUs, where each has its rank (--nproc, torchrun)")
     workers: int = _flag(8, "loader processes, lowered to the cores there are; 0: load in this process", low=0)
-    device: str = _flag("", "cpu, 0 (the first GPU), mps; default: the best there is")
+    device: str = _flag("", "cpu, 0 (the first GPU), 0,1 (several), mps; default: the best there is, for each rank")
     amp: Amp = _flag("auto", "mixed precision: auto picks bf16 or fp16 where the device computes it fast")
     compile: bool = _flag(
         False,
@@ -462,7 +465,7 @@ def _checked_numbers(flag: str, value: Any, low: int) -> tuple[int, ...]:
     return numbers
 
 
-# Options that make no sense together, and the reason; one alone is not available at all.
+# Options that make no sense together, and the reason.
 _EXCLUDED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("linear_lr", "cos_lr"), "choose one"),
     (("nosave", "save_period"), "the one writes no weights before the end, the other does; choose one"),
@@ -470,7 +473,6 @@ _EXCLUDED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("noval", "patience"), "patience waits for better evaluations, and there are none before the end; choose one"),
     (("noval", "image_weights"), "the weights of the images come from evaluations; choose one"),
     (("image_weights", "repeat_factor"), "both say how often an image is shown; choose one"),
-    (("sync_bn",), "needs DistributedDataParallel on CUDA, which is not available yet; leave it out"),
 )
 
 

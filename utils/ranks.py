@@ -6,18 +6,22 @@ The surprise: a process by itself is a group as well, `Ranks()`, to which every 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
+from utils import __version__
+from utils.files import code_digest
 from utils.launch import Place
 from utils.structures import RunError, UserError
 
@@ -27,6 +31,10 @@ _Made = TypeVar("_Made")
 _AGES = timedelta(days=7)  # that ranks wait while one of them looks at the data
 _MEETING_S = 0.02  # between two looks at what others have said
 _DYING_S = 3.0  # after which whoever has not told of a broken connection is taken for the cause of it
+
+# What torch calls it, which warns of the older name
+_WAYS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+_NEVER_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _WAYS else "broadcast_buffers"
 
 # How torch says that another process is gone or silent, where it has no exception of its own for that
 _SIGNS_OF_LOSS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
@@ -80,6 +88,9 @@ class Ranks:
     def host_first(self, make: Callable[[], _Made]) -> _Made:
         """As `each`; but the first rank of each host is done before the others there begin, who find its caches."""
         return make()
+
+    def check_alike(self, work: Callable[[], Mapping[str, object]]) -> None:
+        """Raises UserError where ranks run other code, or do not say the same of what their `work` depends on."""
 
     def of_all(self, error: UserError) -> UserError:
         """An error that all ranks raise, to be told once."""
@@ -176,6 +187,20 @@ class Group(Ranks):
             error = type(error)(f"rank {failed} ({self.names[failed]}): {error}")
         raise self.of_all(error)
 
+    def check_alike(self, work: Callable[[], Mapping[str, object]]) -> None:
+        code = f"{__version__}, code {code_digest(Path(__file__).parent.parent)}"
+        mine = {"version of this trainer": code, "torch": str(torch.__version__), **work()}
+        first, *others = self.gather(mine)
+        for rank, theirs in enumerate(others, 1):
+            for name, value in theirs.items():
+                if value != first[name]:
+                    raise self.of_all(
+                        UserError(
+                            f"{name}: {value} on rank {rank} ({self.names[rank]}), {first[name]} on rank 0 "
+                            f"({self.names[0]}); all ranks should be at the same work"
+                        )
+                    )
+
     def of_all(self, error: UserError) -> UserError:
         error.said_elsewhere = not self.speaks
         return error
@@ -193,8 +218,8 @@ class Group(Ranks):
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=None if device.type == "cpu" else [device],
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **{_NEVER_SYNC_BUFFERS: False},
         )
 
     def reduces(self, network: nn.Module, update: bool) -> contextlib.AbstractContextManager:
@@ -231,12 +256,15 @@ class Group(Ranks):
         if not steps:
             return "the connection between the ranks has failed; all of them are there"
         end = f"hangs: nothing for {self._timeout_s / 60:g} minutes (--dist-timeout)" if silent else "is gone"
-        named = "; ".join(f"rank {rank} ({self.names[rank]}) {end}; {step}" for rank, step in steps.items())
-        return named
+        return "; ".join(f"rank {rank} ({self.names[rank]}) {end}; {step}" for rank, step in steps.items())
 
     def _step_of(self, rank: int) -> str:
         key = f"reached/{rank}"
-        return f"its last step was {self._store.get(key).decode()}" if self._store.check([key]) else "before its first step"
+        return (
+            f"its last step was {self._store.get(key).decode()}"
+            if self._store.check([key])
+            else "before its first step"
+        )
 
     def how_to_start(self, python: str, program: str) -> str:
         if self.place.ours:
@@ -277,8 +305,8 @@ def _meeting_named(place: Place) -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"rank {place.rank} cannot reach the others ({reason}); MASTER_ADDR and MASTER_PORT should be those of rank "
-            "0, and the port free: see --master-addr, --master-port and --rdzv-endpoint of torch.distributed.run"
+            f"rank {place.rank} cannot reach the others ({reason}); MASTER_ADDR and MASTER_PORT should be those of "
+            "rank 0, and the port free: see --master-addr, --master-port and --rdzv-endpoint of torch.distributed.run"
         ) from error
 
 

@@ -70,7 +70,7 @@ class Runtime:
         return self.ranks.replicas(model)
 
     def synchronised(self, model: nn.Module) -> nn.Module:
-        """The model with batch norms over all ranks, for `--sync-bn`. Raises UserError where there are none to be had."""
+        """The model with batch norms over all ranks, for `--sync-bn`. Raises UserError where there are none such."""
         if self.ranks.alone or self.device.type != "cuda":
             has = "one process" if self.ranks.alone else "the CPU, where torch has none"
             raise UserError(f"--sync-bn: is for several ranks on CUDA GPUs, and this is {has}; leave it out")
@@ -317,7 +317,7 @@ def _refuse_with_several(names: str, *, compile: bool) -> None:
     if compile:
         count = names.count(",") + 1
         raise UserError(
-            f"--compile with --device {names}: not with several GPUs in one process; --nproc {count} trains a process on each"
+            f"--compile with --device {names}: not with several GPUs in one process; --nproc {count} makes a process each"
         )
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from models.yolo import DetectionModel
 from utils.checkpoint import Checkpoint, averaged_model, load_weights
 from utils.clock import TimeSplit
-from utils.config import SINGLE_CLASS, DetectOptions, ValOptions, find_file, validated, whole_strides
+from utils.config import SINGLE_CLASS, DetectOptions, ValOptions, find_file, spelling, validated, whole_strides
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches, faults_named
 from utils.data.scan import open_dataset, refuse_findings, scan_dataset
-from utils.data.store import single_class
+from utils.data.store import content_digest, single_class
 from utils.evaluate.evaluator import Evaluation, Evaluator
 from utils.evaluate.figures import MOST_DETECTIONS
 from utils.evaluate.nms import MAX_CANDIDATES, NmsRules
@@ -23,13 +24,15 @@ from utils.evaluate.saving import LABELS_FOLDER, check_folder, clear_results, wr
 from utils.files import new_run_folder
 from utils.hyp import hyperparameters
 from utils.loss import LossGains
-from utils.report.loggers import Console, result, strange_outputs
+from utils.ranks import Ranks
+from utils.report.loggers import Console, SilentConsole, result, strange_outputs
 from utils.report.run_report import PictureFiles, Pictures, write_metrics
 from utils.run_folder import METRICS_FILE
-from utils.runtime import Runtime, choose_runtime, mendable_errors
+from utils.runtime import Runtime, choose_runtime, join_ranks, mendable_errors
 from utils.structures import Batch, DatasetSpec, Detections, HeadSpec, LabelStore, Metrics, UserError
 
 _CLASSES_SHOWN = 30  # more, and only --verbose lists them
+_OF_A_RANK = ("device", "workers", "cache_dir", "data", "weights")  # files are compared by content, or are rank 0's
 _IN_USE = {"conf_thres": DetectOptions.conf_thres, "iou_thres": DetectOptions.iou_thres}  # `--task speed`, unless given
 
 
@@ -78,25 +81,39 @@ class _Parts:
 def evaluate(values: Mapping[str, Any]) -> Metrics | None:
     """Evaluate for options by name; without a result for `task="speed"`. Raises UserError for what a user can mend."""
     options = _options(values)
-    if options.task == "speed":
-        _measure(_parts(options))
-        return None
+    ranks = join_ranks(dist_timeout=options.dist_timeout)
+    with ranks.losses_named():
+        if options.task == "speed":
+            if not ranks.alone:
+                raise ranks.of_all(UserError("--task speed: measures one process; leave out --nproc, or the launcher"))
+            _measure(_parts(options, ranks))
+            return None
+        return _evaluated_by(ranks, options)
+
+
+def _evaluated_by(ranks: Ranks, options: ValOptions) -> Metrics:
+    """Each rank takes its share of the batches; the first one tells, and writes."""
     if options.exist_ok:
-        check_folder(Path(options.project) / options.name)
-    parts = _parts(options)
-    folder = new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok)
+        ranks.from_first(lambda: check_folder(Path(options.project) / options.name))
+    parts = _parts(options, ranks)
+    folder = ranks.from_first(lambda: new_run_folder(Path(options.project), options.name, exist_ok=options.exist_ok))
+    ranks.hurry()
     try:
-        return _evaluated(parts, folder)
+        metrics = _evaluated(parts, folder)
+        ranks.leave()
+        return metrics
     except BaseException:
-        with suppress(OSError):  # there is something in it
-            folder.rmdir()
+        if ranks.speaks:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
         raise
 
 
 def _evaluated(parts: _Parts, folder: Path) -> Metrics:
     """The figures first, on the screen and on disk: what could go wrong with the pictures costs nobody these."""
-    options = parts.options
-    pictures = Pictures() if options.noplots else PictureFiles(folder, parts.names, val=parts.store)
+    options, speaks = parts.options, parts.runtime.ranks.speaks
+    drawn = speaks and not options.noplots
+    pictures = PictureFiles(folder, parts.names, val=parts.store) if drawn else Pictures()
     pictured: list[tuple[int, Batch, list[Detections]]] = []
     evaluator = parts.evaluator(options.batch_size)
     with mendable_errors(batch_size=options.batch_size, imgsz=parts.imgsz), faults_named(evaluator.stream):
@@ -104,10 +121,12 @@ def _evaluated(parts: _Parts, folder: Path) -> Metrics:
             parts.model.to(parts.runtime.device),
             gains=None if parts.merges_classes else _gains(parts.checkpoint, parts.model.head, parts.imgsz),
             on_batch=lambda *seen: pictured.append(seen) if seen[0] < pictures.batches else None,
+            shown=pictures.batches,
             watch=lambda batches: parts.console.bar(batches, "Evaluating", images_each=batches.batch_size),
         )
-        _tell(parts, evaluation)
-        _save(parts, evaluation, folder)
+        if speaks:
+            _tell(parts, evaluation)
+            _save(parts, evaluation, folder)
         for seen in pictured:
             pictures.evaluated_batch(*seen)
         pictures.finished(evaluation.metrics)
@@ -115,20 +134,22 @@ def _evaluated(parts: _Parts, folder: Path) -> Metrics:
     return evaluation.metrics
 
 
-def _parts(options: ValOptions) -> _Parts:
-    console = Console(quiet=options.quiet)
-    runtime = choose_runtime(device=options.device, amp=options.amp, workers=options.workers)
-    checkpoint = load_weights(Path(options.weights))
-    spec = open_dataset(_data(options, checkpoint), note=console.note, bar=console.download_bar)
+def _parts(options: ValOptions, ranks: Ranks) -> _Parts:
+    console = Console(quiet=options.quiet) if ranks.speaks else SilentConsole()
+    runtime = ranks.each(
+        lambda: choose_runtime(device=options.device, amp=options.amp, workers=options.workers, ranks=ranks)
+    )
+    checkpoint = ranks.from_first(lambda: load_weights(Path(options.weights)))
+    spec = ranks.host_first(
+        lambda: open_dataset(_data(options, checkpoint), note=console.note, bar=console.download_bar)
+    )
     single = options.single_cls or checkpoint["options"].get("single_cls", False)
-    names = _names(options, spec, checkpoint, single=single, console=console)
-    split = "val" if options.task == "speed" else options.task
-    scan = scan_dataset(spec, (split,), progress=console.bar, cache_dir=options.cache_dir)
-    for line in scan.reports[split].lines():
-        console.line(line)
-    if options.strict:
-        refuse_findings(scan)
+    names = ranks.each(lambda: _names(options, spec, checkpoint, single=single, console=console))
+    store = ranks.host_first(lambda: _store(options, spec, console))
+    store = single_class(store) if single else store
+    ranks.check_alike(partial(_work, options, store))
     model = averaged_model(checkpoint)
+    imgsz = options.imgsz or checkpoint["options"]["imgsz"]
     return _Parts(
         options=options,
         checkpoint=checkpoint,
@@ -136,12 +157,27 @@ def _parts(options: ValOptions) -> _Parts:
         names=names,
         runtime=runtime,
         model=model,
-        store=single_class(scan.stores[split]) if single else scan.stores[split],
-        imgsz=whole_strides(
-            options.imgsz or checkpoint["options"]["imgsz"], max(model.head.strides), note=console.note
-        ),
+        store=store,
+        imgsz=ranks.each(lambda: whole_strides(imgsz, max(model.head.strides), note=console.note)),
         console=console,
     )
+
+
+def _work(options: ValOptions, store: LabelStore) -> dict[str, object]:
+    """What must be the same on all ranks, hosts with their own files included."""
+    same = {spelling(name): value for name, value in asdict(options).items() if name not in _OF_A_RANK}
+    return {**same, "images or labels": content_digest(store)}
+
+
+def _store(options: ValOptions, spec: DatasetSpec, console: Console) -> LabelStore:
+    """The labels of the split, after its report."""
+    split = "val" if options.task == "speed" else options.task
+    scan = scan_dataset(spec, (split,), progress=console.bar, cache_dir=options.cache_dir)
+    for line in scan.reports[split].lines():
+        console.line(line)
+    if options.strict:
+        refuse_findings(scan)
+    return scan.stores[split]
 
 
 def _options(values: Mapping[str, Any]) -> ValOptions:

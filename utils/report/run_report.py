@@ -294,7 +294,9 @@ class WrittenReport(RunReport):
         self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
         self.console.line(result(metrics, verbose=True))
         self._account_for_time(last_times())
-        self.console.line(f"Digest of the weights: {', '.join(f'{digest} {file}' for file, digest in digests().items())}")
+        self.console.line(
+            f"Digest of the weights: {', '.join(f'{digest} {file}' for file, digest in digests().items())}"
+        )
         self.console.line(f"Weights, tables and pictures: {self.folder}")
         logdir = shlex.quote(str(self.folder.parent))
         self.console.line(f"Curves: {this_python()} -m tensorboard.main --logdir {logdir}")

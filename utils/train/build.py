@@ -26,7 +26,6 @@ from utils.archive import DamagedFile
 from utils.checkpoint import Checkpoint, for_inference, load_checkpoint, load_weights, save_checkpoint
 from utils.config import (
     LATEST,
-    PROJECT_ROOT,
     SINGLE_CLASS,
     TrainOptions,
     find_file,
@@ -44,10 +43,10 @@ from utils.data.plan import repeat_factors
 from utils.data.scan import DatasetScan, open_dataset, refuse_findings, refuse_no_label, scan_dataset
 from utils.data.store import content_digest, single_class
 from utils.evaluate.evaluator import Evaluator, evaluated_at_once
-from utils.files import code_digest, from_here, new_run_folder, run_folders, write_text, write_yaml
+from utils.files import from_here, new_run_folder, run_folders, write_text, write_yaml
 from utils.hyp import Hyperparameters, hyperparameters, plain_values, read_hyp
-from utils.loss import LossGains
 from utils.launch import Place
+from utils.loss import LossGains
 from utils.ranks import Ranks
 from utils.report.loggers import Console, SilentConsole
 from utils.report.run_report import PictureFiles, Pictures, RunReport, WrittenReport
@@ -77,7 +76,13 @@ _NAMES_SHOWN = 4  # of entries or classes, in a line on weights
 _CLASSES_SHOWN = 6  # in the report on the data; `python -m utils.data.scan` shows more
 # May accompany --resume
 _WITH_RESUME = ("resume", "epochs", "device", "workers", "nproc", "dist_timeout", "patience", "save_every", "quiet")
-_OF_A_RANK = ("device", "workers", "cache_dir", "data", "local_rank")  # options that hosts may differ in; data is compared by content
+_OF_A_RANK = (
+    "device",
+    "workers",
+    "cache_dir",
+    "data",
+    "local_rank",
+)  # options that hosts may differ in; data is compared by content
 _LAUNCH_FILE = "launch.json"  # of a run that a launcher began: which one, and with what options
 
 
@@ -125,7 +130,9 @@ def build_trainer(values: Mapping[str, Any], stop: StopRequest | None = None) ->
             kept = {name: value for name, value in values.items() if name in _WITH_RESUME}
             return _resumed({**kept, "resume": str(begun.last)}, ranks, console, stop, relaunched=True)
         if given.resume is not None:
-            return _resumed(values, ranks, console, stop, relaunched=ranks.place is not None and ranks.place.restarts > 0)
+            return _resumed(
+                values, ranks, console, stop, relaunched=ranks.place is not None and ranks.place.restarts > 0
+            )
         return _new(given, ranks, console, stop, begun)
 
 
@@ -156,9 +163,7 @@ def _launch_of(place: Place, given: TrainOptions) -> dict[str, Any]:
     return {"launch": place.launch, "options": json.loads(json.dumps(asdict(given)))}
 
 
-def _new(
-    given: TrainOptions, ranks: Ranks, console: Console, stop: StopRequest, begun: RunFolder | None
-) -> Trainer:
+def _new(given: TrainOptions, ranks: Ranks, console: Console, stop: StopRequest, begun: RunFolder | None) -> Trainer:
     hyp = ranks.from_first(partial(_hyperparameters, given))
     spec = ranks.host_first(lambda: open_dataset(given.data, note=console.note, bar=console.download_bar))
     names = _names(given, spec)
@@ -204,7 +209,7 @@ def _new(
 
 
 def _new_run(options: TrainOptions, ranks: Ranks, console: Console, begun: RunFolder | None) -> RunFolder:
-    """The folder of a new run, held by this process; of one that this launch `begun` and never saved, the same again."""
+    """The folder of a new run, held by this process; where this launch has `begun` one and never saved it, the same."""
 
     def made() -> Path:
         path = begun.path if begun else None
@@ -651,7 +656,7 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
         model = parts.model.to(runtime.device, memory_format=torch.channels_last)
     if options.sync_bn:
         model = runtime.synchronised(model)
-    _check_alike(parts)
+    runtime.ranks.check_alike(partial(_work, parts))
     parts.run.put("opt.yaml", partial(write_yaml, content=asdict(options)))
     batches = _batches(parts)
     schedule = _schedule(parts, batches.per_epoch, accumulation=accumulation, lr_scale=state.lr_scale)
@@ -702,24 +707,11 @@ def _batches(parts: _Parts) -> TrainBatches:
     )
 
 
-def _check_alike(parts: _Parts) -> None:
-    """Raises UserError where ranks are not at the same work: other data, options or code, as on different hosts."""
-    ranks, data = parts.runtime.ranks, parts.data
-    mine = {
-        "version of this trainer": f"{__version__}, code {code_digest(PROJECT_ROOT)}",
-        "torch": str(torch.__version__),
-        **{spelling(name): value for name, value in asdict(parts.options).items() if name not in _OF_A_RANK},
-        **{f"images or labels of '{split}'": f"{data[split]} ({len(getattr(parts, split)):,})" for split in data},
-    }
-    for rank, theirs in enumerate(said := ranks.gather(mine)):
-        for what, value in theirs.items():
-            if value != said[0][what]:
-                raise ranks.of_all(
-                    UserError(
-                        f"{what}: {value} on rank {rank} ({ranks.names[rank]}), and {said[0][what]} on rank 0 "
-                        f"({ranks.names[0]}); all ranks should be at the same work"
-                    )
-                )
+def _work(parts: _Parts) -> dict[str, object]:
+    """What must be the same on all ranks, hosts with their own files included."""
+    options = {spelling(name): value for name, value in asdict(parts.options).items() if name not in _OF_A_RANK}
+    data = {f"images or labels of '{split}'": digest for split, digest in parts.data.items()}
+    return {**options, **data}
 
 
 def _ranks_table(parts: _Parts) -> list[str]:

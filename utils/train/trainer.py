@@ -19,9 +19,9 @@ from utils.evaluate.evaluator import Evaluator
 from utils.evaluate.saving import coco_ids, write_predictions
 from utils.files import from_here, this_python
 from utils.hyp import Hyperparameters, plain_values
+from utils.ranks import LostRank
 from utils.report.loggers import format_losses, strange_outputs
 from utils.report.run_report import RunReport
-from utils.ranks import LostRank
 from utils.run_folder import RunFolder
 from utils.runtime import Runtime, mendable_errors
 from utils.stopping import Interrupted, StopRequest
@@ -192,7 +192,7 @@ class Trainer:
         return batch
 
     def _waits(self) -> AbstractContextManager:
-        """Around a wait that a signal ends at once; but ranks, of which each needs the others' gradients, stop as one."""
+        """Around a wait that a signal ends at once; but ranks, which need one another's gradients, stop as one."""
         return self.stop.at_once() if self.ranks.alone else nullcontext()
 
     def _updated(self, index: int) -> None:
@@ -353,7 +353,9 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
         trainer.save_for_later()
         raise Interrupted(interrupted.signum, _how_to_continue(trainer)) from None
     except LostRank as lost:
-        if trainer.runtime.queues_work:  # the device may wait for others without end, or have taken half a sum for a whole
+        if (
+            trainer.runtime.queues_work
+        ):  # the device may wait for others without end, or have taken half a sum for a whole
             trainer.run.settle()
         else:
             trainer.save_for_later()
