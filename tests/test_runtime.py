@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from utils.clock import EventClock, StepClock
-from utils.runtime import Runtime, choose_runtime, mendable_errors
+from utils.launch import Place
+from utils.runtime import Runtime, Strategy, choose_runtime, choose_strategy, mendable_errors
 from utils.structures import RunError, UserError
 
 CPU = torch.device("cpu")
@@ -63,7 +64,6 @@ def test_device(machine, here, flag, device):
         ({"cuda": 1}, "-1", "--device -1: no such device here; there is: 0, cpu"),
         ({"cuda": 1}, "cuda:cpu", "--device cuda:cpu: no such device here; there is: 0, cpu"),
         ({"cuda": 1}, "cuda:", "--device cuda:: no such device here; there is: 0, cpu"),
-        ({"cuda": 2}, "0,1", "--device 0,1: several devices are not supported yet; choose one of: 0, 1, cpu"),
     ],
 )
 def test_a_device_that_is_not_there_names_those_that_are(machine, here, flag, message):
@@ -126,13 +126,93 @@ def test_workers_are_lowered_to_the_cores_there_are(machine, monkeypatch):
     assert chosen(workers=8).workers == 4
 
 
-def test_a_launcher_with_several_processes_is_refused_for_now(machine, monkeypatch):
+def test_work_for_one_process_is_not_done_by_several(machine, monkeypatch):
     machine()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="several processes"):
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="for one process, and a launcher started 2; start it without"):
         chosen()
     monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert chosen().device == CPU
+
+
+def at(local_rank: int = 0, local_ranks: int = 2) -> Place:
+    return Place(
+        rank=local_rank, ranks=8, local_rank=local_rank, local_ranks=local_ranks, launch="", restarts=0, ours=False
+    )
+
+
+GPUS, APPLE, BARE = ("0", "1", "2", "cpu"), ("mps", "cpu"), ("cpu",)
+
+
+@pytest.mark.parametrize(
+    ("place", "available", "flag", "kind", "devices"),
+    [
+        (None, BARE, "", "single", "cpu"),
+        (None, APPLE, "", "single", "mps"),
+        (None, GPUS, "", "single", "cuda:0"),
+        (None, GPUS, "cuda", "single", "cuda:0"),
+        (None, GPUS, "2", "single", "cuda:2"),
+        (None, GPUS, "cpu", "single", "cpu"),
+        (None, GPUS, "0,1", "DataParallel", "cuda:0 cuda:1"),
+        (None, GPUS, "cuda:2, cuda:0", "DataParallel", "cuda:2 cuda:0"),
+        (at(), BARE, "", "DistributedDataParallel", "cpu"),
+        (at(1), BARE, "cpu", "DistributedDataParallel", "cpu"),
+        (at(1), APPLE, "", "DistributedDataParallel", "cpu"),
+        (at(0), GPUS, "", "DistributedDataParallel", "cuda:0"),
+        (at(1), GPUS, "", "DistributedDataParallel", "cuda:1"),
+        (at(2, 3), GPUS, "cuda", "DistributedDataParallel", "cuda:2"),
+        (at(0), GPUS, "2,0", "DistributedDataParallel", "cuda:2"),
+        (at(1), GPUS, "2,0", "DistributedDataParallel", "cuda:0"),
+        (at(1), GPUS, "cpu", "DistributedDataParallel", "cpu"),
+        (at(0, 1), GPUS, "1", "DistributedDataParallel", "cuda:1"),
+    ],
+)
+def test_strategy(place, available, flag, kind, devices):
+    assert choose_strategy(place=place, available=available, flag=flag) == Strategy(
+        kind=kind, devices=tuple(devices.split())
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "available", "flag", "message"),
+    [
+        (None, ("0", "cpu"), "0,1", "--device 0,1: no such device here as 1; there is: 0, cpu"),
+        (None, GPUS, "0,0", "--device 0,0: names a device twice"),
+        (None, GPUS, "0,cpu", "--device 0,cpu: only GPUs are used several at a time; there is: 0, 1, 2, cpu"),
+        (at(1, 4), GPUS, "", "4 ranks on this machine want a GPU each, and this machine has 3; start fewer ranks"),
+        (at(0), GPUS, "1", "2 ranks on this machine want a GPU each, and --device 1 names 1; start fewer ranks, or"),
+        (at(0), APPLE, "mps", "--device mps: ranks need GPUs of CUDA, or --device cpu"),
+        (at(0), BARE, "0", "--device 0: no such device here; there is: cpu"),
+    ],
+)
+def test_devices_that_ranks_cannot_have(place, available, flag, message):
+    with pytest.raises(UserError) as error:
+        choose_strategy(place=place, available=available, flag=flag)
+    assert str(error.value).startswith(message)
+
+
+def test_several_gpus_in_one_process_are_not_compiled_for(machine):
+    machine(cuda=2)
+    with pytest.raises(UserError, match="--compile with --device 1,0: not with several GPUs in one process; use --npr"):
+        choose_runtime(device="1,0", amp="off", workers=0, compile=True)
+    runtime = choose_runtime(device="1,0", amp="off", workers=0)
+    assert runtime.devices == (torch.device("cuda:1"), torch.device("cuda:0"))
+    assert (runtime.device, runtime.unused) == (torch.device("cuda:1"), 0)
+
+
+@pytest.mark.parametrize(("flag", "unused"), [("", 2), ("0", 0), ("cpu", 0)])
+def test_gpus_that_nobody_uses_are_counted(machine, flag, unused):
+    machine(cuda=3)
+    assert chosen(flag).unused == unused
+
+
+def test_statistics_are_synchronised_among_ranks_on_gpus_alone(machine):
+    machine()
+    with pytest.raises(UserError, match="--sync-bn: is for several ranks on CUDA GPUs, and this is one process; leave"):
+        chosen().check_synchronises()
 
 
 @pytest.mark.parametrize(("dtype", "product"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
@@ -367,9 +447,3 @@ def test_laps_on_cuda_fit_into_the_time_on_the_wall():
         clock.lap("forward")
     split = clock.split()
     assert 0 < split.parts["forward"] <= split.wall
-
-
-def test_alone_there_is_nothing_to_gather():
-    runtime = Runtime(device=torch.device("cpu"), amp_dtype=None, workers=0)
-    assert (runtime.rank, runtime.ranks) == (0, 1)
-    assert runtime.gather({"a": 1}) == [{"a": 1}]

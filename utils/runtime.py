@@ -69,12 +69,11 @@ class Runtime:
             return nn.DataParallel(model, device_ids=list(self.devices))
         return self.ranks.replicas(model)
 
-    def synchronised(self, model: nn.Module) -> nn.Module:
-        """The model with batch norms over all ranks, for `--sync-bn`. Raises UserError where there are none such."""
+    def check_synchronises(self) -> None:
+        """For `--sync-bn`: raises UserError where there are no batch norms over all ranks."""
         if self.ranks.alone or self.device.type != "cuda":
             has = "one process" if self.ranks.alone else "the CPU, where torch has none"
             raise UserError(f"--sync-bn: is for several ranks on CUDA GPUs, and this is {has}; leave it out")
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def compiled(self, function: Callable) -> Callable:
         """What to call in the place of a network or a loss in training: its twin of torch.compile where that is due."""
@@ -202,8 +201,8 @@ def choose_runtime(
         except UserError as refusal:
             raise_or_note(refusal, note, "without it")
             compile = False
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)  # of the GPUs, the one that NCCL takes for this rank
+    if ranks.place and chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # NCCL asks for it
     if deterministic:
         _be_deterministic()
     elif chosen.type == "cuda":
@@ -317,7 +316,7 @@ def _refuse_with_several(names: str, *, compile: bool) -> None:
     if compile:
         count = names.count(",") + 1
         raise UserError(
-            f"--compile with --device {names}: not with several GPUs in one process; --nproc {count} makes a process each"
+            f"--compile with --device {names}: not with several GPUs in one process; use --nproc {count}, too"
         )
 
 

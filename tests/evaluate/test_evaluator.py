@@ -3,7 +3,6 @@
 import io
 from contextlib import redirect_stdout
 from dataclasses import is_dataclass, replace
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import distributed, multiprocessing, nn
+from torch import nn
 
 from models.yolo import DetectionModel, read_network
+from tests.groups import in_ranks
 from tests.stores import ImageLabels, build_store
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches
@@ -26,6 +26,7 @@ from utils.evaluate.nms import NmsRules, non_max_suppression
 from utils.evaluate.predict import to_source
 from utils.hyp import Hyperparameters
 from utils.loss import LossGains
+from utils.ranks import Ranks
 from utils.runtime import Runtime
 from utils.structures import HIT, Detections, HeadSpec
 
@@ -170,16 +171,16 @@ def test_watch_sees_every_batch(scene):
     assert seen == [len(mine.batches.numbers())]
 
 
-def sharded(rank: int, ranks: int, threads: int, folder: Path, cases, network, gains) -> None:
-    """What a rank of several finds out; in a process of its own."""
+def sharded(ranks: Ranks, threads: int, cases, network, gains) -> list:
+    """What a rank of several finds out, and the batches that the first one draws."""
     torch.set_num_threads(threads)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    runtime = replace(CPU, rank=rank, ranks=ranks)
-    for number, (store, claims, size) in enumerate(cases):
-        mine = evaluator(store, size, runtime=runtime)
-        found = mine.evaluation(Oracle(store, claims)), mine.evaluation(network, gains=gains)
-        torch.save(found, folder / f"{number}-{rank}.pt")
-    distributed.destroy_process_group()
+    found = []
+    for store, claims, size in cases:
+        mine, drawn = evaluator(store, size, runtime=replace(CPU, ranks=ranks)), []
+        draw = (lambda number, *_, drawn=drawn: drawn.append(number)) if ranks.speaks else None
+        oracle = mine.evaluation(Oracle(store, claims), on_batch=draw, shown=3)
+        found.append((oracle, mine.evaluation(network, gains=gains), drawn))
+    return found
 
 
 def plain(value):
@@ -189,19 +190,22 @@ def plain(value):
     return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def test_figures_of_several_ranks_are_those_of_one_to_the_last_bit(scene, network, tmp_path):
-    """Batches of unequal size, and a single one for two ranks."""
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_figures_of_several_ranks_are_those_of_one_to_the_last_bit(scene, network, ranks):
+    """Batches of unequal size, and a single one for all ranks. The first batches are drawn whoever has them."""
     store, claims = scene
     one_image = build_store([store.path(0)], SIZES[:1], [NOTHING])
     cases = [(store, claims, 1), (store, claims, 2), (store, claims, 50), (one_image, claims, 2)]
     gains = LossGains.for_head(Hyperparameters(), network.head, IMGSZ)
-    multiprocessing.spawn(sharded, (2, torch.get_num_threads(), tmp_path, cases, network, gains), nprocs=2)
+    by_rank = in_ranks(ranks, sharded, torch.get_num_threads(), cases, network, gains)
     for number, (images, told, size) in enumerate(cases):
         alone = evaluator(images, size)
         expected = alone.evaluation(Oracle(images, told)), alone.evaluation(network, gains=gains)
-        for rank in range(2):
-            found = torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=False)
-            for one, other in zip(found, expected):
+        batches = len(alone.batches.numbers())
+        drawn = by_rank[0][number][2]
+        assert sorted(drawn) == sorted({*range(0, batches, ranks), *range(min(batches, 3))})
+        for found in by_rank:
+            for one, other in zip(found[number], expected):
                 np.testing.assert_equal(plain(one.metrics), plain(other.metrics))
                 np.testing.assert_equal(plain(one.evidence), plain(other.evidence))
                 assert (one.cut, one.times.images) == (other.cut, other.times.images) == (0, len(images))
@@ -222,7 +226,7 @@ def test_the_order_of_the_ranks_and_of_their_batches_does_not_matter(scene, netw
             seen, times = value
             return [([seen[at] for at in order[:3]], times), ([seen[at] for at in order[3:]], times)]
 
-        monkeypatch.setattr(Runtime, "gather", dealt)
+        monkeypatch.setattr(Ranks, "gather", dealt)
         found = mine.evaluation(network, gains=gains), mine.evaluation(Oracle(store, claims))
         for one, other in zip(found, expected):
             np.testing.assert_equal(plain(one.metrics), plain(other.metrics))

@@ -15,7 +15,7 @@ from utils.clock import PARTS, TimeSplit
 from utils.data.store import plain_store
 from utils.report import mosaics, plots
 from utils.report.loggers import Console
-from utils.report.run_report import PictureFiles, Pictures, RunReport, write_metrics
+from utils.report.run_report import PictureFiles, Pictures, WrittenReport, write_metrics
 from utils.structures import (
     MISSED,
     BadUpdate,
@@ -77,10 +77,10 @@ class Recorded(Pictures):
         self.drawn.append("finished")
 
 
-def report(folder: Path, *, pictures=None, start=(0, 0), epochs=3) -> tuple[RunReport, io.StringIO]:
+def report(folder: Path, *, pictures=None, start=(0, 0), epochs=3) -> tuple[WrittenReport, io.StringIO]:
     stream = io.StringIO()
     return (
-        RunReport(
+        WrittenReport(
             folder,
             console=Console(stream=stream),
             pictures=pictures or Pictures(),
@@ -97,16 +97,16 @@ def took(wall: float, **parts: float) -> TimeSplit:
     return TimeSplit(wall=wall, parts=dict.fromkeys(PARTS, 0.0) | parts, images=8)
 
 
-def tell(reporter: RunReport, epoch: int, metrics: Metrics | None = METRICS) -> None:
+def tell(reporter: WrittenReport, epoch: int, metrics: Metrics | None = METRICS) -> None:
     reporter.epoch(epoch, LOSSES, metrics, (0.1, 0.1, 0.2), took(3.0, forward=1.0, evaluate=0.5))
 
 
-def finish(reporter: RunReport, *, best_epoch: int, epochs: int) -> None:
+def finish(reporter: WrittenReport, *, best_epoch: int, epochs: int) -> None:
     reporter.finished(
         METRICS,
         best_epoch=best_epoch,
         epochs=epochs,
-        digests={"best.pt": "0123abcd", "last.pt": "4567cdef"},
+        digests=lambda: {"best.pt": "0123abcd", "last.pt": "4567cdef"},
         last_times=lambda: took(2.0, evaluate=0.7, save=0.2),
     )
 

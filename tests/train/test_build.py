@@ -564,7 +564,7 @@ def test_transforms_are_written_as_they_were_read(tiny, monkeypatch):
     assert hyperparameters(trainer.checkpoint()["hyp"], source="last.pt") == trainer.hyp
 
 
-def test_several_processes_are_refused(tiny, monkeypatch):
+def test_half_a_launcher_is_refused(tiny, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="WORLD_SIZE"):
         build_trainer(tiny.options())

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from utils.ranks import Ranks
 from utils.structures import BadUpdate, Losses, NamedBatch
 from utils.train.health import RunningStatistics, StepHealth
 
@@ -216,21 +217,26 @@ def statistics_of(model: nn.Module) -> list[torch.Tensor]:
     return [value.clone() for name, value in model.state_dict().items() if "running" in name]
 
 
+def settle(statistics: RunningStatistics, skipped: torch.Tensor) -> None:
+    statistics.agree(Ranks())
+    statistics.settle(skipped)
+
+
 def test_statistics_return_to_those_after_the_last_update_that_counted():
     model = network()
     statistics = RunningStatistics(model)
     untouched = statistics_of(model)
     model(torch.full((2, 3, 4, 4), math.nan))
     assert not any(map(torch.equal, statistics_of(model), untouched))
-    statistics.settle(torch.tensor(True))
+    settle(statistics, torch.tensor(True))
     assert all(map(torch.equal, statistics_of(model), untouched))
     model(torch.rand(2, 3, 4, 4))
     moved = statistics_of(model)
-    statistics.settle(torch.tensor(False))
+    settle(statistics, torch.tensor(False))
     assert all(map(torch.equal, statistics_of(model), moved))
     model(torch.rand(2, 3, 4, 4))
     model(torch.full((2, 3, 4, 4), math.inf))
-    statistics.settle(torch.tensor(True))
+    settle(statistics, torch.tensor(True))
     assert all(map(torch.equal, statistics_of(model), moved))
 
 
@@ -241,11 +247,11 @@ def test_statistics_that_were_loaded_are_those_to_return_to():
     model.load_state_dict(other.state_dict())
     statistics.keep()
     model(torch.full((2, 3, 4, 4), math.nan))
-    statistics.settle(torch.tensor(True))
+    settle(statistics, torch.tensor(True))
     assert all(map(torch.equal, statistics_of(model), statistics_of(other)))
 
 
 def test_a_network_without_batch_norms_has_none():
     statistics = RunningStatistics(nn.Conv2d(3, 4, 1))
     statistics.keep()
-    statistics.settle(torch.tensor(True))
+    settle(statistics, torch.tensor(True))

@@ -28,7 +28,7 @@ class Faults:
         parameter = next(reversed(list(network.parameters())))
         parameter.register_hook(lambda gradient: gradient + self._value("gradient"))
         honest = step._losses
-        step._losses = lambda *arguments: self._lost(honest(*arguments))
+        step._losses = lambda *arguments, **named: self._lost(honest(*arguments, **named))
 
     def _value(self, where: str) -> float:
         return float(self.kind.split()[0]) if where in self.kind else 0.0

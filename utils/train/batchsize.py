@@ -18,6 +18,7 @@ from utils.evaluate.evaluator import evaluated_at_once
 from utils.evaluate.predict import for_evaluation, predicted
 from utils.hyp import Hyperparameters
 from utils.loss import LossGains
+from utils.ranks import Ranks
 from utils.runtime import Runtime, mendable_errors
 from utils.structures import Batch, LabelStore, UserError
 from utils.train.anchors import label_sizes
@@ -137,8 +138,8 @@ class Rehearsal:
 
     def after_steps(self, batch_size: int) -> TrainStep:
         """What training keeps on the device while it is evaluated, after its first steps."""
-        # as it is without torch.compile: that takes no more memory, but minutes for each size that is tried
-        runtime = replace(self.runtime, compile=False)
+        # as it is without torch.compile: that takes no more memory, but minutes for each size that is tried; and alone
+        runtime = replace(self.runtime, compile=False, ranks=Ranks())
         model = copy.deepcopy(self.model).to(runtime.device, memory_format=torch.channels_last).train()
         step = TrainStep(
             runtime=runtime,

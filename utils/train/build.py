@@ -18,6 +18,7 @@ from typing import Any
 
 import cv2
 import torch
+from torch import nn
 
 from models.norm_silu import accelerate
 from models.yolo import DetectionModel, count_parameters, gflops, read_network
@@ -168,6 +169,8 @@ def _new(given: TrainOptions, ranks: Ranks, console: Console, stop: StopRequest,
     spec = ranks.host_first(lambda: open_dataset(given.data, note=console.note, bar=console.download_bar))
     names = _names(given, spec)
     runtime = ranks.each(lambda: _runtime(given, ranks))
+    if given.sync_bn:
+        ranks.each(runtime.check_synchronises)
     for line in _advice(given, hyp, names, runtime):
         console.note(line)
     model, lines = _model(given, hyp, names, ranks, note=console.note)
@@ -237,9 +240,7 @@ def _resumed(
     options = validated(TrainOptions, {**checkpoint["options"], **changed})
     hyp = hyperparameters(checkpoint["hyp"], source=str(path))
     ranks.each(partial(check_transforms, hyp.albumentations, source=str(path)))
-    run = ranks.from_first(partial(_run_of, path, checkpoint, options))
-    if not ranks.speaks:
-        run = _run_folder(run.path, options, ranks)
+    run = _run_folder(ranks.from_first(partial(_folder_of, path, checkpoint)), options, ranks, saved=True)
     if not relaunched:
         ranks.from_first(partial(_refuse_finished, path, checkpoint, run, options))
     spec = ranks.host_first(lambda: open_dataset(options.data, note=console.note, bar=console.download_bar))
@@ -248,6 +249,7 @@ def _resumed(
         raise ranks.of_all(UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run"))
     # another machine may lack what the run had, and the run goes on
     runtime = ranks.each(lambda: _runtime(options, ranks, note=console.note))
+    options = _synchronised(options, runtime, note=console.note)
     model = DetectionModel(checkpoint["network"], seed=options.seed)
     model.freeze(options.freeze)
     runtime = _accelerated(model, runtime, note=console.note)
@@ -344,16 +346,16 @@ def _hold_run_of(path: Path) -> None:
         RunFolder(folder).hold()
 
 
-def _run_of(path: Path, checkpoint: Checkpoint, options: TrainOptions) -> RunFolder:
+def _folder_of(path: Path, checkpoint: Checkpoint) -> Path:
     """The folder that a last.pt continues to fill. Raises UserError for a file that is not in its place."""
-    run = _run_folder(from_here(path.resolve().parent.parent), options, saved=True)
+    run = RunFolder(from_here(path.resolve().parent.parent))
     if "optimizer" not in checkpoint:
         raise UserError(
             f"--resume {path}: holds weights alone; continue from last.pt, or start anew with --weights {path}"
         )
     if path.resolve() != run.last.resolve():
         raise UserError(f"--resume {path}: a run continues in its folder, so the file should be RUN/weights/last.pt")
-    return run
+    return run.path
 
 
 def _refuse_finished(path: Path, checkpoint: Checkpoint, run: RunFolder, options: TrainOptions) -> None:
@@ -400,6 +402,17 @@ def _runtime(options: TrainOptions, ranks: Ranks, *, note: Note | None = None) -
         fixed_shapes=not (options.rect or options.multi_scale),
         note=note,
     )
+
+
+def _synchronised(options: TrainOptions, runtime: Runtime, *, note: Note) -> TrainOptions:
+    """The options of a resumed run, without --sync-bn where that is not to be had."""
+    try:
+        if options.sync_bn:
+            runtime.check_synchronises()
+    except UserError as refusal:
+        raise_or_note(refusal, note, "without it")
+        return replace(options, sync_bn=False)
+    return options
 
 
 def _accelerated(model: DetectionModel, runtime: Runtime, *, note: Note | None = None) -> Runtime:
@@ -655,7 +668,7 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
     with mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz):
         model = parts.model.to(runtime.device, memory_format=torch.channels_last)
     if options.sync_bn:
-        model = runtime.synchronised(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     runtime.ranks.check_alike(partial(_work, parts))
     parts.run.put("opt.yaml", partial(write_yaml, content=asdict(options)))
     batches = _batches(parts)
