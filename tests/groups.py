@@ -11,17 +11,28 @@ from utils.ranks import Ranks
 from utils.runtime import join_ranks
 
 
-def in_ranks(count: int, work, *arguments, minutes: float = 2.0) -> list:
-    """What `work(ranks, *arguments)`, a function of a module, returns on each of so many ranks."""
+def in_places(count: int, work, *arguments) -> list:
+    """What `work(*arguments)`, a function of a module, returns in each of so many processes, as a launcher's ranks."""
     # as torch's launcher does: a store that is there before anybody asks for it
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (count, store.port, minutes, work, arguments, folder), nprocs=count)
+        multiprocessing.spawn(_in_place, (count, store.port, work, arguments, folder), nprocs=count)
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(count)]
 
 
-def _rank(rank: int, count: int, port: int, minutes: float, work, arguments: tuple, folder: str) -> None:
-    torch.set_num_threads(1)
+def in_ranks(count: int, work, *arguments) -> list:
+    """The same of `work(ranks, *arguments)`."""
+    return in_places(count, _joined, work, arguments)
+
+
+def _joined(work, arguments: tuple):
+    ranks: Ranks = join_ranks(dist_timeout=2.0)
+    result = work(ranks, *arguments)
+    ranks.leave()
+    return result
+
+
+def _in_place(rank: int, count: int, port: int, work, arguments: tuple, folder: str) -> None:
     os.environ |= {
         **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
         **{name: str(count) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
@@ -30,7 +41,5 @@ def _rank(rank: int, count: int, port: int, minutes: float, work, arguments: tup
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": "1",
     }
-    ranks: Ranks = join_ranks(dist_timeout=minutes)
     torch.set_num_threads(1)
-    torch.save(work(ranks, *arguments), Path(folder) / str(rank))
-    ranks.leave()
+    torch.save(work(*arguments), Path(folder) / str(rank))
