@@ -30,7 +30,9 @@ _Made = TypeVar("_Made")
 
 _AGES = timedelta(days=7)  # that ranks wait while one of them looks at the data
 _MEETING_S = 0.02  # between two looks at what others have said
-_DYING_S = 3.0  # after which whoever has not told of a broken connection is taken for the cause of it
+_DYING_S = 5.0  # after which whoever has not told of a broken connection is taken for the cause of it
+_LAST_S = 0.3  # the same, for the last one
+_STOPS, _NOTICED = "stops", "noticed"  # what a rank says of its end
 
 # What torch calls it, which warns of the older name
 _WAYS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
@@ -41,7 +43,9 @@ _SIGNS_OF_LOSS = ("gloo", "Connection closed by peer", "Connection reset by peer
 
 
 class LostRank(RunError):
-    """Another rank is gone, or hangs."""
+    """Another rank has stopped, is gone, or hangs."""
+
+    gone: tuple[int, ...] = ()  # ranks that did not say that they would stop
 
 
 class Ranks:
@@ -126,6 +130,9 @@ class Ranks:
     def how_to_start(self, python: str, program: str) -> str:
         """For the user, who is to start a program as this one was."""
         return f"continue with: {python} {program}"
+
+    def stops(self) -> None:
+        """This rank is about to end for a reason that it tells itself: it is not to be taken for lost."""
 
     def leave(self) -> None:
         """Let go of the others."""
@@ -238,25 +245,37 @@ class Group(Ranks):
         except RuntimeError as error:
             if isinstance(error, UserError) or not _tells_of_loss(error):
                 raise
-            lost = LostRank(self._who_is_lost(silent="imed out" in str(error) or "timeout" in str(error)))
-            lost.said_elsewhere = self.rank != self._first_left
-            raise lost from error
+            raise self._lost(silent="imed out" in str(error) or "timeout" in str(error)) from error
 
-    def _who_is_lost(self, *, silent: bool) -> str:
-        """The ranks that do not say, as this one does, that something is wrong; `silent`: after a timeout."""
-        self._first_left = self.rank
+    def _lost(self, *, silent: bool) -> LostRank:
+        """Who does not say, as this rank does, that something is wrong; `silent`: after a timeout."""
         try:
-            self._store.set(f"left/{self.rank}", "")
-            time.sleep(_DYING_S)  # the others notice as well
-            there = [rank for rank in range(self.count) if self._store.check([f"left/{rank}"])]
-            steps = {rank: self._step_of(rank) for rank in range(self.count) if rank not in there}
+            self._store.set(f"end/{self.rank}", _NOTICED)
+            ends = self._ends()
+            gone = tuple(rank for rank in range(self.count) if rank not in ends)
+            steps = [self._step_of(rank) for rank in gone]
         except RuntimeError:  # with rank 0 or its host, what holds the store is gone
-            return "lost contact to the other ranks, and to what launched them"
-        self._first_left = min(there)
-        if not steps:
-            return "the connection between the ranks has failed; all of them are there"
-        end = f"hangs: nothing for {self._timeout_s / 60:g} minutes (--dist-timeout)" if silent else "is gone"
-        return "; ".join(f"rank {rank} ({self.names[rank]}) {end}; {step}" for rank, step in steps.items())
+            return LostRank("lost contact to the other ranks, and to what launched them")
+        stopped = [rank for rank, end in ends.items() if end == _STOPS]
+        how = f"hangs: nothing for {self._timeout_s / 60:g} minutes (--dist-timeout)" if silent else "is gone"
+        told = [f"rank {rank} ({self.names[rank]}) {how}; {step}" for rank, step in zip(gone, steps)]
+        if not told:
+            told = [f"rank {rank} has stopped" for rank in stopped] or ["the connection between ranks has failed"]
+        lost = LostRank("; ".join(told))
+        lost.gone = gone
+        lost.said_elsewhere = self.rank > min(ends) or bool(stopped and not gone)
+        return lost
+
+    def _ends(self) -> dict[int, str]:
+        """What ranks say of their end, when there was time for all of them but one that cannot."""
+        until = time.monotonic() + _DYING_S
+        while True:
+            said = [rank for rank in range(self.count) if self._store.check([f"end/{rank}"])]
+            if len(said) >= self.count - 1:
+                until = min(until, time.monotonic() + _LAST_S)
+            if len(said) == self.count or time.monotonic() > until:
+                return {rank: self._store.get(f"end/{rank}").decode() for rank in said}
+            time.sleep(_MEETING_S)
 
     def _step_of(self, rank: int) -> str:
         key = f"reached/{rank}"
@@ -270,6 +289,10 @@ class Group(Ranks):
         if self.place.ours:
             return f"continue with: {python} {program} --nproc {self.count}"
         return f"continue, by the same launcher, with: {program}"
+
+    def stops(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"end/{self.rank}", _STOPS)
 
     def leave(self) -> None:
         with contextlib.suppress(RuntimeError):

@@ -125,7 +125,7 @@ def build_trainer(values: Mapping[str, Any], stop: StopRequest | None = None) ->
     ranks = join_ranks(dist_timeout=given.dist_timeout)
     console = Console(quiet=given.quiet) if ranks.speaks else SilentConsole()
     begun = ranks.from_first(partial(_begun_by, ranks.place, given))
-    with _nothing_trained(given), ranks.losses_named():
+    with _nothing_trained(given, ranks), ranks.losses_named():
         if begun is not None and begun.saved:
             console.note(f"going on with {begun.path}, which this launch began")
             kept = {name: value for name, value in values.items() if name in _WITH_RESUME}
@@ -138,10 +138,11 @@ def build_trainer(values: Mapping[str, Any], stop: StopRequest | None = None) ->
 
 
 @contextmanager
-def _nothing_trained(given: TrainOptions) -> Iterator[None]:
+def _nothing_trained(given: TrainOptions, ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except Interrupted as interrupted:
+        ranks.stops()
         does = "starts anew" if given.resume is None else "goes on from the same checkpoint"
         raise Interrupted(interrupted.signum, f"nothing was trained yet: the same command {does}") from None
 

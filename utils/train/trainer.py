@@ -350,6 +350,7 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except Interrupted as interrupted:
+        trainer.ranks.stops()
         trainer.save_for_later()
         raise Interrupted(interrupted.signum, _how_to_continue(trainer)) from None
     except LostRank as lost:
@@ -359,11 +360,12 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
             trainer.run.settle()
         else:
             trainer.save_for_later()
-        if trainer.stop.signum:  # all are to stop, and some were faster
+        if trainer.stop.signum and not lost.gone:  # all are to stop, and some were faster
             raise Interrupted(trainer.stop.signum, _how_to_continue(trainer)) from None
         lost.args = (f"{lost}; {_how_to_continue(trainer)}",)
         raise
     except (BrokenPipeError, UserError):  # such as an image that vanished: what was trained is sound
+        trainer.ranks.stops()
         with suppress(Exception):
             trainer.save_for_later()
         raise
@@ -378,8 +380,6 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
 
 def _how_to_continue(trainer: Trainer) -> str:
     """What to type to go on."""
-    if not trainer.ranks.speaks:
-        return ""
     if trainer.run.finished:
         return f"the run was finished: {trainer.run.path}"
     if trainer.run.saved:
