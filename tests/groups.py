@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -11,22 +12,23 @@ from utils.ranks import Ranks
 from utils.runtime import join_ranks
 
 
-def in_places(count: int, work, *arguments) -> list:
+def in_places(count: int, work, *arguments, missing: Container[int] = ()) -> list:
     """What `work(*arguments)`, a function of a module, returns in each of so many processes, as a launcher's ranks."""
     # as torch's launcher does: a store that is there before anybody asks for it
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_in_place, (count, store.port, work, arguments, folder), nprocs=count)
-        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(count)]
+        files = [None if rank in missing else Path(folder) / str(rank) for rank in range(count)]
+        return [torch.load(file, weights_only=False) if file else None for file in files]
 
 
-def in_ranks(count: int, work, *arguments) -> list:
-    """The same of `work(ranks, *arguments)`."""
-    return in_places(count, _joined, work, arguments)
+def in_ranks(count: int, work, *arguments, minutes: float = 2.0, missing: Container[int] = ()) -> list:
+    """The same of `work(ranks, *arguments)`, with a --dist-timeout; None for ranks that are to end without a result."""
+    return in_places(count, _joined, minutes, work, arguments, missing=missing)
 
 
-def _joined(work, arguments: tuple):
-    ranks: Ranks = join_ranks(dist_timeout=2.0)
+def _joined(minutes: float, work, arguments: tuple):
+    ranks: Ranks = join_ranks(dist_timeout=minutes)
     result = work(ranks, *arguments)
     ranks.leave()
     return result

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from utils.boxes import ciou_factor
+from utils.data.loader import part_of
 from utils.hyp import Hyperparameters
 from utils.loss import Detached, LossGains, detach, detection_losses, match_labels, pad_labels
-from utils.structures import Batch, HeadSpec, Losses
+from utils.structures import Batch, HeadSpec, Losses, Part
 
 ANCHORS = [  # px, of levels of stride 8, 16, ...
     [(10, 13), (16, 30), (33, 23)],
@@ -461,3 +462,44 @@ def test_an_input_of_four_images_counts_four_times_for_the_gradient_alone():
     plain, quadruple = (detection_losses(outputs, batch, head, gains) for gains in (one, four))
     assert quadruple.total == 4 * plain.total
     assert replace(quadruple, total=plain.total) == plain
+
+
+# ---- ranks --------------------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 10**6), images=st.integers(1, 5), ranks=st.integers(1, 4), labels=st.integers(0, 6))
+@settings(max_examples=25, deadline=None)
+def test_losses_and_gradients_of_parts_add_up_to_those_of_the_batch(seed, images, ranks, labels):
+    """However unevenly matches lie; a rank without an image goes along with one that counts for nothing."""
+    head, shape = head_of(3, 3), (64, 64)
+    whole = batch_of(random_labels(seed, labels, 3, images=images, shape=shape), images=images, shape=shape)
+    outputs = [output.requires_grad_() for output in outputs_for(head, whole, seed=seed)]
+    gains = gains_of(head)
+    expected = detection_losses(outputs, whole, head, gains)
+    wanted = torch.autograd.grad(expected.total, outputs)
+    shares = [part_of(images, rank, ranks) for rank in range(ranks)]
+    counted: list[Tensor] = []
+
+    def losses_of(share: range, over_ranks) -> Losses:
+        own = share or range(1)
+        held = torch.isin(whole.image_of, torch.tensor(list(share)))
+        part = replace(
+            whole,
+            images=whole.images[own.start : own.stop],
+            boxes=whole.boxes[held],
+            classes=whole.classes[held],
+            image_of=whole.image_of[held] - own.start,
+            part=Part(len(share), images),
+        )
+        return detection_losses(
+            [output[own.start : own.stop] for output in outputs], part, head, gains, over_ranks=over_ranks
+        )
+
+    for share in shares:
+        losses_of(share, lambda counts: counted.append(counts) or counts)
+    parts = [losses_of(share, lambda _: sum(counted)) for share in shares]
+    for name in ("box", "objectness", "classification", "total"):
+        torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(expected, name))
+    found = torch.autograd.grad(sum(part.total for part in parts), outputs)
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other)

@@ -29,6 +29,7 @@ _Value = TypeVar("_Value")
 _Made = TypeVar("_Made")
 
 _AGES = timedelta(days=7)  # that ranks wait while one of them looks at the data
+_STARTING_S = 60.0  # that ranks have to come, if the timeout does not give them more
 _MEETING_S = 0.02  # between two looks at what others have said
 _DYING_S = 5.0  # after which whoever has not told of a broken connection is taken for the cause of it
 _LAST_S = 0.3  # the same, for the last one
@@ -145,10 +146,11 @@ class Group(Ranks):
         """`backend` serves tensors on their devices. Raises UserError where the others cannot be reached."""
         self.place, self.rank, self.count, self.local_count = place, place.rank, place.ranks, place.local_ranks
         self._timeout_s = timeout_s
+        timeout, patience_s = timedelta(seconds=timeout_s), max(timeout_s, _STARTING_S)
         with _meeting_named(place):
-            timeout = timedelta(seconds=timeout_s)
-            store = next(distributed.rendezvous("env://", place.rank, place.ranks, timeout=timeout))[0]
-            self._store = distributed.PrefixStore(_meet(store, place.rank, place.ranks, timeout_s), store)
+            meeting = distributed.rendezvous("env://", place.rank, place.ranks, timeout=timedelta(seconds=patience_s))
+            store = next(meeting)[0]
+            self._store = distributed.PrefixStore(_meet(store, place.rank, place.ranks, patience_s), store)
             distributed.init_process_group(
                 backend, store=self._store, rank=place.rank, world_size=place.ranks, timeout=timeout
             )

@@ -24,7 +24,17 @@ from utils.boxes import transform_boxes
 from utils.data import loader
 from utils.data.cache import cached_images
 from utils.data.images import BaseImages
-from utils.data.loader import EvalBatches, Lot, Stream, TrainBatches, TrainStream, UnpaintedBatch, faults_named, resized
+from utils.data.loader import (
+    EvalBatches,
+    Lot,
+    Stream,
+    TrainBatches,
+    TrainStream,
+    UnpaintedBatch,
+    faults_named,
+    part_of,
+    resized,
+)
 from utils.data.plan import (
     QUAD,
     class_weights,
@@ -40,7 +50,7 @@ from utils.data.plan import (
 from utils.data.render import render
 from utils.data.scan import scan_split
 from utils.hyp import Hyperparameters
-from utils.structures import CROWD, DIFFICULT, Batch, DatasetSpec, RunError, UserError
+from utils.structures import CROWD, DIFFICULT, Batch, DatasetSpec, Part, RunError, UserError
 
 IMGSZ = 64
 HYP = Hyperparameters(mosaic=0.7, mixup=0.3, degrees=5, fliplr=0.5)
@@ -64,10 +74,12 @@ def train_batches(store, **changes) -> TrainBatches:
     return TrainBatches(store=store, **{**usual, **changes})
 
 
-def content(batch: Batch) -> dict[str, bytes | None]:
+def content(batch: Batch) -> dict[str, tuple | None]:
     """Everything in a batch, as bytes: equal means identical to the last bit."""
     return {
-        name: None if value is None else (tuple(value.shape), value.dtype, value.contiguous().numpy().tobytes())
+        name: (tuple(value.shape), value.dtype, value.contiguous().numpy().tobytes())
+        if isinstance(value, torch.Tensor)
+        else value
         for name, value in vars(batch).items()
     }
 
@@ -906,3 +918,54 @@ def test_unpainted_batches_become_those_of_the_loader(store, changes, workers):
         assert error.mean() <= 1
         assert (error.amax(1) > 8).float().mean() <= 0.02
         assert content(replace(batch, images=expected.images)) == content(expected)
+
+
+# ---- ranks --------------------------------------------------------------------------------------------------------
+
+
+@given(inputs=st.integers(0, 40), ranks=st.integers(1, 9))
+def test_parts_are_disjoint_whole_and_differ_by_one(inputs, ranks):
+    parts = [part_of(inputs, rank, ranks) for rank in range(ranks)]
+    assert [number for part in parts for number in part] == list(range(inputs))
+    sizes = [len(part) for part in parts]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] - sizes[-1] <= 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"rect": True}, {"quad": True, "batch_size": 8}, {"quad": True, "rect": True, "batch_size": 8}],
+    ids=["plain", "rect", "quad", "both"],
+)
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (3, 2)])
+def test_the_parts_of_ranks_make_up_the_batches_of_one_process(store, changes, ranks, workers):
+    """10 images, so the last batch has 2: fewer than 3 ranks, and less than the 4 of a quad."""
+    whole = streamed(train_batches(store, **changes))
+    by_rank = [
+        streamed(train_batches(store, rank=rank, ranks=ranks, **changes), workers=workers) for rank in range(ranks)
+    ]
+    for number, batch in enumerate(whole):
+        parts = [batches[number] for batches in by_rank]
+        inputs = len(batch.images)
+        assert [part.part for part in parts] == [
+            Part(len(part_of(inputs, rank, ranks)), inputs) for rank in range(ranks)
+        ]
+        assert all(torch.equal(part.indices, batch.indices) for part in parts)
+        assert_same([sample for part in parts if part.part.own for sample in of_batch(part)], of_batch(batch))
+        for idle in (part for part in parts if not part.part.own):
+            assert len(idle.images) == 1
+            assert not len(idle.boxes)
+            assert not len(idle.classes)
+
+
+def test_unpainted_parts_know_what_they_are_parts_of(store):
+    batches = train_batches(store, rank=1, ranks=3, unpainted=True)
+    parts = [batch.to(CPU).part for batch in streamed(batches, workers=1)]
+    assert parts == [Part(1, 4), Part(1, 4), Part(1, 2)]
+
+
+def test_ranks_share_the_memory_of_their_host(monkeypatch, batches):
+    free = 4 * batches.batch_bytes * 8  # a quarter holds eight batches
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    workers = [TrainStream(batches, end_epoch=1, workers=8, sharers=count, num_classes=3).workers for count in (1, 4)]
+    assert workers == [8, 2]
