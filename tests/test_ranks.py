@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from threading import Thread
@@ -64,8 +65,13 @@ def agreed(ranks: Ranks) -> dict:
     }
 
 
-def test_what_ranks_say_is_known_to_all():
-    zero, one = in_ranks(2, agreed)
+@pytest.fixture(scope="module")
+def two() -> list[dict]:
+    return in_ranks(2, agreed)
+
+
+def test_what_ranks_say_is_known_to_all(two):
+    zero, one = two
     assert zero["gather"] == one["gather"] == [{"rank": 0}, {"rank": 1}]
     assert zero["most"] == one["most"] == [1, 5, 0]
     assert zero["first"] == one["first"] == "of 0"
@@ -81,8 +87,8 @@ def test_what_ranks_say_is_known_to_all():
     assert "pid" in zero["names"][1]
 
 
-def test_an_error_of_any_rank_is_that_of_all_and_told_by_the_first():
-    zero, one = in_ranks(2, agreed)
+def test_an_error_of_any_rank_is_that_of_all_and_told_by_the_first(two):
+    zero, one = two
     where = f"rank 1 ({zero['names'][1]})"
     expected = {
         "first fails": ("UserError", "no such file"),
@@ -120,11 +126,12 @@ def loses(ranks: Ranks, how: str) -> tuple | None:
     ranks.gather(0)
     if ranks.rank == 1:
         if how == "stops":
-            ranks.stops()
+            with suppress(UserError), ranks.end_told():
+                raise UserError("an image is gone")
         elif how == "hangs":
             time.sleep(30)
         os._exit(0)
-    with pytest.raises(LostRank) as lost, ranks.losses_named():
+    with pytest.raises(LostRank) as lost, ranks.losses_named(), ranks.end_told():
         while True:
             ranks.gather(0)
     return str(lost.value), lost.value.gone, lost.value.said_elsewhere

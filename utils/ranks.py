@@ -5,13 +5,13 @@ The surprise: a process by itself is a group as well, `Ranks()`, to which every 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -113,9 +113,9 @@ class Ranks:
         """What to call in the place of `model`: its gradients are means over the ranks when backward returns."""
         return model
 
-    def reduces(self, network: nn.Module, update: bool) -> contextlib.AbstractContextManager:
+    def reduces(self, network: nn.Module, update: bool) -> AbstractContextManager:
         """Around forward and backward of what `replicas` gave; without an `update` gradients stay with this rank."""
-        return contextlib.nullcontext()
+        return nullcontext()
 
     def reached(self, step: str) -> None:
         """What this rank has done, in words, for others to tell if it hangs."""
@@ -123,7 +123,7 @@ class Ranks:
     def hurry(self) -> None:
         """From here on nobody keeps others waiting for longer than the timeout."""
 
-    @contextlib.contextmanager
+    @contextmanager
     def losses_named(self) -> Iterator[None]:
         """That others are gone or silent becomes a LostRank, which says who."""
         yield
@@ -132,8 +132,9 @@ class Ranks:
         """For the user, who is to start a program as this one was."""
         return f"continue with: {python} {program}"
 
-    def stops(self) -> None:
-        """This rank is about to end for a reason that it tells itself: it is not to be taken for lost."""
+    def end_told(self) -> AbstractContextManager:
+        """Around work that may end by an error of this rank alone: it is not to be taken for lost."""
+        return nullcontext()
 
     def leave(self) -> None:
         """Let go of the others."""
@@ -231,8 +232,8 @@ class Group(Ranks):
             **{_NEVER_SYNC_BUFFERS: False},
         )
 
-    def reduces(self, network: nn.Module, update: bool) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if update else network.no_sync()
+    def reduces(self, network: nn.Module, update: bool) -> AbstractContextManager:
+        return nullcontext() if update else network.no_sync()
 
     def reached(self, step: str) -> None:
         self._store.set(f"reached/{self.rank}", step)
@@ -240,12 +241,12 @@ class Group(Ranks):
     def hurry(self) -> None:
         self._control = self._quick
 
-    @contextlib.contextmanager
+    @contextmanager
     def losses_named(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, UserError) or not _tells_of_loss(error):
+            if not _tells_of_loss(error):
                 raise
             raise self._lost(silent="imed out" in str(error) or "timeout" in str(error)) from error
 
@@ -292,12 +293,18 @@ class Group(Ranks):
             return f"continue with: {python} {program} --nproc {self.count}"
         return f"continue, by the same launcher, with: {program}"
 
-    def stops(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._store.set(f"end/{self.rank}", _STOPS)
+    @contextmanager
+    def end_told(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if not _tells_of_loss(error):
+                with suppress(RuntimeError):
+                    self._store.set(f"end/{self.rank}", _STOPS)
+            raise
 
     def leave(self) -> None:
-        with contextlib.suppress(RuntimeError):
+        with suppress(RuntimeError):
             distributed.destroy_process_group()
 
 
@@ -316,11 +323,13 @@ def _outcome_of(make: Callable[[], Any]) -> _Outcome:
         return _Outcome(error=type(error)(str(error)))  # without its traceback, which cannot travel
 
 
-def _tells_of_loss(error: RuntimeError) -> bool:
+def _tells_of_loss(error: BaseException) -> bool:
+    if isinstance(error, UserError) or not isinstance(error, RuntimeError):
+        return False
     return isinstance(error, distributed.DistError) or any(words in str(error) for words in _SIGNS_OF_LOSS)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _meeting_named(place: Place) -> Iterator[None]:
     """What keeps ranks from meeting is told in a line."""
     try:

@@ -82,7 +82,7 @@ def evaluate(values: Mapping[str, Any]) -> Metrics | None:
     """Evaluate for options by name; without a result for `task="speed"`. Raises UserError for what a user can mend."""
     options = _options(values)
     ranks = join_ranks(dist_timeout=options.dist_timeout)
-    with ranks.losses_named():
+    with ranks.losses_named(), ranks.end_told():
         if options.task == "speed":
             if not ranks.alone:
                 raise ranks.of_all(UserError("--task speed: measures one process; leave out --nproc, or the launcher"))

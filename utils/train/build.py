@@ -125,7 +125,7 @@ def build_trainer(values: Mapping[str, Any], stop: StopRequest | None = None) ->
     ranks = join_ranks(dist_timeout=given.dist_timeout)
     console = Console(quiet=given.quiet) if ranks.speaks else SilentConsole()
     begun = ranks.from_first(partial(_begun_by, ranks.place, given))
-    with _nothing_trained(given, ranks), ranks.losses_named():
+    with _nothing_trained(given), ranks.losses_named(), ranks.end_told():
         if begun is not None and begun.saved:
             console.note(f"going on with {begun.path}, which this launch began")
             kept = {name: value for name, value in values.items() if name in _WITH_RESUME}
@@ -138,11 +138,10 @@ def build_trainer(values: Mapping[str, Any], stop: StopRequest | None = None) ->
 
 
 @contextmanager
-def _nothing_trained(given: TrainOptions, ranks: Ranks) -> Iterator[None]:
+def _nothing_trained(given: TrainOptions) -> Iterator[None]:
     try:
         yield
     except Interrupted as interrupted:
-        ranks.stops()
         does = "starts anew" if given.resume is None else "goes on from the same checkpoint"
         raise Interrupted(interrupted.signum, f"nothing was trained yet: the same command {does}") from None
 
@@ -175,7 +174,7 @@ def _new(given: TrainOptions, ranks: Ranks, console: Console, stop: StopRequest,
     for line in _advice(given, hyp, names, runtime):
         console.note(line)
     model, lines = _model(given, hyp, names, ranks, note=console.note)
-    ranks.each(lambda: _accelerated(model, runtime))
+    ranks.host_first(lambda: _accelerated(model, runtime))
     scan = ranks.host_first(lambda: _scan(given, spec, console))
     train, val = _stores(given, scan)
     if hyp.copy_paste and not len(train.points):

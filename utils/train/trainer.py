@@ -110,6 +110,7 @@ class Trainer:
             self.run.removal_named(),
             _interruptible(self),
             self.ranks.losses_named(),
+            self.ranks.end_told(),
         ):
             self.ranks.hurry()
             if self.finished and self.save_first:
@@ -122,7 +123,9 @@ class Trainer:
             if self.state.epoch < options.epochs:
                 self.report.console.line(f"Stopped early: no improvement in {options.patience} epochs (--patience)")
             with self.stop.at_once():
-                return self.finish()
+                metrics = self.finish()
+            self.ranks.leave()
+            return metrics
 
     def _run_epoch(self) -> None:
         losses = self.train_epoch()
@@ -350,7 +353,6 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except Interrupted as interrupted:
-        trainer.ranks.stops()
         trainer.save_for_later()
         raise Interrupted(interrupted.signum, _how_to_continue(trainer)) from None
     except LostRank as lost:
@@ -365,7 +367,6 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
         lost.args = (f"{lost}; {_how_to_continue(trainer)}",)
         raise
     except (BrokenPipeError, UserError):  # such as an image that vanished: what was trained is sound
-        trainer.ranks.stops()
         with suppress(Exception):
             trainer.save_for_later()
         raise
