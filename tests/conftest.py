@@ -155,15 +155,18 @@ def cli(monkeypatch, capsys):
 
 @pytest.fixture
 def start():
-    """Starts `python SCRIPT flags...` in a process group of its own, its output piped; ends it with the test."""
+    """Starts `python SCRIPT flags...` in a process group of its own, its output piped; ends it with the test.
+
+    Without a script, of the project's folder, it is `python flags...`.
+    """
     processes = []
 
-    def launch(script: str, *flags: str, **options) -> subprocess.Popen:
+    def launch(script: str | None, *flags: str, **options) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has children ignore Ctrl-C
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *flags],
+            [sys.executable, *([str(ROOT / script)] if script else []), *flags],
             start_new_session=True,
             env=environment,
             **{**pipes, **options},

@@ -180,9 +180,10 @@ def _new(given: TrainOptions, ranks: Ranks, console: Console, stop: StopRequest,
     if hyp.copy_paste and not len(train.points):
         console.note(f"{given.hyp}: 'copy_paste: {hyp.copy_paste:g}' does nothing: no label of 'train' is a polygon")
     resolved = ranks.each(lambda: _resolved(given, spec, model, console))
-    options = ranks.from_first(
-        lambda: _with_batch_size(resolved, hyp, model, runtime, train=train, val=val, console=console)
+    batch_size = ranks.from_first(
+        lambda: _batch_size(resolved, hyp, model, runtime, train=train, val=val, console=console)
     )
+    options = replace(resolved, batch_size=batch_size)
     images = ranks.host_first(lambda: _images(options, spec, stop, train=train, val=val, console=console))
     lines += _choose_anchors(model, options, hyp, train, ranks) + _repeated(options, names, train)
     run = _new_run(options, ranks, console, begun)
@@ -556,7 +557,7 @@ def _resolved(options: TrainOptions, spec: DatasetSpec, model: DetectionModel, c
     )
 
 
-def _with_batch_size(
+def _batch_size(
     options: TrainOptions,
     hyp: Hyperparameters,
     model: DetectionModel,
@@ -565,8 +566,8 @@ def _with_batch_size(
     train: LabelStore,
     val: LabelStore,
     console: Console,
-) -> TrainOptions:
-    """The options with the batch size that the run works with."""
+) -> int:
+    """What the run works with."""
     step, ranks = 4 if options.quad else 1, runtime.ranks.count
     batch_size, most = options.batch_size, len(train) // step * step
     if not most:
@@ -592,7 +593,7 @@ def _with_batch_size(
         )
     if batch_size > most:
         console.note(f"--batch-size {batch_size} is larger than the {len(train)} training images: using {most}")
-    return replace(options, batch_size=min(batch_size, most))
+    return min(batch_size, most)
 
 
 def _images(
