@@ -105,7 +105,7 @@ def test_architecture_page_names_no_other_file():
 
 def test_readme_names_flags_that_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    foreign = {"--help", "--logdir"}  # argparse's own, TensorBoard's
+    foreign = {"--help", "--logdir", "--nproc_per_node"}  # argparse's own, TensorBoard's, torch's launcher's
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", readme)) - foreign
     assert len(flags) > 10
     kinds = (TrainOptions, ValOptions, DetectOptions)
