@@ -1,3 +1,4 @@
+import gc
 import math
 import multiprocessing
 import os
@@ -412,6 +413,26 @@ def test_a_closed_stream_leaves_no_process_not_even_one_that_hangs(batches, monk
     monkeypatch.setattr(loader, "_CLOSING_S", 0.5)
     stream.close()
     assert [process.is_alive() for process in processes] == [False] * 2
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the program is this one's copy")
+def test_a_program_ends_though_a_stream_was_left_to_the_garbage_collector(batches, monkeypatch):
+    """Which takes down the way to the processes before torch says by it that they shall end."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # that it waits for them
+    program = multiprocessing.get_context("fork").Process(target=abandon, args=(batches,))
+    program.start()
+    program.join(60)
+    ended = program.exitcode
+    program.kill()
+    assert ended == 0
+
+
+def abandon(batches: TrainBatches) -> None:
+    stream = TrainStream(batches, end_epoch=9, workers=1, num_classes=3)
+    next(stream.epoch(0))
+    stream.itself = stream
+    del stream
+    gc.collect()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

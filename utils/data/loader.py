@@ -520,10 +520,10 @@ class _Supply(Generic[_Batches, _Key]):
             return self._waited_for(partial(iter, self._loader))
         batches = iter(self._loader)
         if self.workers:
+            self._at_exit = Finalize(None, _kill, args=(batches._workers,), exitpriority=0)
             self._processes = batches._workers
             _with_processes.add(self)
             _DeathHandler.take_over()
-            Finalize(None, _kill_those_of, args=(weakref.ref(self),), exitpriority=0)
         return batches
 
     def _fault(self, error: Exception) -> str:
@@ -605,7 +605,7 @@ class _Supply(Generic[_Batches, _Key]):
     def close(self) -> None:
         """End the processes as torch does, which lets them finish what they are at; but not for long."""
         iterator, self._loader._iterator = self._loader._iterator, None
-        if iterator is None:
+        if not self._processes:
             return
         timer = threading.Timer(_CLOSING_S, _kill, args=(self._processes,))
         timer.start()
@@ -614,6 +614,7 @@ class _Supply(Generic[_Batches, _Key]):
         finally:
             timer.cancel()
             _kill(self._processes)
+            self._at_exit.cancel()
             self._processes = ()
 
 
@@ -651,12 +652,6 @@ class _DeathHandler:
 
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
-
-
-def _kill_those_of(supply: weakref.ref[_Supply]) -> None:
-    """At the exit of the program, if something keeps it alive until then."""
-    if supply() is not None:
-        _kill(supply()._processes)
 
 
 def _kill(processes: Sequence[multiprocessing.Process]) -> None:
