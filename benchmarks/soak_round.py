@@ -25,7 +25,7 @@ _LEAVING_S = 10  # that a signal may take
 _AT_ONCE_S = 2  # and a second Ctrl-C
 _COMMAND = re.compile(r"train\.py: interrupted( by SIG\w+)?(; continue with: (?P<command>.+))?")
 _NOT_YET = "stopping as soon as this step is done; a second Ctrl-C does not wait for it"
-_AT_ONCE = "left at once; the last checkpoint is as it was"
+_AT_ONCE = "left at once"
 _RESUMED = re.compile(r"Resuming \S+ after epoch (\d+) of \d+(?: and batch (\d+) of the next)?")
 
 

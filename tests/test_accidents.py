@@ -4,6 +4,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from utils.checkpoint import load_checkpoint
 from utils.train.trainer import Trainer
 
 RUN = Path("runs/train/exp")
+LONGEST_S = 200  # that a process may take to end, on a busy machine
 LAST, PREVIOUS = (RUN / "weights" / name for name in ("last.pt", "previous.pt"))
 
 
@@ -40,13 +42,25 @@ def mount(*arguments) -> None:
 def fill(folder: Path) -> Path:
     """To the last byte."""
     path = folder / "filler"
-    with path.open("wb", buffering=0) as file:
+    with path.open("ab", buffering=0) as file:
         for size in (2**16, 2**12, 1):
             try:
                 while file.write(bytes(size)) == size:
                     pass
             except OSError:
                 continue
+    return path
+
+
+def fill_for_good(folder: Path, process: subprocess.Popen) -> Path:
+    """Whatever the process may write or remove, which goes on when there is no room any more."""
+    process.send_signal(signal.SIGSTOP)
+    path = fill(folder)
+    process.send_signal(signal.SIGCONT)
+    deadline = time.monotonic() + LONGEST_S
+    while process.poll() is None and time.monotonic() < deadline:
+        fill(folder)
+        time.sleep(0.01)
     return path
 
 
@@ -57,7 +71,7 @@ def wait_for(process: subprocess.Popen, words: bytes) -> None:
 
 def end_of(process: subprocess.Popen) -> tuple[int, str]:
     """Exit code and standard error."""
-    _, problems = process.communicate(timeout=60)
+    _, problems = process.communicate(timeout=LONGEST_S)
     return process.returncode, problems.decode()
 
 
@@ -65,7 +79,7 @@ def end_of(process: subprocess.Popen) -> tuple[int, str]:
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tiny, start, disk, flags):
     process = start("train.py", *tiny.flags(epochs=16, project=disk, name="run", **flags))
     wait_for(process, b" 2/16 ")
-    filler = fill(disk)
+    filler = fill_for_good(disk, process)
     code, problems = end_of(process)
     assert code == 1
     assert re.fullmatch(rf"train\.py: error: No space left on device[^\n]*: {disk}/run/\S+\n", problems), problems
@@ -80,7 +94,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tiny, st
 def test_a_disk_that_is_full_when_tables_grow_is_one_line_that_names_one(tiny, start, disk):
     process = start("train.py", *tiny.flags("--nosave", epochs=5000, project=disk, name="run"))
     wait_for(process, b" 2/5000 ")
-    fill(disk)
+    fill_for_good(disk, process)
     code, problems = end_of(process)
     assert code == 1
     assert re.fullmatch(rf"train\.py: error: No space left on device: {disk}/run/\S+\n", problems), problems

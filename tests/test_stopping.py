@@ -187,26 +187,34 @@ def test_children_that_are_started_meanwhile_never_hear_of_them():
 # ---- a second Ctrl-C -------------------------------------------------------------------------------------------------
 
 _BUSY = """
-import hashlib, sys
-from utils.stopping import stop_signals
+import ctypes, signal, sys
+from utils import stopping
 
-with stop_signals(ends_process=True) as stop:
+stopping._ONE_PRESS_S = float(sys.argv[1])
+with stopping.stop_signals(ends_process=True) as stop:
     stop.before_leaving(lambda: print("cleaned", flush=True))
+    for signum in stopping.STOP_SIGNALS:
+        signal.siginterrupt(signum, False)  # a read that they interrupt goes on
     print("busy", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))  # one long call, as of torch: not a line of Python
+    ctypes.CDLL(None).read(0, ctypes.create_string_buffer(1), 1)  # one long call, as of torch: not a line of Python
     print("asked" if stop.requested else "not asked", flush=True)
 """
 
 
 @pytest.fixture
 def busy():
-    """Starts a process whose main thread is in one long call, of so many million rounds."""
+    """Starts a process whose main thread is in one long call, until its standard input is closed."""
     processes = []
 
-    def start(millions: int) -> subprocess.Popen:
-        command = [sys.executable, "-c", _BUSY, str(millions * 1_000_000)]
+    def start(one_press_s: float = 0.1) -> subprocess.Popen:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            [sys.executable, "-c", _BUSY, str(one_press_s)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         processes.append(process)
         assert process.stdout.readline() == "busy\n"
@@ -218,34 +226,43 @@ def busy():
         process.communicate()
 
 
+def announced(process: subprocess.Popen) -> str:
+    """What it says when it has not stopped a second after it was asked to."""
+    return process.stderr.readline() + process.stderr.readline()
+
+
+WAITS = "\nstopping as soon as this step is done; a second Ctrl-C does not wait for it\n"
+
+
 def test_a_first_one_waits_and_says_so_when_it_takes_long(busy):
-    process = busy(6)
+    process = busy()
     process.send_signal(signal.SIGINT)
+    assert announced(process) == WAITS
     output, problems = process.communicate(timeout=60)
-    assert (process.returncode, output) == (0, "asked\n")
-    assert "stopping as soon as this step is done" in problems
+    assert (process.returncode, output, problems) == (0, "asked\n", "")
 
 
 def test_a_second_one_does_not_wait(busy):
-    process = busy(1000)
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-    output, problems = process.communicate(timeout=10)
-    assert (process.returncode, output) == (130, "cleaned\n")
-    assert "left at once" in problems
+    process = busy()
+    process.send_signal(signal.SIGINT)
+    assert announced(process) == WAITS
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert process.stdout.read() == "cleaned\n"
+    assert process.stderr.read() == "\nleft at once\n"
 
 
 def test_one_that_is_sent_twice_is_one(busy):
     """To the process and to its group, as `timeout` does."""
-    process = busy(6)
+    process = busy(one_press_s=60)
     process.send_signal(signal.SIGINT)
     os.killpg(process.pid, signal.SIGINT)
+    assert announced(process) == WAITS
     assert process.communicate(timeout=60)[0] == "asked\n"
 
 
 def test_a_second_request_of_another_kind_is_patient(busy):
-    process = busy(6)
+    process = busy()
     for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
         process.send_signal(signum)
         time.sleep(0.1)

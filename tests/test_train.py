@@ -555,6 +555,7 @@ def test_a_run_under_way_is_not_resumed_by_another_process(tiny, start, cli, mon
     while b" 2/5000 " not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
     process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # for it is not obeyed at once
     monkeypatch.setattr("utils.run_folder._PATIENCE_S", 0.2)
     before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
     for flags in (["--resume"], tiny.flags("--exist-ok")):
@@ -578,20 +579,31 @@ def test_loader_processes_go_with_a_main_process_that_is_killed(tiny, start):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(0.5)
     assert len(children) >= 2
-    assert [child for child in children if lives(child)] == []
+    assert comes_true(lambda: not any(map(lives, children)))
 
 
 def lives(pid: str) -> bool:
     """Not so a process that nobody has asked for its end yet."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
+def comes_true(condition) -> bool:
+    """Before long, though the machine may be a busy one."""
+    deadline = time.monotonic() + 30
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return met
+
+
 # ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
+
+
+# What a run says, too, that has not stopped a second after it was asked to, as on a busy machine
+WAITS = "\nstopping as soon as this step is done; a second Ctrl-C does not wait for it\n"
 
 
 def test_ctrl_c_with_loader_processes(tiny, start, cli):
@@ -599,11 +611,11 @@ def test_ctrl_c_with_loader_processes(tiny, start, cli):
     while b" 2/5000 " not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
-    _, problems = process.communicate(timeout=30)
+    _, problems = process.communicate(timeout=100)
     assert process.returncode == 130
     last = str(RUN / "weights/last.pt")
     assert (
-        problems.decode().strip()
+        problems.decode().replace(WAITS, "").strip()
         == f"train.py: interrupted; continue with: {this_python()} {train.__file__} --resume {last}"
     )
     assert group_is_empty(process.pid)
@@ -620,8 +632,8 @@ def test_further_ctrl_cs_change_nothing_once_all_is_said(tiny, start):
     while b" 2/5000 " not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
     process.send_signal(signal.SIGINT)
-    words = process.stderr.readline() + process.stderr.readline()
-    assert b"continue with" in words
+    while b"continue with" not in (line := process.stderr.readline()):
+        assert line.decode() in ("\n", WAITS[1:])
     while process.poll() is None:
         process.send_signal(signal.SIGINT)
         time.sleep(0.002)
@@ -629,13 +641,14 @@ def test_further_ctrl_cs_change_nothing_once_all_is_said(tiny, start):
 
 
 def group_is_empty(group: int) -> bool:
-    for _ in range(50):
+    def empty() -> bool:
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
             return True
-        time.sleep(0.1)
-    return False
+        return False
+
+    return comes_true(empty)
 
 
 def test_ctrl_c_before_the_first_epoch_is_over(tiny, cli, monkeypatch):

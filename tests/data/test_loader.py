@@ -1,3 +1,4 @@
+import gc
 import math
 import multiprocessing
 import os
@@ -7,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -427,6 +427,26 @@ def test_a_closed_stream_leaves_no_process_not_even_one_that_hangs(batches, monk
     assert [process.is_alive() for process in processes] == [False] * 2
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the program is this one's copy")
+def test_a_program_ends_though_a_stream_was_left_to_the_garbage_collector(batches, monkeypatch):
+    """Which takes down the way to the processes before torch says by it that they shall end."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # that it waits for them
+    program = multiprocessing.get_context("fork").Process(target=abandon, args=(batches,))
+    program.start()
+    program.join(60)
+    ended = program.exitcode
+    program.kill()
+    assert ended == 0
+
+
+def abandon(batches: TrainBatches) -> None:
+    stream = TrainStream(batches, end_epoch=9, workers=1, num_classes=3)
+    next(stream.epoch(0))
+    stream.itself = stream
+    del stream
+    gc.collect()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_training_stream_names_an_image_that_vanished(workers, batches, store, random_states):
     before = random_states()
@@ -719,21 +739,80 @@ def test_a_process_killed_in_an_evaluation_is_reported(evaluation):
         list(Stream(deadly, evaluation.numbers(), workers=1))
 
 
-def test_a_death_is_named_wherever_the_main_process_is(batches, evaluation):
-    """It is told while it computes, and of another stream than the one it asked last."""
+KILLED = r"^loader process 1 \(pid \d+\) was killed \(signal 9\)"
+needs_sigchld = pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="no signal tells of deaths")
+
+
+def kill(stream: Stream | TrainStream) -> None:
+    """Its first process; the main thread, which waits for no batch, hears of it here."""
+    process = stream._supply._processes[0]
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    signal.raise_signal(signal.SIGCHLD)  # the system's own may be on its way yet
+
+
+@needs_sigchld
+def test_a_death_while_nobody_waits_disturbs_nothing_and_is_told_at_the_next_batch(batches):
+    stream = TrainStream(batches, end_epoch=9, workers=2, num_classes=3)
+    made = stream.epoch(0)
+    next(made)
+    kill(stream)
+    with pytest.raises(RunError, match=KILLED) as raised:
+        next(made)
+    assert "timed out" not in str(raised.value.__cause__)  # it was not waited for
+
+
+@needs_sigchld
+def test_a_death_between_two_evaluations_is_told_by_the_second(evaluation):
+    stream = Stream(evaluation, evaluation.numbers(), workers=1)
+    list(stream)
+    kill(stream)
+    with pytest.raises(RunError, match=KILLED) as raised:
+        next(iter(stream))
+    assert "timed out" not in str(raised.value.__cause__)
+
+
+@needs_sigchld
+def test_a_death_while_nobody_waits_is_nothing_to_another_stream(batches, evaluation):
     stream = TrainStream(batches, end_epoch=9, workers=1, num_classes=3)
     other = Stream(evaluation, evaluation.numbers(), workers=1)
-    with (
-        pytest.raises(RunError, match=r"^loader process 1 \(pid \d+\) was killed \(signal 9\)"),
-        faults_named(other, stream),
-    ):
-        made = stream.epoch(0)
+    made = stream.epoch(0)
+    with pytest.raises(RunError, match=KILLED), faults_named(other, stream):
         next(made)
-        list(other)
-        [process] = stream._supply._processes
+        next(iter(other))
+        kill(stream)
+        assert len(list(other)) == 4
+        next(made)
+
+
+@needs_sigchld
+def test_a_death_while_another_stream_is_waited_for_ends_the_wait(batches, evaluation):
+    stream = TrainStream(batches, end_epoch=9, workers=1, num_classes=3)
+    first = int(evaluation.batch(0).indices[0])
+    waited = replace(evaluation, images=Deadly(evaluation.images, first, hang))
+    other = Stream(waited, waited.numbers(), workers=1)
+    next(stream.epoch(0))
+    [process] = stream._supply._processes
+
+    def strike() -> None:
+        while not loader._DeathHandler.raises:
+            time.sleep(0.01)
         process.kill()
-        for _ in range(600):
-            time.sleep(0.1)
+
+    striker = threading.Thread(target=strike, daemon=True)
+    striker.start()
+    with pytest.raises(RunError, match=KILLED), faults_named(other, stream):
+        next(iter(other))
+    striker.join()
+
+
+@needs_sigchld
+def test_errors_of_other_handlers_pass_through(monkeypatch):
+    """As of a user's own, or of torch's for a DataLoader of theirs."""
+    monkeypatch.setattr(loader, "_with_processes", ())  # streams of other tests may have died
+    handler = loader._DeathHandler(no_room)
+    with pytest.raises(RuntimeError, match="no way"):
+        handler(signal.SIGCHLD, None)
 
 
 @pytest.mark.parametrize("torn", [ConnectionResetError, EOFError])
@@ -747,7 +826,7 @@ def test_a_death_that_cuts_a_batch_off_is_named(evaluation, monkeypatch, torn):
 
     monkeypatch.setattr(loader._Supply, "_awaited", cut_off)
     stream = Stream(evaluation, evaluation.numbers(), workers=1)
-    with pytest.raises(RunError, match=r"^loader process 1 \(pid \d+\) was killed \(signal 9\)"), faults_named(stream):
+    with pytest.raises(RunError, match=KILLED), faults_named(stream):
         list(stream)
 
 
@@ -843,16 +922,14 @@ def test_processes_that_never_begin_are_reported(batches, monkeypatch):
     stream = TrainStream(batches, end_epoch=1, workers=1, num_classes=3)
     with pytest.raises(RunError, match=r"^the loader processes have made nothing for 2 s; --workers 0"):
         next(stream.epoch(0))
-    stream._supply._processes[0].kill()
-    with suppress(RuntimeError):
-        stream._supply._processes[0].join(5)
+    stream.close()
 
 
 def stopped(worker: int) -> None:
     time.sleep(600)
 
 
-def no_room(size: int) -> None:
+def no_room(*_: object) -> None:
     raise RuntimeError("no way")
 
 

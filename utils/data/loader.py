@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import connection
@@ -465,9 +465,9 @@ _CLOSING_S = 3.0  # that a process has to finish a batch which nobody waits for
 
 @contextmanager
 def faults_named(*streams: Stream | TrainStream) -> Iterator[None]:
-    """Deaths of loader processes are reported by name, wherever in the block the main process is when it is told.
+    """Deaths of loader processes are reported by name, also where the batch of another stream is waited for.
 
-    torch raises an error of its own out of a signal handler. After the block there are no such processes any more.
+    torch tells of any by an error of its own. After the block there are no such processes any more.
     """
     try:
         yield
@@ -543,10 +543,7 @@ class _Supply(Generic[_Batches, _Key]):
     def __iter__(self) -> Iterator[Batch | UnpaintedBatch]:
         try:
             with signals_held_back():
-                batches = iter(self._loader)
-                if self.workers and not self._processes:
-                    self._processes = batches._workers
-                    Finalize(None, _kill_those_of, args=(weakref.ref(self),), exitpriority=0)
+                batches = self._begun()
             for result in self._awaited(batches):
                 if isinstance(result, _Failure):
                     raise UserError(result.message)
@@ -558,14 +555,25 @@ class _Supply(Generic[_Batches, _Key]):
             self.end()
             raise RunError(fault) from error
 
+    def _begun(self) -> Iterator[Batch | UnpaintedBatch]:
+        """The processes are at work on the keys, from the first on."""
+        if self._processes:  # each of which answers first, when it has done what it is at
+            return self._waited_for(partial(iter, self._loader))
+        batches = iter(self._loader)
+        if self.workers:
+            self._at_exit = Finalize(None, _kill, args=(batches._workers,), exitpriority=0)
+            self._processes = batches._workers
+            _with_processes.add(self)
+            _DeathHandler.take_over()
+        return batches
+
     def _fault(self, error: Exception) -> str:
         """What the processes have to do with it; empty where nothing."""
         if self._processes and not isinstance(error, RuntimeError):
-            with suppress(RuntimeError):  # of torch's handler, which shall hear of it here and not later
-                ended = connection.wait([process.sentinel for process in self._processes], timeout=_DYING_S)
-                for process in self._processes:
-                    if process.sentinel in ended:
-                        process.join()
+            ended = connection.wait([process.sentinel for process in self._processes], timeout=_DYING_S)
+            for process in self._processes:
+                if process.sentinel in ended:
+                    process.join()
         hangs = isinstance(error, RuntimeError) and "timed out" in str(error)
         return self.death() or (self._hang() if hangs else "")
 
@@ -575,7 +583,7 @@ class _Supply(Generic[_Batches, _Key]):
         waited = False
         while True:
             try:
-                result = next(batches, None)
+                result = self._waited_for(partial(next, batches, None))
             except RuntimeError as error:
                 if "timed out" not in str(error) or self.death() or (waited and not self._all_live()):
                     raise
@@ -585,6 +593,20 @@ class _Supply(Generic[_Batches, _Key]):
                 return
             waited = False
             yield result
+
+    def _waited_for(self, answer: Callable[[], _Result]) -> _Result:
+        """What the processes answer. Raises RuntimeError where one has died, now or before."""
+        hears = bool(self._processes) and _in_main_thread()
+        if hears:
+            _DeathHandler.raises = True
+        try:
+            fault = self.death()  # of which torch has told already: it would wait for the dead
+            if fault:
+                raise RuntimeError(fault)
+            return answer()
+        finally:
+            if hears:
+                _DeathHandler.raises = False
 
     def _all_live(self) -> bool:
         return any(self._board.work(worker) for worker in range(self.workers)) and not self._hanging()
@@ -616,31 +638,61 @@ class _Supply(Generic[_Batches, _Key]):
         )
 
     def end(self) -> None:
-        """Kill the processes: one that hangs hears nothing else, and one that died later would be an error of torch's
-        wherever the main process then is."""
+        """Kill the processes: one that hangs hears nothing else."""
         for process in self._processes:
-            with suppress(RuntimeError):  # torch's handler hears of this death, too
-                process.kill()
-                process.join(timeout=5)
+            process.kill()
+            process.join(timeout=5)
 
     def close(self) -> None:
         """End the processes as torch does, which lets them finish what they are at; but not for long."""
         iterator, self._loader._iterator = self._loader._iterator, None
-        processes, self._processes = self._processes, ()
-        if iterator is None:
+        if not self._processes:
             return
-        timer = threading.Timer(_CLOSING_S, _kill, args=(processes,))
+        timer = threading.Timer(_CLOSING_S, _kill, args=(self._processes,))
         timer.start()
-        with suppress(RuntimeError):  # torch's handler tells of those that were killed
+        try:
             iterator._shutdown_workers()
-        timer.cancel()
-        _kill(processes)
+        finally:
+            timer.cancel()
+            _kill(self._processes)
+            self._at_exit.cancel()
+            self._processes = ()
 
 
-def _kill_those_of(supply: weakref.ref[_Supply]) -> None:
-    """At the exit of the program, if something keeps it alive until then."""
-    if supply() is not None:
-        _kill(supply()._processes)
+_with_processes: weakref.WeakSet[_Supply] = weakref.WeakSet()
+
+
+class _DeathHandler:
+    """torch's handler of SIGCHLD, which raises RuntimeError when a loader process has died; but not just anywhere.
+
+    It would break off what is never to be broken off, such as the start of a thread. So it raises while the main thread
+    waits for a batch; a death at another time is left to the next wait for a batch of the dead, which looks for it.
+    """
+
+    raises = False
+
+    def __init__(self, theirs: Callable[[int, object], object]):
+        self._theirs = theirs
+
+    @classmethod
+    def take_over(cls) -> None:
+        """After torch has set its own, which it does once; on Windows and outside of the main thread it sets none."""
+        theirs = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        if _in_main_thread() and callable(theirs) and not isinstance(theirs, cls):
+            signal.signal(signal.SIGCHLD, cls(theirs))
+
+    def __call__(self, signum: int, frame: object) -> None:
+        try:
+            self._theirs(signum, frame)
+        except RuntimeError:
+            if not self.raises and any(supply.death() for supply in _with_processes):
+                return
+            _DeathHandler.raises = False  # a second one must not strike while the first is on its way out
+            raise
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _kill(processes: Sequence[multiprocessing.Process]) -> None:
