@@ -203,7 +203,8 @@ class Trainer:
         self.state.batch, self._is_saved = index + 1, False
         self.ranks.reached(f"batch {index + 1} of epoch {self.state.epoch + 1}")
         self._heed(self.step.health.poll(now=not self.runtime.queues_work))
-        signum, due = self.ranks.most(self.stop.signum, self._is_save_due)  # ranks hear of signals one by one
+        with self.clock.part("optimizer"):  # the end of an update is where ranks wait for the slower ones
+            signum, due = self.ranks.most(self.stop.signum, self._is_save_due)  # signals reach them one by one
         if signum:
             raise Interrupted(signum)
         if due:
