@@ -5,10 +5,10 @@ Without any flag it trains on the embedded data set. `python train.py --help` li
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
-from utils.config import TrainOptions, parse_flags, run_command
+from utils.config import TrainOptions, run_on_ranks
+from utils.launch import refuse_ranks, tells_of_signals
 from utils.stopping import leave_with, stop_signals
 
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ def run(**options: Any) -> Metrics:
     Raises ValueError (structures.UserError) with one line for anything that a user can mend, and KeyboardInterrupt
     (stopping.Interrupted), with the run saved, when a signal asks to stop.
     """
+    refuse_ranks("train.py", options.get("nproc"))
     return _run(options)
 
 
 def _run(options: dict[str, Any], *, ends_process: bool = False) -> Metrics:
-    with stop_signals(ends_process=ends_process) as stop:
+    with stop_signals(ends_process=ends_process, tells=tells_of_signals) as stop:
         with stop.at_once():
             from utils.train.build import build_trainer  # torch only now, so that --help is instant
 
@@ -34,10 +35,7 @@ def _run(options: dict[str, Any], *, ends_process: bool = False) -> Metrics:
 
 
 def main() -> int:
-    def train() -> None:
-        _run(parse_flags(TrainOptions, sys.argv[1:], program="train.py"), ends_process=True)
-
-    return run_command("train.py", train)
+    return run_on_ranks("train.py", TrainOptions, lambda options: _run(options, ends_process=True))
 
 
 if __name__ == "__main__":

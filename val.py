@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
-from utils.config import ValOptions, parse_flags, run_command
+from utils.config import ValOptions, run_on_ranks
+from utils.launch import refuse_ranks
 from utils.stopping import leave_with
 
 if TYPE_CHECKING:
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 def run(**options: Any) -> Metrics | None:
     """Evaluate with options by the names of the flags; None for `task="speed"`. Raises as `train.run` does."""
+    refuse_ranks("val.py", options.get("nproc"))
     from utils.evaluate.command import evaluate  # torch only now, so that --help is instant
 
     return evaluate(options)
 
 
 def main() -> int:
-    return run_command("val.py", lambda: run(**parse_flags(ValOptions, sys.argv[1:], program="val.py")))
+    return run_on_ranks("val.py", ValOptions, lambda options: run(**options))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from utils.files import nearest_name, printable, read_yaml
+from utils.launch import Place, join, launch, place_if_any, record, said_once, starts_ranks, tells_of_signals
 from utils.stopping import Interrupted, signals_raised
 from utils.structures import DatasetSpec, Download, RunError, UserError
 
@@ -350,34 +351,76 @@ def _typed_fields(kind: type[Options]) -> list[tuple[Any, Any]]:
 def run_command(program: str, command: Callable[[], object]) -> int:
     """Run a command line and return its exit code: 2 for wrong usage, 1 for a failure on the way, 130 for Ctrl-C.
 
-    For other signals that ask to stop it is 128 and their number, as shells have it.
+    For other signals that ask to stop it is 128 and their number, as shells have it. A whole number that the command
+    returns is its exit code.
 
-    What a user can mend is one line on standard error; anything else is our bug and keeps its traceback.
+    What a user can mend is one line on standard error; anything else is our bug and keeps its traceback. Ranks record
+    both, and those that --nproc has started leave it to their launcher to show it.
     """
+    here = place_if_any()
     try:
         with signals_raised():
-            command()
-    except RunError as error:
-        _complain(f"{program}: error: {error}")
-        return 1
-    except UserError as error:
-        _complain(f"{program}: error: {error}")
-        return 2
+            if here is not None:
+                join(here)
+            result = command()
+            return result if isinstance(result, int) else 0
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
         return 128 + 13  # as a program that SIGPIPE ends
-    except OSError as error:
-        if error.errno not in _USERS_OS_ERRORS:
-            raise
-        _complain(f"{program}: error: {error.strerror}{f': {error.filename}' if error.filename else ''}")
-        return 1
     except Interrupted as interrupted:
-        _complain(f"\n{program}: interrupted{interrupted.by}{f'; {interrupted}' if str(interrupted) else ''}")
+        if tells_of_signals():
+            _complain(f"\n{program}: interrupted{interrupted.by}{f'; {interrupted}' if str(interrupted) else ''}")
         return 128 + interrupted.signum
     except KeyboardInterrupt as interrupt:
-        _complain(f"\n{program}: interrupted{f'; {interrupt}' if str(interrupt) else ''}")
+        if tells_of_signals():
+            _complain(f"\n{program}: interrupted{f'; {interrupt}' if str(interrupt) else ''}")
         return 130
-    return 0
+    except Exception as error:
+        code = _failed(program, here, error)
+        if code is None:
+            raise
+        return code
+
+
+def run_on_ranks(
+    program: str, kind: type[TrainOptions] | type[ValOptions], work: Callable[[dict[str, Any]], object]
+) -> int:
+    """As `run_command`, of work that ranks may share, for the options of sys.argv by name; --nproc starts the ranks."""
+
+    def command() -> object:
+        argv = sys.argv[1:]
+        with said_once():
+            given = parse_flags(kind, argv, program=program)
+            options = validated(kind, given)
+            starts = starts_ranks(given.get("nproc"))
+        return launch(program, argv, nproc=options.nproc) if starts else work(given)
+
+    return run_command(program, command)
+
+
+def _failed(program: str, here: Place | None, error: Exception) -> int | None:
+    """The exit code of a command that an error has ended, once the user is told; None where its traceback is to be."""
+    mendable = _mendable(error)
+    code = 2 if mendable is not None and not isinstance(mendable, RunError) else 1
+    if here is not None and record(mendable or error) and here.ours:
+        return code
+    if mendable is None:
+        return None
+    if not mendable.said_elsewhere:
+        _complain(f"{program}: error: {mendable}")
+    return code
+
+
+def _mendable(error: Exception) -> UserError | None:
+    """As what a user can mend, if they can."""
+    if isinstance(error, OSError) and error.errno in _USERS_OS_ERRORS:
+        return RunError(f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
+    if not isinstance(error, UserError):
+        return None
+    kind = RunError if isinstance(error, RunError) else UserError  # the names that a launcher knows
+    plain = kind(str(error))
+    plain.said_elsewhere = error.said_elsewhere
+    return plain
 
 
 def _complain(line: str) -> None:

@@ -44,9 +44,13 @@ class Interrupted(KeyboardInterrupt):
 class StopRequest:
     """Whether a signal has asked to stop. One that nobody connects to signals never has: the null object."""
 
-    def __init__(self, *, ends_process: bool = False) -> None:
-        """A second Ctrl-C ends the process where this is so, as the process is ours; else it is raised."""
+    def __init__(self, *, ends_process: bool = False, tells: Callable[[], bool] = lambda: True) -> None:
+        """A second Ctrl-C ends the process where `ends_process`, as the process is ours; else it is raised.
+
+        Where not `tells()`, another process tells the user what is going on.
+        """
         self.ends_process = ends_process
+        self.tells = tells
         self._signum: int | None = None
         self._raises = False
         self._leaving: list[Callable[[], object]] = []
@@ -56,9 +60,9 @@ class StopRequest:
         return self._signum is not None
 
     @property
-    def signum(self) -> int:
-        """The number of the signal; 0 where none has come."""
-        return self._signum or 0
+    def signum(self) -> int | None:
+        """The first signal that asked."""
+        return self._signum
 
     def check(self) -> None:
         """Raises Interrupted where a signal has come."""
@@ -98,15 +102,25 @@ class StopRequest:
         for clean in self._leaving:
             with suppress(Exception):
                 clean()
-        _say("left at once")
+        self.say("left at once")
         os._exit(128 + signal.SIGINT)
+
+    def say(self, text: str) -> None:
+        """By a system call: the main thread may be in the midst of a line of its own."""
+        if self.tells():
+            with suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())
 
 
 @contextmanager
 def signals_raised() -> Iterator[None]:
-    """STOP_SIGNALS are raised as Interrupted within the block, but those that are ignored or have a handler already."""
+    """STOP_SIGNALS are raised as Interrupted within the block, but those that are ignored or have a handler already.
+
+    One is on its way out then, and of the others Ctrl-C alone strikes again.
+    """
     mine = [signum for signum in STOP_SIGNALS if _in_main_thread() and signal.getsignal(signum) in _usual()]
-    handlers = {signum: signal.signal(signum, _raise) for signum in mine}
+    strike = _Raise()
+    handlers = {signum: signal.signal(signum, strike) for signum in mine}
     try:
         yield
     finally:
@@ -117,14 +131,19 @@ def signals_raised() -> Iterator[None]:
 def leave_with(command: Callable[[], int]) -> NoReturn:
     """Run a program and end with its exit code.
 
-    Once all is said and saved, a further Ctrl-C changes neither that nor the last words.
+    Signals that ask to stop do nothing but where the program listens: its last words are said whatever comes meanwhile.
+    Once all is said and saved, a further Ctrl-C changes nothing either.
     """
-    heeded = signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    if heeded:
-        signal.signal(signal.SIGINT, _spent)
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    heeded = [signum for signum, handler in before.items() if handler in _usual()]
+    for signum in heeded:
+        signal.signal(signum, _spent)
     code = command()
-    if heeded and code >= 128:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in heeded:
+        if signum != signal.SIGINT:  # one that asks again means what is left of the process
+            signal.signal(signum, before[signum])
+        elif code >= 128:
+            signal.signal(signum, signal.SIG_IGN)
     sys.exit(code)
 
 
@@ -137,8 +156,16 @@ def _spent(_signum: int, _frame: object) -> None:
     """Where there is nothing to stop any more."""
 
 
-def _raise(signum: int, _frame: object) -> None:
-    raise Interrupted(signum)
+class _Raise:
+    """The handler of `signals_raised`."""
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+
+    def __call__(self, signum: int, _frame: object) -> None:
+        again, self._first = self._first is not None, self._first or signum
+        if not again or signum == signal.SIGINT:
+            raise Interrupted(self._first)
 
 
 def _in_main_thread() -> bool:
@@ -146,13 +173,13 @@ def _in_main_thread() -> bool:
 
 
 @contextmanager
-def stop_signals(*, ends_process: bool = False) -> Iterator[StopRequest]:
-    """STOP_SIGNALS make a request of themselves within the block; see StopRequest for a second Ctrl-C.
+def stop_signals(*, ends_process: bool = False, tells: Callable[[], bool] = lambda: True) -> Iterator[StopRequest]:
+    """STOP_SIGNALS make a request of themselves within the block; see StopRequest for a second Ctrl-C and for `tells`.
 
     Those that are ignored stay so, as under nohup, and so do those that somebody handles. Outside of the main thread,
     which alone may ask for signals, nothing is ever requested.
     """
-    stop = StopRequest(ends_process=ends_process)
+    stop = StopRequest(ends_process=ends_process, tells=tells)
     if not _in_main_thread():
         yield stop
         return
@@ -160,7 +187,8 @@ def stop_signals(*, ends_process: bool = False) -> Iterator[StopRequest]:
     writer.setblocking(False)
     thread = threading.Thread(target=_listen, args=(stop, reader), name="signals", daemon=True)
     thread.start()
-    heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) in (*_usual(), _raise)]
+    now = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    heeded = [signum for signum, handler in now.items() if handler in _usual() or isinstance(handler, _Raise)]
     handlers = {signum: signal.signal(signum, stop.receive) for signum in heeded}
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
@@ -168,7 +196,7 @@ def stop_signals(*, ends_process: bool = False) -> Iterator[StopRequest]:
     finally:
         signal.set_wakeup_fd(wakeup)
         for signum, handler in handlers.items():  # one is on its way out: another is not to take its place
-            signal.signal(signum, _spent if stop.requested and handler is _raise else handler)
+            signal.signal(signum, _spent if stop.requested and isinstance(handler, _Raise) else handler)
         writer.send(_END)  # closing it is no end to whoever was forked meanwhile
         thread.join()
         writer.close()
@@ -186,7 +214,7 @@ def _listen(stop: StopRequest, reader: socket.socket) -> None:
         waits = asked and not announced
         if not select.select([reader], [], [], _SILENT_S if waits else None)[0]:
             announced = True
-            _say("stopping as soon as this step is done; a second Ctrl-C does not wait for it")
+            stop.say("stopping as soon as this step is done; a second Ctrl-C does not wait for it")
             continue
         numbers, now = reader.recv(64), time.monotonic()
         if _END in numbers:
@@ -198,19 +226,41 @@ def _listen(stop: StopRequest, reader: socket.socket) -> None:
             first = min(first, now)
 
 
-def _say(text: str) -> None:
-    """By a system call: the main thread may be in the midst of a line of its own."""
-    with suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
-
-
 def end_with_parent() -> None:
     """Let Linux kill this child process as soon as the one that started it is gone, were it by SIGKILL."""
     parent = multiprocessing.parent_process()
-    with suppress(AttributeError, OSError, TypeError):  # TypeError: Windows, where there is no such library
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    _at_death_of_parent(signal.SIGKILL)
     if parent is not None and not parent.is_alive():  # it was gone before
         os._exit(1)
+
+
+def stop_with_parent(parent: int | None = None) -> None:
+    """Let Linux ask this process to stop, by SIGTERM, as soon as the one that started it is gone.
+
+    If it is gone already that is now; which takes its id to know, as this process has been given another parent then.
+    """
+    before = os.getppid() if parent is None else parent
+    if _at_death_of_parent(signal.SIGTERM) and os.getppid() != before:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _at_death_of_parent(signum: int) -> bool:
+    """Whether the system will send this process a signal then: Linux does."""
+    with suppress(AttributeError, OSError, TypeError):  # TypeError: Windows, where there is no such library
+        return ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signum) == 0
+    return False
+
+
+def signals_to_main_thread() -> None:
+    """Let no STOP_SIGNALS come to this thread, nor to processes that it starts, before they call `hear_signals`."""
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def hear_signals() -> None:
+    """STOP_SIGNALS come from now on, and those that have come since such a process was started."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 @contextmanager
