@@ -300,17 +300,25 @@ def test_an_image_that_vanished_is_named_and_leaves_no_file(splits, spec, memory
 
 @dataclass(frozen=True, kw_only=True)
 class Slow(BaseImages):
-    """Says in a file that it was asked, and takes its time."""
+    """Says in a file that it was asked, and waits for another."""
 
     def __call__(self, image: int) -> np.ndarray:
         with Path(os.environ["ASKED"]).open("a") as file:
             file.write(f"{image}\n")
-        time.sleep(0.05)
+        until(Path(os.environ["GO_ON"]).exists)
         return super().__call__(image)
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path) -> Path:
+def go_on(monkeypatch, tmp_path) -> Path:
+    """What the slow ones wait for."""
+    monkeypatch.setenv("GO_ON", str(tmp_path / "go_on"))
+    return tmp_path / "go_on"
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path, go_on) -> Path:
+    """What they write."""
     monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
     return tmp_path / "asked"
 
@@ -333,12 +341,17 @@ def until(condition) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_of_two_runs_at_once_one_builds_and_the_other_waits(kind, splits, spec, asked):
+def test_of_two_runs_at_once_one_builds_and_the_other_waits(kind, splits, spec, asked, go_on):
     other = in_process(lambda: (cached_images(slow(splits), kind, spec=spec), time.sleep(600)))
     try:
         until(asked.exists)
         notes = []
-        found = cached_images(slow(splits), kind, spec=spec, note=notes.append)
+
+        def note(line: str) -> None:
+            notes.append(line)
+            go_on.touch()
+
+        found = cached_images(slow(splits), kind, spec=spec, note=note)
         assert not found["train"].built
         assert notes[0].startswith("waiting for another run that builds /")
         assert_same(found["train"], splits["train"])

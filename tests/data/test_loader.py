@@ -849,8 +849,11 @@ def test_a_hanging_process_is_reported_with_the_image_it_reads(start_method, bat
     hanging = replace(plain, images=Deadly(plain.images, last, hang))
     stream = TrainStream(hanging, end_epoch=1, workers=2, num_classes=3)
     made = stream.epoch(0)
-    next(made)  # the processes have begun, which may take long
-    patience(stream, monkeypatch, 1)
+    for _ in range(4):
+        next(made)
+    wait_until_read(stream, last)
+    monkeypatch.setattr(loader, "_PATIENCE_S", 1)
+    stream._supply._loader._iterator._timeout = 1
     path = re.escape(store.path(last))
     says = rf"^loader process 1 \(pid \d+\) hangs, reading {path} for \d+ s, in batch 5 of epoch 1: "
     with pytest.raises(RunError, match=says):
@@ -858,49 +861,75 @@ def test_a_hanging_process_is_reported_with_the_image_it_reads(start_method, bat
     assert [process.exitcode for process in stream._supply._processes] == [-signal.SIGKILL] * 2  # nobody is left
 
 
-def patience(stream: TrainStream, monkeypatch, seconds: float) -> None:
-    """Of a stream whose processes have begun."""
-    monkeypatch.setattr(loader, "_PATIENCE_S", seconds)
-    stream._supply._loader._iterator._timeout = seconds
+def in_vain(stream: TrainStream, times: int, then: Callable[[], object]) -> list[str]:
+    """From now on, waits for a batch end without one; after some `times`, what is done `then` makes one come.
+
+    What these waits say is in the list.
+    """
+    iterator = stream._supply._loader._iterator
+    honest, errors, usual = iterator._get_data, [], iterator._timeout
+
+    def impatient():
+        try:
+            return honest()
+        except RuntimeError as error:
+            errors.append(str(error))
+            if len(errors) == times:
+                iterator._timeout = usual
+                then()
+            raise
+
+    iterator._timeout, iterator._get_data = 0.2, impatient
+    return errors
 
 
-def test_a_slow_process_that_goes_on_is_waited_for(batches, monkeypatch):
-    """Its batch takes longer than patience lasts, but each image only a small part of that."""
-    plain = still(batches, batch_size=11)
-    slow = replace(plain, images=Slow(plain.images, 0.15))
-    stream = TrainStream(slow, end_epoch=1, workers=1, num_classes=3)
-    made = stream.epoch(0)
-    first = next(made)
-    patience(stream, monkeypatch, 1.0)
-    assert [content(batch) for batch in (first, *made)] == [content(batch) for batch in streamed(plain)]
-
-
-@dataclass(frozen=True)
-class Slow:
-    """An image source on a slow drive."""
-
-    images: BaseImages
-    seconds: float
-
-    def __call__(self, image: int) -> np.ndarray:
-        time.sleep(self.seconds)
-        return self.images(image)
-
-
-def test_a_run_that_was_stopped_and_continued_goes_on(batches, monkeypatch):
-    """As by Ctrl-Z and fg: while nobody could do anything, the patience of the main process ran out."""
+@pytest.fixture
+def gated(batches):
+    """Training batches, the second of which is made when the gate opens; the image that waits for that; the gate."""
+    gate = multiprocessing.Event()
     plain = still(batches, batch_size=5)
-    slow = replace(plain, images=Slow(plain.images, 0.2))
+    image = int(lots(plain, 0)[1].images[2])
+    return replace(plain, images=Deadly(plain.images, image, gate.wait)), image, gate
+
+
+def wait_until_read(stream: TrainStream, image: int) -> None:
+    """By its first process."""
+    while stream._supply._board.image(0) != image:
+        time.sleep(0.01)
+
+
+def test_a_slow_process_that_goes_on_is_waited_for(batches, gated):
+    """Its batch takes longer than patience lasts, but no image does."""
+    slow, image, gate = gated
     stream = TrainStream(slow, end_epoch=1, workers=1, num_classes=3)
     made = stream.epoch(0)
     first = next(made)
+    wait_until_read(stream, image)
+    errors = in_vain(stream, 3, gate.set)
+    found = [content(batch) for batch in (first, *made)]
+    assert found == [content(batch) for batch in streamed(still(batches, batch_size=5))]
+    assert len(errors) == 3 and all("timed out" in error for error in errors)
+
+
+def test_a_run_that_was_stopped_and_continued_goes_on(batches, gated, monkeypatch):
+    """As by Ctrl-Z and fg: while nobody could do anything, the patience of the main process ran out."""
+    slow, image, gate = gated
+    stream = TrainStream(slow, end_epoch=1, workers=1, num_classes=3)
+    made = stream.epoch(0)
+    first = next(made)
+    wait_until_read(stream, image)
     [process] = stream._supply._processes
     os.kill(process.pid, signal.SIGSTOP)
-    patience(stream, monkeypatch, 1)
-    goes_on = threading.Timer(1.4, os.kill, (process.pid, signal.SIGCONT))
-    goes_on.start()
-    assert [content(batch) for batch in (first, *made)] == [content(batch) for batch in streamed(plain)]
-    goes_on.join()
+
+    def go_on() -> None:
+        os.kill(process.pid, signal.SIGCONT)
+        gate.set()
+
+    monkeypatch.setattr(loader, "_PATIENCE_S", 0.1)  # it gives no sign of life for longer
+    errors = in_vain(stream, 1, go_on)
+    found = [content(batch) for batch in (first, *made)]
+    assert found == [content(batch) for batch in streamed(still(batches, batch_size=5))]
+    assert len(errors) == 1
 
 
 def test_threads_of_opencv_in_the_main_process_do_not_stop_a_forked_one(batches, monkeypatch):

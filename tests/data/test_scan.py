@@ -414,7 +414,7 @@ def test_ctrl_c_ends_all_processes_at_once_with_one_line(make_dataset, tmp_path)
             pytest.skip("a replaced function reaches forked processes only")
         assert process.stdout.readline().startswith("started")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        _, problems = process.communicate(timeout=20)
+        _, problems = process.communicate(timeout=100)
         assert (process.returncode, problems) == (130, "\npython -m utils.data.scan: interrupted\n")
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
