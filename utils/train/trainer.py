@@ -204,7 +204,7 @@ class Trainer:
         self.ranks.reached(f"batch {index + 1} of epoch {self.state.epoch + 1}")
         self._heed(self.step.health.poll(now=not self.runtime.queues_work))
         with self.clock.part("optimizer"):  # the end of an update is where ranks wait for the slower ones
-            signum, due = self.ranks.most(self.stop.signum, self._is_save_due)  # signals reach them one by one
+            signum, due = self.ranks.most(self.stop.signum or 0, self._is_save_due)  # signals reach them one by one
         if signum:
             raise Interrupted(signum)
         if due:
