@@ -1,6 +1,7 @@
 # make demo: install into .venv and train on the embedded data set.   make test: install and run the tests.
 # make bench: what a step, the loader, an evaluation and a start cost here.   make bench-peer: step, samples, val.py and figures against the peers'.
-# make soak: fifty runs are killed at random moments and must end as if nobody had touched them; five minutes on two cores.
+# make soak: fifty runs are killed at random moments, and one of two ranks in twenty more; all must end as if nobody had
+# touched them; ten minutes on two cores.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,6 +27,7 @@ bench-peer: $(PEER)/.installed $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.soak_ranks
 
 install: $(VENV)/.installed
 
