@@ -16,7 +16,7 @@ from utils.checkpoint import load_checkpoint, weights_digest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for the ranks of a launcher in /proc")
 EPOCHS = 40
-PATIENCE_S = 120  # with machines that are busy
+PATIENCE_S = 240  # with machines that are busy
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ def test_ranks_that_are_killed_come_again_and_nobody_can_tell(tiny, launch):
 
 def test_a_machine_may_go(tiny, launch):
     """Two launchers stand for two machines; the one that does not keep the list of them is stopped."""
-    endpoint, quick = f"localhost:{free_port()}", "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    endpoint, quick = f"localhost:{free_port()}", "last_call_timeout=2,keep_alive_interval=2,keep_alive_max_attempt=4"
     meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "pair", "--max-restarts", "3"]
-    run = script(*flags(tiny, "pair"))
+    run = script(*flags(tiny, "pair", epochs=15))
     stays, goes = (
         launch([*meeting, "--nnodes", "1:2", "--nproc_per_node", "1", "--rdzv_conf", f"{quick},is_host={host}"], run)
         for host in (1, 0)
@@ -107,8 +107,8 @@ def test_a_machine_may_go(tiny, launch):
     assert stays.returncode == 0, problems
     assert "2 ranks of CPU" in said
     assert re.search(r"note: the run was saved on 2 ranks of CPU .*; this is CPU ", said)
-    assert re.search(rf"Epochs \d+ to {EPOCHS} in", said)
-    assert epochs_of("pair") == EPOCHS
+    assert re.search(r"Epochs \d+ to 15 in", said)
+    assert epochs_of("pair") == 15
     assert [path.name for path in Path("runs/train").iterdir()] == ["pair"]
 
 
@@ -127,7 +127,7 @@ def test_ranks_that_are_not_at_the_same_work_are_named(tiny, launch, tmp_path):
             flags(tiny, "other", epochs=None),
             r"--epochs: 4 on rank 1 \(.*\), 3 on rank 0 \(.*\); all ranks sho",
         ),
-        ELSEWHERE: (flags(tiny, "none", data="here.yaml"), r"rank 1 \(.*\): data set not found: here\.yaml"),
+        ELSEWHERE: (flags(tiny, "none", data="here.yaml"), r"rank 1 \(.*\): --data file not found: here\.yaml"),
     }
     agents = [
         launch(

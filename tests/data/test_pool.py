@@ -28,7 +28,7 @@ def square(number: int) -> int:
 
 
 def slow_first(other_is_done: Path, number: int) -> int:
-    if number == 1:
+    if number == 9:  # after others have handed over theirs
         other_is_done.touch()
     while number == 0 and not other_is_done.exists():
         time.sleep(0.01)
