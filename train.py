@@ -27,9 +27,9 @@ def run(**options: Any) -> Metrics:
 
 def _run(options: dict[str, Any], *, ends_process: bool = False) -> Metrics:
     with stop_signals(ends_process=ends_process, tells=tells_of_signals) as stop:
-        with stop.at_once():
-            from utils.train.build import build_trainer  # torch only now, so that --help is instant
+        from utils.train.build import build_trainer  # torch only now, so that --help is instant
 
+        with stop.at_once():  # but for the import: broken off, torch's may end the process
             trainer = build_trainer(options, stop)
         return trainer.fit()
 

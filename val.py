@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.config import ValOptions, run_on_ranks
 from utils.launch import refuse_ranks
-from utils.stopping import leave_with
+from utils.stopping import leave_with, signals_held_back
 
 if TYPE_CHECKING:
     from utils.structures import Metrics
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def run(**options: Any) -> Metrics | None:
     """Evaluate with options by the names of the flags; None for `task="speed"`. Raises as `train.run` does."""
     refuse_ranks("val.py", options.get("nproc"))
-    from utils.evaluate.command import evaluate  # torch only now, so that --help is instant
+    with signals_held_back():  # torch may end the process if its import is broken off
+        from utils.evaluate.command import evaluate  # torch only now, so that --help is instant
 
     return evaluate(options)
 

@@ -118,6 +118,39 @@ def test_a_command_without_a_run_is_ended_by_any_of_them():
     assert (raised.value.signum, raised.value.by) == (signal.SIGTERM, " by SIGTERM")
 
 
+def test_a_command_on_its_way_out_is_struck_again_by_ctrl_c_alone():
+    cleaned = []
+    with pytest.raises(Interrupted) as raised, signals_raised():
+        try:
+            send(signal.SIGINT)
+        finally:
+            send(signal.SIGTERM)
+            cleaned.append(True)
+            with pytest.raises(Interrupted):
+                send(signal.SIGINT)
+    assert (raised.value.signum, cleaned) == (signal.SIGINT, [True])
+
+
+def test_what_another_process_tells_is_not_told(capfd):
+    for tells in (True, False):
+        StopRequest(tells=lambda tells=tells: tells).say("left at once")
+    assert capfd.readouterr().err == "\nleft at once\n"
+
+
+def test_last_words_are_said_whatever_comes_meanwhile():
+    code = """
+import os, signal
+from utils.stopping import leave_with
+def command():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("last words", flush=True)
+    return 143
+leave_with(command)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "last words\n", "")
+
+
 def test_a_second_ctrl_c_ends_no_program_that_is_not_ours():
     """As of a notebook."""
     with pytest.raises(KeyboardInterrupt) as raised, stop_signals() as stop:

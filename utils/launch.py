@@ -202,8 +202,8 @@ def launch(program: str, argv: Sequence[str], *, nproc: int) -> int:
     folder = TemporaryDirectory(prefix="ranks_")
     asked = Path(folder.name) / "asked"
     with folder, stop_signals(ends_process=True, tells=lambda: False) as stop, _faults_named():
-        with stop.at_once():
-            ranks = _Ranks(_agent(program, argv, nproc, folder.name), asked)
+        ranks = _Ranks(_agent(program, argv, nproc, folder.name), asked)
+        stop.check()  # not in between: an import of torch that an exception ends may end the process
         stop.before_leaving(ranks.end)
         stop.before_leaving(folder.cleanup)
         with _environment(**_for_ranks(nproc, asked)):
