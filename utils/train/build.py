@@ -5,7 +5,6 @@ Every mistake of the user is found before the run folder exists.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import shlex
@@ -98,15 +97,11 @@ class _Parts:
     model: DetectionModel
     train: LabelStore
     val: LabelStore
+    data: dict[str, str]  # by split, a digest of its images and labels
     images: Mapping[str, ImageSource]  # of train and val
     run: RunFolder
     console: Console
     stop: StopRequest
-
-    @functools.cached_property
-    def data(self) -> dict[str, str]:
-        """By split, a digest of its images and labels."""
-        return {"train": content_digest(self.train), "val": content_digest(self.val)}
 
     @property
     def made_on(self) -> str:
@@ -186,6 +181,8 @@ def _new(given: TrainOptions, ranks: Ranks, console: Console, stop: StopRequest,
     options = replace(resolved, batch_size=batch_size)
     images = ranks.host_first(lambda: _images(options, spec, stop, train=train, val=val, console=console))
     lines += _choose_anchors(model, options, hyp, train, ranks) + _repeated(options, names, train)
+    data = _digests(train, val)
+    ranks.check_alike(partial(_work, options, data))
     run = _new_run(options, ranks, console, begun)
     run.take_over()
     if ranks.place:
@@ -204,6 +201,7 @@ def _new(given: TrainOptions, ranks: Ranks, console: Console, stop: StopRequest,
         model=model,
         train=train,
         val=val,
+        data=data,
         images=images,
         run=run,
         console=console,
@@ -255,6 +253,8 @@ def _resumed(
     model.freeze(options.freeze)
     runtime = _accelerated(model, runtime, note=console.note)
     train, val = _stores(options, ranks.host_first(lambda: _scan(options, spec, console)))
+    data = _digests(train, val)
+    ranks.check_alike(partial(_work, options, data))
     images = ranks.host_first(
         lambda: _images(options, spec, stop, train=train, val=val, console=console, note=console.note)
     )
@@ -266,6 +266,7 @@ def _resumed(
         model=model,
         train=train,
         val=val,
+        data=data,
         images=images,
         run=run,
         console=console,
@@ -670,7 +671,6 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
         model = parts.model.to(runtime.device, memory_format=torch.channels_last)
     if options.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    runtime.ranks.check_alike(partial(_work, parts))
     parts.run.put("opt.yaml", partial(write_yaml, content=asdict(options)))
     batches = _batches(parts)
     schedule = _schedule(parts, batches.per_epoch, accumulation=accumulation, lr_scale=state.lr_scale)
@@ -721,11 +721,15 @@ def _batches(parts: _Parts) -> TrainBatches:
     )
 
 
-def _work(parts: _Parts) -> dict[str, object]:
+def _digests(train: LabelStore, val: LabelStore) -> dict[str, str]:
+    """Of the images and labels of each split."""
+    return {"train": content_digest(train), "val": content_digest(val)}
+
+
+def _work(options: TrainOptions, data: Mapping[str, str]) -> dict[str, object]:
     """What must be the same on all ranks, hosts with their own files included."""
-    options = {spelling(name): value for name, value in asdict(parts.options).items() if name not in _OF_A_RANK}
-    data = {f"images or labels of '{split}'": digest for split, digest in parts.data.items()}
-    return {**options, **data}
+    same = {spelling(name): value for name, value in asdict(options).items() if name not in _OF_A_RANK}
+    return {**same, **{f"images or labels of '{split}'": digest for split, digest in data.items()}}
 
 
 def _ranks_table(parts: _Parts) -> list[str]:
