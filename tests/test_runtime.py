@@ -1,5 +1,6 @@
 import errno
 import os
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from utils.clock import EventClock, StepClock
 from utils.launch import Place
+from utils.ranks import LostRank
 from utils.runtime import Runtime, Strategy, choose_runtime, choose_strategy, mendable_errors
 from utils.structures import RunError, UserError
 
@@ -447,3 +449,25 @@ def test_laps_on_cuda_fit_into_the_time_on_the_wall():
         clock.lap("forward")
     split = clock.split()
     assert 0 < split.parts["forward"] <= split.wall
+
+
+# ---- several devices, several ranks ---------------------------------------------------------------------------------
+
+
+def test_each_of_several_devices_computes_in_the_precision_of_the_run():
+    """DataParallel has a thread for each, where autocast is told again."""
+    runtime = Runtime(device=CPU, amp_dtype=torch.bfloat16, workers=0, devices=(CPU, CPU))
+    network, found = runtime.replicas(torch.nn.Conv2d(3, 2, 1)).module, []
+    thread = Thread(target=lambda: found.append(network(torch.zeros(1, 3, 4, 4)).dtype))
+    thread.start()
+    thread.join()
+    assert found == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("kind", [UserError, RunError, LostRank])
+def test_what_another_rank_tells_stays_so_under_way(kind):
+    error = kind("told")
+    error.said_elsewhere = True
+    with pytest.raises(RunError, match="told") as raised, mendable_errors(batch_size=1, imgsz=64):
+        raise error
+    assert raised.value.said_elsewhere

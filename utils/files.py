@@ -318,9 +318,10 @@ def run_folders(project: Path, name: str) -> list[Path]:
 
 
 def code_digest(root: Path) -> str:
-    """16 hexadecimal digits of the Python files of the project at `root`."""
+    """16 hexadecimal digits of the program files of the project at `root`."""
     digest = blake2b(digest_size=8)
-    for path in sorted([*root.glob("*.py"), *root.glob("models/**/*.py"), *root.glob("utils/**/*.py")]):
+    kinds = ("*.py", *(f"{folder}/**/*.{kind}" for folder in ("models", "utils") for kind in ("py", "cpp")))
+    for path in sorted(path for kind in kinds for path in root.glob(kind)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

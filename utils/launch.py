@@ -145,7 +145,7 @@ def said_once() -> Iterator[None]:
         yield
     except UserError as error:
         here = place_if_any()
-        error.said_elsewhere = here is not None and here.rank > 0
+        error.said_elsewhere = here is not None and here.local_rank > 0
         raise
 
 

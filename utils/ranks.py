@@ -33,7 +33,8 @@ _STARTING_S = 60.0  # that ranks have to come, if the timeout does not give them
 _MEETING_S = 0.02  # between two looks at what others have said
 _DYING_S = 5.0  # after which whoever has not told of a broken connection is taken for the cause of it
 _LAST_S = 0.3  # the same, for the last one
-_STOPS, _NOTICED = "stops", "noticed"  # what a rank says of its end
+_NCCL_LATER_S = 60.0
+_STOPS, _SILENCE, _BREAK = "stops", "silence", "break"  # what a rank says of its end: its own, or what it has noticed
 
 # What torch calls it, which warns of the older name
 _WAYS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
@@ -152,8 +153,10 @@ class Group(Ranks):
             meeting = distributed.rendezvous("env://", place.rank, place.ranks, timeout=timedelta(seconds=patience_s))
             store = next(meeting)[0]
             self._store = distributed.PrefixStore(_meet(store, place.rank, place.ranks, patience_s), store)
+            # NCCL ends the process when its time is up: what can tell who is missing should strike first
+            longer = timeout + timedelta(seconds=_NCCL_LATER_S * ("nccl" in backend))
             distributed.init_process_group(
-                backend, store=self._store, rank=place.rank, world_size=place.ranks, timeout=timeout
+                backend, store=self._store, rank=place.rank, world_size=place.ranks, timeout=longer
             )
             self._quick = distributed.new_group(backend="gloo", timeout=timeout)
             self._patient = distributed.new_group(backend="gloo", timeout=_AGES)
@@ -236,7 +239,8 @@ class Group(Ranks):
         return nullcontext() if update else network.no_sync()
 
     def reached(self, step: str) -> None:
-        self._store.set(f"reached/{self.rank}", step)
+        with suppress(RuntimeError):  # its launcher may be gone, and ranks are about to stop for that
+            self._store.set(f"reached/{self.rank}", step)
 
     def hurry(self) -> None:
         self._control = self._quick
@@ -253,13 +257,14 @@ class Group(Ranks):
     def _lost(self, *, silent: bool) -> LostRank:
         """Who does not say, as this rank does, that something is wrong; `silent`: after a timeout."""
         try:
-            self._store.set(f"end/{self.rank}", _NOTICED)
+            self._store.set(f"end/{self.rank}", _SILENCE if silent else _BREAK)
             ends = self._ends()
             gone = tuple(rank for rank in range(self.count) if rank not in ends)
             steps = [self._step_of(rank) for rank in gone]
         except RuntimeError:  # with rank 0 or its host, what holds the store is gone
             return LostRank("lost contact to the other ranks, and to what launched them")
         stopped = [rank for rank, end in ends.items() if end == _STOPS]
+        silent = _SILENCE in ends.values()  # whose connections the others then see break
         how = f"hangs: nothing for {self._timeout_s / 60:g} minutes (--dist-timeout)" if silent else "is gone"
         told = [f"rank {rank} ({self.names[rank]}) {how}; {step}" for rank, step in zip(gone, steps)]
         if not told:

@@ -66,13 +66,18 @@ class Runtime:
     def replicas(self, model: nn.Module) -> nn.Module:
         """What to call in the place of `model` in training, where several devices take their parts of a batch."""
         if self.devices:
-            return nn.DataParallel(model, device_ids=list(self.devices))
+            return nn.DataParallel(_InPrecision(model, self.autocast), device_ids=list(self.devices))
         return self.ranks.replicas(model)
 
+    @property
+    def synchronises(self) -> bool:
+        """Whether there are batch norms over all ranks, for `--sync-bn`."""
+        return self.ranks.place is not None and self.device.type == "cuda"
+
     def check_synchronises(self) -> None:
-        """For `--sync-bn`: raises UserError where there are no batch norms over all ranks."""
-        if self.ranks.alone or self.device.type != "cuda":
-            has = "one process" if self.ranks.alone else "the CPU, where torch has none"
+        """Raises UserError where there are none."""
+        if not self.synchronises:
+            has = "the CPU, where torch has none" if self.ranks.place else "one process"
             raise UserError(f"--sync-bn: is for several ranks on CUDA GPUs, and this is {has}; leave it out")
 
     def compiled(self, function: Callable) -> Callable:
@@ -155,6 +160,18 @@ class Runtime:
         return f"{where}, {precision}"
 
 
+class _InPrecision(nn.Module):
+    """A network under autocast of its own: in DataParallel's threads that of others would be fp16, whatever it is."""
+
+    def __init__(self, network: nn.Module, autocast: Callable[[], contextlib.AbstractContextManager]) -> None:
+        super().__init__()
+        self.network, self._autocast = network, autocast
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        with self._autocast():
+            return self.network(images)
+
+
 @dataclass
 class MemoryPeak:
     bytes: int | None = None
@@ -186,6 +203,8 @@ def choose_runtime(
     available = _available_devices()
     strategy = choose_strategy(place=ranks.place, available=available, flag=device.strip().lower())
     chosen = torch.device(strategy.devices[0])
+    if ranks.place and chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # for NCCL; and nothing of this rank shall be on the GPU of another
     try:
         amp_dtype = _choose_amp(amp, chosen)
     except UserError as refusal:
@@ -201,8 +220,6 @@ def choose_runtime(
         except UserError as refusal:
             raise_or_note(refusal, note, "without it")
             compile = False
-    if ranks.place and chosen.type == "cuda":
-        torch.cuda.set_device(chosen)  # NCCL asks for it
     if deterministic:
         _be_deterministic()
     elif chosen.type == "cuda":
@@ -229,7 +246,7 @@ def join_ranks(*, dist_timeout: float = 10.0) -> Ranks:
         return Ranks()
     if here.local_ranks == here.ranks:  # else gloo asks for the address of this host's name, which may have none
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # what torch's launcher says when nobody else does
+    if not here.ours and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # as torch says where nobody else does
         torch.set_num_threads(max(usable_cores() // here.local_ranks, 1))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
     return Group(here, backend=backend, timeout_s=60 * dist_timeout)
@@ -382,8 +399,12 @@ def mendable_errors(*, batch_size: int, imgsz: int) -> Iterator[None]:
     remedy = f"lower --batch-size (now {batch_size}) or --imgsz (now {imgsz})"
     try:
         yield
+    except RunError:
+        raise
     except UserError as error:
-        raise RunError(str(error)) from error
+        under_way = RunError(str(error))
+        under_way.said_elsewhere = error.said_elsewhere
+        raise under_way from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunError(f"out of memory: {remedy}") from error
     except BrokenPipeError:  # `| head` has read enough, which is no mistake

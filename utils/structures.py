@@ -185,9 +185,7 @@ class QuadPlan:
 class Part(NamedTuple):
     """What a rank has of a batch that several ranks share, in network inputs."""
 
-    own: (
-        int  # 0: there are fewer than ranks, and this one goes along with an input of another, which counts for nothing
-    )
+    own: int  # 0: this rank goes along with an input of another, which counts for nothing
     whole: int
 
     @property

@@ -32,7 +32,8 @@ from utils.runtime import Runtime, choose_runtime, join_ranks, mendable_errors
 from utils.structures import Batch, DatasetSpec, Detections, HeadSpec, LabelStore, Metrics, UserError
 
 _CLASSES_SHOWN = 30  # more, and only --verbose lists them
-_OF_A_RANK = ("device", "workers", "cache_dir", "data", "weights")  # files are compared by content, or are rank 0's
+# Options that hosts may differ in; data are compared by content, and weights are read by the first rank
+_OF_A_RANK = ("device", "workers", "cache_dir", "data", "weights")
 _IN_USE = {"conf_thres": DetectOptions.conf_thres, "iou_thres": DetectOptions.iou_thres}  # `--task speed`, unless given
 
 
@@ -83,6 +84,7 @@ def evaluate(values: Mapping[str, Any]) -> Metrics | None:
     options = _options(values)
     ranks = join_ranks(dist_timeout=options.dist_timeout)
     with ranks.losses_named(), ranks.end_told():
+        ranks.check_alike(partial(_asked, options))
         if options.task == "speed":
             if not ranks.alone:
                 raise ranks.of_all(UserError("--task speed: measures one process; leave out --nproc, or the launcher"))
@@ -147,7 +149,7 @@ def _parts(options: ValOptions, ranks: Ranks) -> _Parts:
     names = ranks.each(lambda: _names(options, spec, checkpoint, single=single, console=console))
     store = ranks.host_first(lambda: _store(options, spec, console))
     store = single_class(store) if single else store
-    ranks.check_alike(partial(_work, options, store))
+    ranks.check_alike(lambda: {"images or labels": content_digest(store), "classes": ", ".join(names)})
     model = averaged_model(checkpoint)
     imgsz = options.imgsz or checkpoint["options"]["imgsz"]
     return _Parts(
@@ -163,10 +165,9 @@ def _parts(options: ValOptions, ranks: Ranks) -> _Parts:
     )
 
 
-def _work(options: ValOptions, store: LabelStore) -> dict[str, object]:
-    """What must be the same on all ranks, hosts with their own files included."""
-    same = {spelling(name): value for name, value in asdict(options).items() if name not in _OF_A_RANK}
-    return {**same, "images or labels": content_digest(store)}
+def _asked(options: ValOptions) -> dict[str, object]:
+    """What all ranks should have been asked for."""
+    return {spelling(name): value for name, value in asdict(options).items() if name not in _OF_A_RANK}
 
 
 def _store(options: ValOptions, spec: DatasetSpec, console: Console) -> LabelStore:

@@ -156,7 +156,7 @@ class Rehearsal:
     @torch.no_grad()
     def evaluate(self, model: DetectionModel, batch_size: int) -> None:
         """One batch of the evaluations in between, up to NMS, which takes one image after the other."""
-        images = min(evaluated_at_once(batch_size), len(self.val))
+        images = min(evaluated_at_once(batch_size * self.runtime.ranks.count), len(self.val))
         runtime = replace(self.runtime, amp_dtype=None)
         side = self.options.imgsz + max(self.model.head.strides)  # of square images, with the padding they get
         batch = self._noise(images, side, sizes_of=self.val, labels=_densest(self.val, images))

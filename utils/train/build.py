@@ -5,11 +5,10 @@ Every mistake of the user is found before the run folder exists.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,9 +42,8 @@ from utils.data.plan import repeat_factors
 from utils.data.scan import DatasetScan, open_dataset, refuse_findings, refuse_no_label, scan_dataset
 from utils.data.store import content_digest, single_class
 from utils.evaluate.evaluator import Evaluator, evaluated_at_once
-from utils.files import from_here, new_run_folder, run_folders, write_text, write_yaml
+from utils.files import from_here, new_run_folder, write_yaml
 from utils.hyp import Hyperparameters, hyperparameters, plain_values, read_hyp
-from utils.launch import Place
 from utils.loss import LossGains
 from utils.ranks import Ranks
 from utils.report.loggers import Console, SilentConsole
@@ -64,6 +62,7 @@ from utils.train.optim import (
     multi_scales,
     rates_of_sgd,
 )
+from utils.train.relaunch import Launch
 from utils.train.step import TrainStep
 from utils.train.trainer import RunState, Trainer
 from utils.transfer import Transfer, transfer
@@ -76,14 +75,8 @@ _NAMES_SHOWN = 4  # of entries or classes, in a line on weights
 _CLASSES_SHOWN = 6  # in the report on the data; `python -m utils.data.scan` shows more
 # May accompany --resume
 _WITH_RESUME = ("resume", "epochs", "device", "workers", "nproc", "dist_timeout", "patience", "save_every", "quiet")
-_OF_A_RANK = (
-    "device",
-    "workers",
-    "cache_dir",
-    "data",
-    "local_rank",
-)  # options that hosts may differ in; data is compared by content
-_LAUNCH_FILE = "launch.json"  # of a run that a launcher began: which one, and with what options
+# Options that hosts may differ in; data are compared by content
+_OF_A_RANK = ("device", "workers", "cache_dir", "data", "local_rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,17 +112,18 @@ def build_trainer(values: Mapping[str, Any], stop: StopRequest | None = None) ->
     given, stop = validated(TrainOptions, dict(values)), stop or StopRequest()
     ranks = join_ranks(dist_timeout=given.dist_timeout)
     console = Console(quiet=given.quiet) if ranks.speaks else SilentConsole()
-    begun = ranks.from_first(partial(_begun_by, ranks.place, given))
     with _nothing_trained(given), ranks.losses_named(), ranks.end_told():
+        ranks.check_alike(partial(_asked, given))
+        launch = Launch.of(ranks, given)
+        begun = ranks.from_first(launch.begun) if given.resume is None else None
         if begun is not None and begun.saved:
             console.note(f"going on with {begun.path}, which this launch began")
+            launch.note_in(_run_folder(begun.path, given, ranks))
             kept = {name: value for name, value in values.items() if name in _WITH_RESUME}
             return _resumed({**kept, "resume": str(begun.last)}, ranks, console, stop, relaunched=True)
         if given.resume is not None:
-            return _resumed(
-                values, ranks, console, stop, relaunched=ranks.place is not None and ranks.place.restarts > 0
-            )
-        return _new(given, ranks, console, stop, begun)
+            return _resumed(values, ranks, console, stop, relaunched=launch.again)
+        return _new(given, ranks, console, stop, launch=launch, begun=begun)
 
 
 @contextmanager
@@ -141,25 +135,21 @@ def _nothing_trained(given: TrainOptions) -> Iterator[None]:
         raise Interrupted(interrupted.signum, f"nothing was trained yet: the same command {does}") from None
 
 
-def _begun_by(place: Place | None, given: TrainOptions) -> RunFolder | None:
-    """The run that this very launch began with these options, before it started its ranks again."""
-    if place is None or not place.launch or given.resume is not None:
-        return None
-    for folder in run_folders(Path(given.project), given.name):
-        run = RunFolder(folder)
-        run.saved = run.last.exists() or run.previous.exists()
-        with suppress(OSError, ValueError):
-            # a name for a launch may be used again another day
-            if json.loads((folder / _LAUNCH_FILE).read_text()) == _launch_of(place, given):
-                return run if not run.finished or place.restarts else None
-    return None
+def _asked(given: TrainOptions) -> dict[str, object]:
+    """What all ranks should have been asked for."""
+    return {spelling(name): value for name, value in asdict(given).items() if name not in _OF_A_RANK}
 
 
-def _launch_of(place: Place, given: TrainOptions) -> dict[str, Any]:
-    return {"launch": place.launch, "options": json.loads(json.dumps(asdict(given)))}
-
-
-def _new(given: TrainOptions, ranks: Ranks, console: Console, stop: StopRequest, begun: RunFolder | None) -> Trainer:
+def _new(
+    given: TrainOptions,
+    ranks: Ranks,
+    console: Console,
+    stop: StopRequest,
+    *,
+    launch: Launch,
+    begun: RunFolder | None,
+) -> Trainer:
+    """`begun`: the folder of a run that this launch began and never saved."""
     hyp = ranks.from_first(partial(_hyperparameters, given))
     spec = ranks.host_first(lambda: open_dataset(given.data, note=console.note, bar=console.download_bar))
     names = _names(given, spec)
@@ -182,11 +172,10 @@ def _new(given: TrainOptions, ranks: Ranks, console: Console, stop: StopRequest,
     images = ranks.host_first(lambda: _images(options, spec, stop, train=train, val=val, console=console))
     lines += _choose_anchors(model, options, hyp, train, ranks) + _repeated(options, names, train)
     data = _digests(train, val)
-    ranks.check_alike(partial(_work, options, data))
+    ranks.check_alike(partial(_work, options, names, runtime, data))
     run = _new_run(options, ranks, console, begun)
     run.take_over()
-    if ranks.place:
-        run.put(_LAUNCH_FILE, partial(write_text, text=json.dumps(_launch_of(ranks.place, given))))
+    launch.note_in(run)
     run.put("hyp.yaml", partial(write_yaml, content=plain_values(hyp)))
     if scan.count:
         run.put("scan.csv", partial(write_findings, reports=scan.reports.values()))
@@ -248,13 +237,14 @@ def _resumed(
         raise ranks.of_all(UserError(f"--resume {path}: the classes of {spec.source} are no longer those of the run"))
     # another machine may lack what the run had, and the run goes on
     runtime = ranks.each(lambda: _runtime(options, ranks, note=console.note))
-    options = _synchronised(options, runtime, note=console.note)
+    if options.sync_bn and not runtime.synchronises:
+        console.note("--sync-bn: there are no batch norms over all ranks here; going on without")
     model = DetectionModel(checkpoint["network"], seed=options.seed)
     model.freeze(options.freeze)
     runtime = _accelerated(model, runtime, note=console.note)
     train, val = _stores(options, ranks.host_first(lambda: _scan(options, spec, console)))
     data = _digests(train, val)
-    ranks.check_alike(partial(_work, options, data))
+    ranks.check_alike(partial(_work, options, names, runtime, data))
     images = ranks.host_first(
         lambda: _images(options, spec, stop, train=train, val=val, console=console, note=console.note)
     )
@@ -404,17 +394,6 @@ def _runtime(options: TrainOptions, ranks: Ranks, *, note: Note | None = None) -
         fixed_shapes=not (options.rect or options.multi_scale),
         note=note,
     )
-
-
-def _synchronised(options: TrainOptions, runtime: Runtime, *, note: Note) -> TrainOptions:
-    """The options of a resumed run, without --sync-bn where that is not to be had."""
-    try:
-        if options.sync_bn:
-            runtime.check_synchronises()
-    except UserError as refusal:
-        raise_or_note(refusal, note, "without it")
-        return replace(options, sync_bn=False)
-    return options
 
 
 def _accelerated(model: DetectionModel, runtime: Runtime, *, note: Note | None = None) -> Runtime:
@@ -669,7 +648,7 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
     options, runtime = parts.options, parts.runtime
     with mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz):
         model = parts.model.to(runtime.device, memory_format=torch.channels_last)
-    if options.sync_bn:
+    if options.sync_bn and runtime.synchronises:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     parts.run.put("opt.yaml", partial(write_yaml, content=asdict(options)))
     batches = _batches(parts)
@@ -726,10 +705,16 @@ def _digests(train: LabelStore, val: LabelStore) -> dict[str, str]:
     return {"train": content_digest(train), "val": content_digest(val)}
 
 
-def _work(options: TrainOptions, data: Mapping[str, str]) -> dict[str, object]:
-    """What must be the same on all ranks, hosts with their own files included."""
-    same = {spelling(name): value for name, value in asdict(options).items() if name not in _OF_A_RANK}
-    return {**same, **{f"images or labels of '{split}'": digest for split, digest in data.items()}}
+def _work(
+    options: TrainOptions, names: tuple[str, ...], runtime: Runtime, data: Mapping[str, str]
+) -> dict[str, object]:
+    """What must be the same on all ranks, hosts with their own files and devices included."""
+    return {
+        **_asked(options),
+        "classes": ", ".join(names),
+        "precision": f"{runtime.amp_dtype or 'fp32'} on {runtime.device.type}{', compiled' * runtime.compile}",
+        **{f"images or labels of '{split}'": digest for split, digest in data.items()},
+    }
 
 
 def _ranks_table(parts: _Parts) -> list[str]:

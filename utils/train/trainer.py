@@ -223,7 +223,8 @@ class Trainer:
 
     def evaluate(self) -> Metrics:
         """The averaged model on the val split."""
-        return self.evaluator(self.step.average.model, gains=self.step.gains, watch=self.report.evaluation_bar)
+        mine = self.evaluator(self.step.average.model, gains=self.step.gains, watch=self.report.evaluation_bar)
+        return self.ranks.from_first(lambda: mine)  # another processor may differ in the last bit, and all are to agree
 
     def finish(self) -> Metrics:
         """Evaluate best.pt as it was written, with the pictures of a finished run.
@@ -283,7 +284,7 @@ class Trainer:
         told = f"{_BAD_IN_ROW} updates in a row, or more, gave no finite numbers"
         if self.state.lr_scale < 1:
             told += ", at half the learning rate as well"
-        if self.state.lr_scale < 1 or not self.run.saved:
+        if self.state.lr_scale < 1 or not self.ranks.from_first(lambda: self.run.saved):
             amp = "" if self.runtime.amp_dtype is None else ", or use --amp off"
             raise self.ranks.of_all(
                 UserError(
