@@ -55,7 +55,7 @@ def main() -> None:
 
 def _figures(trainer: Trainer, flags: argparse.Namespace) -> dict[str, Any]:
     on_cuda = trainer.runtime.device.type == "cuda"
-    step = _step(trainer, [_as_batch(batch, pin=on_cuda) for batch in synthetic_batches(flags.imgsz, flags.batch_size)])
+    step = _step(trainer, [as_batch(batch, pin=on_cuda) for batch in synthetic_batches(flags.imgsz, flags.batch_size)])
     figures = measure_steps(
         step,
         batch_size=flags.batch_size,
@@ -89,7 +89,8 @@ def _step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], Any]:
     return step
 
 
-def _as_batch(batch: SyntheticBatch, *, pin: bool) -> Batch:
+def as_batch(batch: SyntheticBatch, *, pin: bool) -> Batch:
+    """As the loader would make it."""
     made = Batch(
         images=torch.from_numpy(batch.images).permute(0, 3, 1, 2),  # channels last in memory, as the loader's
         boxes=torch.from_numpy(batch.boxes),

@@ -27,12 +27,19 @@ class Measurement:
     flags: Sequence[str]
     python: Path = Path(sys.executable)
     environment: Mapping[str, str] = field(default_factory=dict)
+    ranks: int = 1  # processes that torch's launcher starts, of which one answers
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of Python."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
+        return [*(launcher if self.ranks > 1 else []), "-m", f"benchmarks.{self.module}", *self.flags]
 
     @property
     def command(self) -> str:
         """What a reader types to get this one again."""
         python = self.python.relative_to(ROOT) if self.python.is_relative_to(ROOT) else Path("python")
-        return shlex.join([str(python), "-m", f"benchmarks.{self.module}", *self.flags])
+        return shlex.join([str(python), *self.arguments])
 
 
 def comparison(one: Measurement, mine: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, Any]:
@@ -50,7 +57,7 @@ def run_worker(measurement: Measurement, *, threads: int, compile_cache: Path | 
 
     Without a `compile_cache` it compiles into an empty folder that vanishes, so no earlier run helps it.
     """
-    command = [str(measurement.python), "-m", f"benchmarks.{measurement.module}", *measurement.flags]
+    command = [str(measurement.python), *measurement.arguments]
     with tempfile.TemporaryDirectory(prefix="bench-compiled-") as fresh:
         environment = {
             **os.environ,
@@ -73,5 +80,6 @@ def run_worker(measurement: Measurement, *, threads: int, compile_cache: Path | 
             return {"failed": f"not done after {_LONGEST_SECONDS} s"}
     if done.returncode:
         complaint = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        complaint = [line for line in complaint if line.startswith("[rank")] or complaint  # before the launcher's own
         return {"failed": complaint[-1] if complaint else f"exit code {done.returncode}"}
     return json.loads(done.stdout.strip().splitlines()[-1])

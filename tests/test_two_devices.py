@@ -31,7 +31,7 @@ from utils.train.optim import make_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "two_devices.md").read_text(encoding="utf-8")
-RANKS, BATCH_SIZE, EPOCHS = 2, 2, 2  # of a run on the 8 images of `tiny`
+RANKS, BATCH_SIZE, EPOCHS = 2, 3, 2  # of a run on the 8 images of `tiny`: parts are uneven
 
 
 def program(folder: Path, **in_place: str) -> ModuleType:
@@ -59,7 +59,7 @@ def page(tmp_path_factory) -> ModuleType:
 def test_a_split_network_computes_what_the_whole_does(page):
     """Outputs, gradients and running statistics, to the last bit, from weights that either can load."""
     whole, split = (DetectionModel(read_network("yolov5n.yaml")) for _ in range(2))
-    page.split(split, ("cpu", "cpu")).load_state_dict(whole.state_dict())
+    page.split(split, ("cpu", "cpu")).load_state_dict(whole.to(memory_format=torch.channels_last).state_dict())
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for model in (whole, split):
         sum(level.square().mean() for level in model(images)).backward()
@@ -172,22 +172,20 @@ def test_all_ranks_end_with_the_same_weights(trained):
     assert re.findall(r"epoch (\d): loss \d\.\d{3}", trained.shown) == ["1", "2"] * 2  # of one rank
 
 
-def test_ranks_train_as_one_process_on_all_of_their_images(trained):
-    """One whole network, one batch of both ranks' images, batch norms left alone as they were in the ranks."""
+def test_ranks_train_as_one_process_does(trained):
+    """One whole network on whole batches, its batch norms left alone as they were in the ranks."""
     tiny = trained.tiny
+    store = scan_dataset(open_dataset(str(tiny.data), note=print), ["train"]).stores["train"]
+    images, hyp = BaseImages(store=store, imgsz=64), Hyperparameters()
+    batches = TrainBatches(store=store, images=images, imgsz=64, batch_size=BATCH_SIZE, hyp=hyp, seed=0)
     model = with_fixed_norms(DetectionModel(read_network(str(tiny.cfg)), num_classes=2))
-    batches = batches_of(tiny.data, batch_size=RANKS * BATCH_SIZE)
-    optimizer = make_optimizer(model, batches.hyp, weight_decay=batches.hyp.weight_decay)
-    gains = LossGains.for_head(batches.hyp, model.head, 64)
+    optimizer = make_optimizer(model, hyp, weight_decay=hyp.weight_decay)
+    gains = LossGains.for_head(hyp, model.head, 64)
     for epoch in range(EPOCHS):
         order = batches.order(epoch)
         for index in range(batches.per_epoch):
             batch = batches.batch_of(batches.lot(epoch, index, order))
-            predictions = model(batch.images.float() / 255)
-            sum(
-                detection_losses([level[images] for level in predictions], part, model.head, gains).total
-                for images, part in shares(batch)
-            ).backward()
+            detection_losses(model(batch.images.float() / 255), batch, model.head, gains).total.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -195,29 +193,6 @@ def test_ranks_train_as_one_process_on_all_of_their_images(trained):
     for name, value in model.named_parameters():
         moved, apart = (value - start[name]).norm(), (value - trained.still[0][name]).norm()
         assert apart <= 1e-3 * moved and moved, name
-
-
-def batches_of(data: Path, *, batch_size: int) -> TrainBatches:
-    store = scan_dataset(open_dataset(str(data), note=print), ["train"]).stores["train"]
-    images = BaseImages(store=store, imgsz=64)
-    return TrainBatches(store=store, images=images, imgsz=64, batch_size=batch_size, hyp=Hyperparameters(), seed=0)
-
-
-def shares(batch: Batch) -> list[tuple[slice, Batch]]:
-    """Each rank's images, and its batch of them."""
-    shared = []
-    for first in range(0, len(batch.images), BATCH_SIZE):
-        images = slice(first, first + BATCH_SIZE)
-        mine = (batch.image_of >= images.start) & (batch.image_of < images.stop)
-        part = Batch(
-            images=batch.images[images],
-            boxes=batch.boxes[mine],
-            classes=batch.classes[mine],
-            image_of=batch.image_of[mine] - first,
-            indices=batch.indices[images],
-        )
-        shared.append((images, part))
-    return shared
 
 
 def with_fixed_norms(model: DetectionModel) -> DetectionModel:
@@ -282,7 +257,7 @@ def main(folder: Path) -> None:
     rank = os.environ["RANK"]
     (folder / rank).mkdir()
     toy = {"data/shapes.yaml": f"{folder}/set/data.yaml", "yolov5n.yaml": f"{folder}/set/cfg.yaml"}
-    toy |= {"imgsz=160": "imgsz=64", "batch_size=8": f"batch_size={BATCH_SIZE}", "epochs=6": f"epochs={EPOCHS}"}
+    toy |= {"imgsz=160": "imgsz=64", "batch_size=16": f"batch_size={BATCH_SIZE}", "epochs=6": f"epochs={EPOCHS}"}
     two_devices = program(folder / rank, **toy)
     train = two_devices.train
 
