@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -808,6 +809,21 @@ def test_a_death_that_cuts_a_batch_off_is_named(evaluation, monkeypatch, torn):
     stream = Stream(evaluation, evaluation.numbers(), workers=1)
     with pytest.raises(RunError, match=KILLED), faults_named(stream):
         list(stream)
+
+
+def test_processes_say_nothing_when_the_main_one_breaks_off_while_a_batch_is_handed_over(batches, monkeypatch, capfd):
+    """As by Ctrl-C."""
+    stream = TrainStream(batches, end_epoch=1, workers=1, num_classes=3)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(connection, "answer_challenge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream.epoch(0))
+    monkeypatch.undo()
+    stream.close()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("other", [ConnectionResetError, OSError])

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import shutil
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -23,6 +24,7 @@ from functools import partial
 from multiprocessing import connection
 from multiprocessing.util import Finalize
 from pathlib import Path
+from types import TracebackType
 from typing import Generic, TypeVar
 
 import cv2
@@ -777,8 +779,15 @@ def _moved(batch: Batch | UnpaintedBatch) -> Batch | UnpaintedBatch | _Failure:
 def _start_worker(worker: int) -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `signals_held_back` holds none
+    sys.excepthook = _tell_of_mistakes
     cv2.setNumThreads(0)
     silence_libraries()  # the scan has named damaged images, once
+
+
+def _tell_of_mistakes(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """None is that the main process broke off while a batch was handed over: Ctrl-C may come at any time."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _unchanged(item: Iterable) -> Iterable:
