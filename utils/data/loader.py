@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import shutil
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -23,6 +24,7 @@ from functools import partial
 from multiprocessing import connection
 from multiprocessing.util import Finalize
 from pathlib import Path
+from types import TracebackType
 from typing import Generic, TypeVar
 
 import cv2
@@ -30,6 +32,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from utils.data.images import ImageSource
 from utils.data.plan import (
@@ -57,7 +61,8 @@ from utils.structures import Batch, LabelStore, Part, QuadPlan, RunError, Sample
 _UNPAINTED_SIZE = 2  # in painted ones: 1.2 on average with scale 0.5, as much again for mixup
 _PREFETCH = 4  # batches that each loader process works ahead
 _SHARED_MEMORY = Path("/dev/shm")  # Linux; torch hands batches from process to process through it
-_PATIENCE_S = 150  # without any batch, twice in a row; then whoever has long given no sign of life hangs
+_LOOK_S = 1.0  # for a batch, until it is seen whether those who make it are there
+_PATIENCE_S = 300  # of looking, without a batch or a sign of life
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -465,9 +470,9 @@ _CLOSING_S = 3.0  # that a process has to finish a batch which nobody waits for
 
 @contextmanager
 def faults_named(*streams: Stream | TrainStream) -> Iterator[None]:
-    """Deaths of loader processes are reported by name, also where the batch of another stream is waited for.
+    """Errors that the death of a loader process may be the reason of are reported as that, by name.
 
-    torch tells of any by an error of its own. After the block there are no such processes any more.
+    As of memory that was short for all. After the block there are no such processes any more.
     """
     try:
         yield
@@ -522,6 +527,7 @@ class _Supply(Generic[_Batches, _Key]):
         self._store = batches.store
         self._board = _Board(self.workers)
         self._processes: Sequence[multiprocessing.Process] = ()
+        self._signs, self._silent_looks = self._board.signs(), 0
         if self.workers:
             made = _MadeApart(replace(batches, images=_Watched(batches.images, self._board)), make, place, self._board)
         else:
@@ -534,7 +540,6 @@ class _Supply(Generic[_Batches, _Key]):
             prefetch_factor=prefetch,
             persistent_workers=self.workers > 0,
             pin_memory=pin_memory,
-            timeout=_PATIENCE_S if self.workers else 0,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # the default draws from the global one
             collate_fn=_unchanged,
@@ -543,7 +548,9 @@ class _Supply(Generic[_Batches, _Key]):
     def __iter__(self) -> Iterator[Batch | UnpaintedBatch]:
         try:
             with signals_held_back():
-                batches = self._begun()
+                batches = iter(self._loader)
+                if self.workers and not self._processes:
+                    self._take_over(batches)
             for result in self._awaited(batches):
                 if isinstance(result, _Failure):
                     raise UserError(result.message)
@@ -555,17 +562,16 @@ class _Supply(Generic[_Batches, _Key]):
             self.end()
             raise RunError(fault) from error
 
-    def _begun(self) -> Iterator[Batch | UnpaintedBatch]:
-        """The processes are at work on the keys, from the first on."""
-        if self._processes:  # each of which answers first, when it has done what it is at
-            return self._waited_for(partial(iter, self._loader))
-        batches = iter(self._loader)
-        if self.workers:
-            self._at_exit = Finalize(None, _kill, args=(batches._workers,), exitpriority=0)
-            self._processes = batches._workers
-            _with_processes.add(self)
-            _DeathHandler.take_over()
-        return batches
+    def _take_over(self, batches: _BaseDataLoaderIter) -> None:
+        """Watch over the processes in torch's place, which raises an error wherever the main thread is when one dies.
+
+        It would break off what is never to be broken off: the start of a thread, say, or talk with another process.
+        """
+        self._at_exit = Finalize(None, _kill, args=(batches._workers,), exitpriority=0)
+        self._processes = batches._workers
+        signal_handling._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
+        batches._try_get_data = partial(_look, weakref.ref(batches), weakref.ref(self))
 
     def _fault(self, error: Exception) -> str:
         """What the processes have to do with it; empty where nothing."""
@@ -574,45 +580,28 @@ class _Supply(Generic[_Batches, _Key]):
             for process in self._processes:
                 if process.sentinel in ended:
                     process.join()
-        hangs = isinstance(error, RuntimeError) and "timed out" in str(error)
-        return self.death() or (self._hang() if hangs else "")
+        return self.death() or (self._hang() if isinstance(error, _Silence) else "")
 
     def _awaited(self, batches: Iterator[_Result]) -> Iterator[_Result]:
-        """The same, patiently: a wait in vain is followed by another, as the whole run may have been stopped (Ctrl-Z)
-        meanwhile, and by more as long as those at work give signs of life, as with a slow drive."""
-        waited = False
-        while True:
-            try:
-                result = self._waited_for(partial(next, batches, None))
-            except RuntimeError as error:
-                if "timed out" not in str(error) or self.death() or (waited and not self._all_live()):
-                    raise
-                waited = True
-                continue
+        """The same. Raises RuntimeError where a process has died, and _Silence where all seem to hang."""
+        while not self.death():
+            result = next(batches, None)
             if result is None:
                 return
-            waited = False
             yield result
+        raise RuntimeError("a process has died while nobody waited")
 
-    def _waited_for(self, answer: Callable[[], _Result]) -> _Result:
-        """What the processes answer. Raises RuntimeError where one has died, now or before."""
-        hears = bool(self._processes) and _in_main_thread()
-        if hears:
-            _DeathHandler.raises = True
-        try:
-            fault = self.death()  # of which torch has told already: it would wait for the dead
-            if fault:
-                raise RuntimeError(fault)
-            return answer()
-        finally:
-            if hears:
-                _DeathHandler.raises = False
+    def heed(self, *, found: bool) -> None:
+        """After a look for a batch, whether there was one. Raises _Silence when too many in a row were in vain.
 
-    def _all_live(self) -> bool:
-        return any(self._board.work(worker) for worker in range(self.workers)) and not self._hanging()
-
-    def _hanging(self) -> list[int]:
-        return [worker for worker in range(self.workers) if self._board.seconds(worker) > _PATIENCE_S / 2]
+        They are counted, not timed, as the whole run may be stopped meanwhile (Ctrl-Z). As long as anybody gives signs
+        of life, as with a slow drive, nothing is in vain.
+        """
+        signs = self._board.signs()
+        self._silent_looks = 0 if found or signs != self._signs else self._silent_looks + 1
+        self._signs = signs
+        if self._silent_looks * _LOOK_S >= _PATIENCE_S:
+            raise _Silence
 
     def death(self) -> str:
         """Of the first process that ended by itself; empty when there is none."""
@@ -625,16 +614,16 @@ class _Supply(Generic[_Batches, _Key]):
         return ""
 
     def _hang(self) -> str:
-        """Of the process that has been at its batch for longest."""
-        hanging = self._hanging()
-        if not hanging:
-            return f"the loader processes have made nothing for {2 * _PATIENCE_S} s; --workers 0 does without them"
-        worker = max(hanging, key=self._board.seconds)
+        """Of the process that has given no sign of life for longest."""
+        worker = max(range(self.workers), key=self._board.seconds)
+        work = self._board.work(worker)
+        if not work:
+            return f"the loader processes have made nothing for {_PATIENCE_S} s; --workers 0 does without them"
         image, process = self._board.image(worker), self._processes[worker]
         at = "painting" if image is None else f"reading {self._store.path(image)}"
         return (
-            f"{_name(worker, process)} hangs, {at} for {self._board.seconds(worker):.0f} s, in "
-            f"{self._board.work(worker)}: is its drive still there? --resume continues the run"
+            f"{_name(worker, process)} hangs, {at} for {self._board.seconds(worker):.0f} s, in {work}: is its drive "
+            "still there? --resume continues the run"
         )
 
     def end(self) -> None:
@@ -659,40 +648,18 @@ class _Supply(Generic[_Batches, _Key]):
             self._processes = ()
 
 
-_with_processes: weakref.WeakSet[_Supply] = weakref.WeakSet()
+class _Silence(RuntimeError):
+    """No batch has come for long, and no sign of life."""
 
 
-class _DeathHandler:
-    """torch's handler of SIGCHLD, which raises RuntimeError when a loader process has died; but not just anywhere.
+def _look(batches: weakref.ref[_BaseDataLoaderIter], supply: weakref.ref[_Supply], *_: float) -> tuple[bool, object]:
+    """In place of torch's look for a batch, which may be a longer one.
 
-    It would break off what is never to be broken off, such as the start of a thread. So it raises while the main thread
-    waits for a batch; a death at another time is left to the next wait for a batch of the dead, which looks for it.
+    Whether there was one, and the batch. Raises RuntimeError where a process has died.
     """
-
-    raises = False
-
-    def __init__(self, theirs: Callable[[int, object], object]):
-        self._theirs = theirs
-
-    @classmethod
-    def take_over(cls) -> None:
-        """After torch has set its own, which it does once; on Windows and outside of the main thread it sets none."""
-        theirs = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        if _in_main_thread() and callable(theirs) and not isinstance(theirs, cls):
-            signal.signal(signal.SIGCHLD, cls(theirs))
-
-    def __call__(self, signum: int, frame: object) -> None:
-        try:
-            self._theirs(signum, frame)
-        except RuntimeError:
-            if not self.raises and any(supply.death() for supply in _with_processes):
-                return
-            _DeathHandler.raises = False  # a second one must not strike while the first is on its way out
-            raise
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+    found, batch = type(batches())._try_get_data(batches(), _LOOK_S)
+    supply().heed(found=found)
+    return found, batch
 
 
 def _kill(processes: Sequence[multiprocessing.Process]) -> None:
@@ -741,6 +708,10 @@ class _Board:
 
     def rest(self, worker: int) -> None:
         self._set(worker, [0, -1, 0, -1])
+
+    def signs(self) -> list[float]:
+        """Of life: other ones, once anybody has made an entry."""
+        return self._cells[:]
 
     def work(self, worker: int) -> str:
         epoch, number, *_ = self._get(worker)
@@ -849,8 +820,15 @@ def _moved(batch: Batch | UnpaintedBatch) -> Batch | UnpaintedBatch | _Failure:
 def _start_worker(worker: int) -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `signals_held_back` holds none
+    sys.excepthook = _tell_of_mistakes
     cv2.setNumThreads(0)
     silence_libraries()  # the scan has named damaged images, once
+
+
+def _tell_of_mistakes(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """None is that the main process broke off while a batch was handed over: Ctrl-C may come at any time."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _unchanged(item: Iterable) -> Iterable:
