@@ -128,8 +128,8 @@ def test_another_launcher_may_have_started_as_many_ranks_and_no_other_number(cli
     assert not launch.starts_ranks(None)
     assert not launch.starts_ranks(4)
     code, _, line = cli(train, "--nproc", "8")
-    assert (code, line) == (2, "")  # rank 5: the first says it
-    monkeypatch.setenv("RANK", "0")
+    assert (code, line) == (2, "")  # the first on this machine says it
+    monkeypatch.setenv("LOCAL_RANK", "0")
     code, _, line = cli(train, "--nproc", "8")
     assert code == 2
     assert line == "train.py: error: --nproc 8: another launcher has started 4 on this machine; leave it out\n"
