@@ -128,7 +128,7 @@ def _round(number: int, variant: Variant, seed: float, scene: Scene, folder: Pat
     process = Watched(_command(variant, scene, own, restarts=5, workers=rng.choice([0, 1, 2])), own, 0)
     try:
         for _ in range(2 if rng.random() < _TWICE else 1):
-            if process.lives_for(rng.uniform(0.3, 0.9) * took[variant.name]):
+            if process.lives_for(rng.uniform(0.2, 0.7) * took[variant.name]):
                 _kill_one(process, rng, story)
         code = process.end(120 + 10 * took[variant.name])
         story.problems += [f"exit code {code}: {process.errors.strip()[-300:]}"] if code else []

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ import val
 from utils import launch
 from utils.launch import Place, place
 from utils.machine import usable_cores
-from utils.structures import UserError
+from utils.structures import RunError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +41,17 @@ def without(*names: str, **changes: str) -> dict[str, str]:
 
 
 def test_a_rank_is_told_by_its_environment():
-    here = Place(rank=5, ranks=8, local_rank=1, local_ranks=4, launch="job-7", restarts=2, ours=False)
+    here = Place(
+        rank=5,
+        ranks=8,
+        local_rank=1,
+        local_ranks=4,
+        master=("10.0.0.1", 29500),
+        served=False,
+        launch="job-7",
+        restarts=2,
+        ours=False,
+    )
     assert place(ELASTIC) == here
     assert place({**ELASTIC, "NPROC_LAUNCHER": "1"}).ours
 
@@ -157,6 +168,7 @@ def test_an_environment_that_makes_no_sense_is_nothing_to_a_program_without_rank
 STAND_IN = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 from utils.config import TrainOptions, run_on_ranks
 from utils.launch import place, tells_of_signals
@@ -451,3 +463,18 @@ def test_ranks_of_torchs_launcher_stop_when_it_is_killed(start_ranks):
     ranks.send(signal.SIGKILL)
     assert ranks.end() == (-signal.SIGKILL, "", "\ntrain.py: interrupted by SIGTERM\n")
     assert (ranks.folder / "saved1").exists()
+
+
+def test_a_rank_that_was_killed_is_told_with_what_the_others_know_of_it():
+    killed = {1: SimpleNamespace(exitcode=-9)}
+    missed = launch._Recorded(
+        name="RunError",
+        text="rank 1 (here, pid 7) is gone; its last step was batch 2 of epoch 3; continue with: x",
+        traceback="",
+    )
+    with pytest.raises(RunError) as told:
+        launch._exit_code(killed, [missed], None)
+    assert str(told.value) == (
+        "rank 1 was killed (signal 9): out of memory? lower --batch-size, --workers or --nproc; "
+        "its last step was batch 2 of epoch 3; continue with: x"
+    )

@@ -132,7 +132,7 @@ def test_work_for_one_process_is_not_done_by_several(machine, monkeypatch):
     machine()
     for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match="for one process, and a launcher started 2; start it without"):
+    with pytest.raises(UserError, match="for one process, and a launcher started 2: start it without one"):
         chosen()
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
@@ -142,7 +142,15 @@ def test_work_for_one_process_is_not_done_by_several(machine, monkeypatch):
 
 def at(local_rank: int = 0, local_ranks: int = 2) -> Place:
     return Place(
-        rank=local_rank, ranks=8, local_rank=local_rank, local_ranks=local_ranks, launch="", restarts=0, ours=False
+        rank=local_rank,
+        ranks=8,
+        local_rank=local_rank,
+        local_ranks=local_ranks,
+        master=("here", 1),
+        served=False,
+        launch="",
+        restarts=0,
+        ours=False,
     )
 
 

@@ -49,6 +49,7 @@ _START_TIME = 19  # of the fields that follow a process's name in /proc/PID/stat
 _WATCH_S = 0.05  # between looks at the ranks: less than one takes to end, so that the first to end is known
 _ASKED_S = 0.3  # that a launcher needs at most to hear of a signal
 _LEAVE_S = 2.0  # that ranks have to go by themselves once they were told to do so at once
+MISSED = " is gone; "  # how a rank says that another is; its step and what to do follow
 _HOW = "start ranks with `--nproc N`, or `python -m torch.distributed.run --nproc_per_node N train.py ...`"
 
 
@@ -60,6 +61,8 @@ class Place:
     ranks: int
     local_rank: int
     local_ranks: int  # on this host; all ranks, where an old launcher does not say
+    master: tuple[str, int]  # host and port where all meet
+    served: bool  # by the launcher, at that port; else it is for the first rank to
     launch: str  # the same for all ranks of an agent, and after its restarts; "" where there is nothing like that
     restarts: int  # of the agent's ranks; not counted where hosts came or went
     ours: bool  # started by --nproc
@@ -72,16 +75,17 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
         return None  # some containers and clusters set the others for one process, too
     if missing := [name for name in _NEEDED if name not in given]:
         there = "LOCAL_RANK is set" if "LOCAL_RANK" in given else f"WORLD_SIZE is {environ['WORLD_SIZE'].strip()}"
-        raise UserError(f"{there} in the environment, but not {', '.join(missing)}: {_HOW}")
+        raise UserError(f"{there} in the environment, but not {', '.join(missing)}: {_HOW}; for one process, unset it")
     ranks = _number(environ, "WORLD_SIZE", low=1)
     local_ranks = _number(environ, "LOCAL_WORLD_SIZE", default=ranks, low=1, high=ranks)
-    _number(environ, "MASTER_PORT", low=1, high=65535)
     run_id = environ.get("TORCHELASTIC_RUN_ID", "").strip()
     return Place(
         rank=_number(environ, "RANK", low=0, high=ranks - 1),
         ranks=ranks,
         local_rank=_number(environ, "LOCAL_RANK", low=0, high=local_ranks - 1),
         local_ranks=local_ranks,
+        master=(environ["MASTER_ADDR"].strip(), _number(environ, "MASTER_PORT", low=1, high=65535)),
+        served=environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True",
         launch=_id_of_agent() if run_id == _NO_ID else run_id,
         restarts=_number(environ, "TORCHELASTIC_RESTART_COUNT", default=0, low=0),
         ours=environ.get(_LAUNCHER, "").isdecimal(),
@@ -162,7 +166,10 @@ def record(error: Exception) -> bool:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     with suppress(OSError, KeyError):
-        get_error_handler().record_exception(error)
+        try:
+            raise error from (None if isinstance(error, UserError) else error.__cause__)
+        except Exception:  # torch shows the way of what is being handled: for a mistake of the user it begins here
+            get_error_handler().record_exception(error)
         os.utime(os.environ["TORCHELASTIC_ERROR_FILE"], ns=(now, now))
         return True
     return False
@@ -363,8 +370,10 @@ def _exit_code(failures: Mapping[int, ProcessFailure], recorded: list[_Recorded]
     if not failures:
         return 0
     rank, first = next(iter(failures.items()))
-    if first.exitcode < 0 and stopped_by is None:  # others may have said that they miss it
-        raise RunError(_killed(rank, -first.exitcode))
+    if first.exitcode < 0 and stopped_by is None:
+        # others may have said that they miss it, at which step, and how to go on
+        missed = [one.text.partition(MISSED)[2] for one in recorded if MISSED in one.text]
+        raise RunError("; ".join([_killed(rank, -first.exitcode), *missed[:1]]))
     if recorded:
         return _tell(recorded[0])
     if stopped_by is not None:

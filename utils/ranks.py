@@ -6,6 +6,7 @@ The surprise: a process by itself is a group as well, `Ranks()`, to which every 
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import secrets
 import socket
@@ -30,6 +31,8 @@ _Made = TypeVar("_Made")
 
 _AGES = timedelta(days=7)  # that ranks wait while one of them looks at the data
 _STARTING_S = 60.0  # that ranks have to come, if the timeout does not give them more
+_CALL_S = 5.0  # that one try to reach the first rank may take
+_SILENT_S = 10.0  # of waiting for other ranks, after which the user is told
 _MEETING_S = 0.02  # between two looks at what others have said
 _DYING_S = 5.0  # after which whoever has not told of a broken connection is taken for the cause of it
 _LAST_S = 0.3  # the same, for the last one
@@ -150,8 +153,7 @@ class Group(Ranks):
         self._timeout_s = timeout_s
         timeout, patience_s = timedelta(seconds=timeout_s), max(timeout_s, _STARTING_S)
         with _meeting_named(place):
-            meeting = distributed.rendezvous("env://", place.rank, place.ranks, timeout=timedelta(seconds=patience_s))
-            store = next(meeting)[0]
+            store = _store(place, patience_s)
             self._store = distributed.PrefixStore(_meet(store, place.rank, place.ranks, patience_s), store)
             # NCCL ends the process when its time is up: what can tell who is missing should strike first
             longer = timeout + timedelta(seconds=_NCCL_LATER_S * ("nccl" in backend))
@@ -265,7 +267,7 @@ class Group(Ranks):
             return LostRank("lost contact to the other ranks, and to what launched them")
         stopped = [rank for rank, end in ends.items() if end == _STOPS]
         silent = _SILENCE in ends.values()  # whose connections the others then see break
-        how = f"hangs: nothing for {self._timeout_s / 60:g} minutes (--dist-timeout)" if silent else "is gone"
+        how = "is gone" if not silent else f"hangs: nothing for {self._timeout_s / 60:g} minutes (--dist-timeout)"
         told = [f"rank {rank} ({self.names[rank]}) {how}; {step}" for rank, step in zip(gone, steps)]
         if not told:
             told = [f"rank {rank} has stopped" for rank in stopped] or ["the connection between ranks has failed"]
@@ -349,13 +351,34 @@ def _meeting_named(place: Place) -> Iterator[None]:
         ) from error
 
 
+def _store(place: Place, timeout_s: float) -> distributed.Store:
+    """Where all ranks leave messages. It is waited for here and not by torch, which hears no signal meanwhile."""
+    deadline, (host, port) = time.monotonic() + timeout_s, place.master
+    serves = place.rank == 0 and not place.served
+    while True:
+        try:
+            return distributed.TCPStore(
+                host,
+                port,
+                place.ranks,
+                is_master=serves,
+                timeout=timedelta(seconds=_CALL_S),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except RuntimeError:
+            if serves or time.monotonic() > deadline:
+                raise
+            time.sleep(_MEETING_S)
+
+
 def _meet(store: distributed.Store, rank: int, count: int, timeout_s: float) -> str:
     """A word that only these ranks share, who have all come: the store may hold what those of an earlier start said.
 
     torch's launcher keeps its store when it starts ranks again. Each rank calls with a number of its own, until rank 0
     answers to that.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline, told = time.monotonic() + timeout_s, time.monotonic() + _SILENT_S
     word = secrets.token_hex(8)
     if rank == 0:
         waits_for = set(range(1, count))
@@ -366,6 +389,13 @@ def _meet(store: distributed.Store, rank: int, count: int, timeout_s: float) -> 
                 if store.check([f"heard/{word}/{other}"]):
                     waits_for.remove(other)
             _wait(deadline, f"rank {min(waits_for, default=0)} has not come")
+            if time.monotonic() > told:
+                told = math.inf
+                missing = ", ".join(map(str, sorted(waits_for)))
+                print(
+                    f"waiting for rank {missing} of {count}, for {timeout_s / 60:g} minutes (--dist-timeout)",
+                    flush=True,
+                )
         return word
     store.set(f"call/{rank}", word)
     while True:

@@ -258,7 +258,9 @@ _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 def _by_itself() -> Ranks:
     here = place()
     if here is not None and here.ranks > 1:
-        raise UserError(f"this is work for one process, and a launcher started {here.ranks}; start it without")
+        error = UserError(f"this is work for one process, and a launcher started {here.ranks}: start it without one")
+        error.said_elsewhere = here.rank > 0
+        raise error
     return Ranks()
 
 

@@ -18,7 +18,17 @@ class Started(Ranks):
     """Ranks on hosts whose launches have these names."""
 
     def __init__(self, *names: str, restarts: int = 0) -> None:
-        self.place = Place(rank=0, ranks=2, local_rank=0, local_ranks=1, launch=names[0], restarts=restarts, ours=False)
+        self.place = Place(
+            rank=0,
+            ranks=2,
+            local_rank=0,
+            local_ranks=1,
+            launch=names[0],
+            master=("here", 1),
+            served=True,
+            restarts=restarts,
+            ours=False,
+        )
         self._launches = names
 
     def gather(self, value):
