@@ -289,11 +289,9 @@ class Group(Ranks):
 
     def _step_of(self, rank: int) -> str:
         key = f"reached/{rank}"
-        return (
-            f"its last step was {self._store.get(key).decode()}"
-            if self._store.check([key])
-            else "before its first step"
-        )
+        if not self._store.check([key]):
+            return "before its first step"
+        return f"its last step was {self._store.get(key).decode()}"
 
     def how_to_start(self, python: str, program: str) -> str:
         if self.place.ours:
@@ -357,7 +355,7 @@ def _store(place: Place, timeout_s: float) -> distributed.Store:
     serves = place.rank == 0 and not place.served
     while True:
         try:
-            return distributed.TCPStore(
+            store = distributed.TCPStore(
                 host,
                 port,
                 place.ranks,
@@ -366,10 +364,13 @@ def _store(place: Place, timeout_s: float) -> distributed.Store:
                 wait_for_workers=False,
                 multi_tenant=True,
             )
+            break
         except RuntimeError:
             if serves or time.monotonic() > deadline:
                 raise
             time.sleep(_MEETING_S)
+    store.set_timeout(timedelta(seconds=timeout_s))  # while they connect, some ranks may be slow
+    return store
 
 
 def _meet(store: distributed.Store, rank: int, count: int, timeout_s: float) -> str:
