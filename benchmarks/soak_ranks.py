@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.results import FOLDER, describe_machine, write_json
 from benchmarks.soak_cases import VARIANTS, Scene, Variant, draw
 from benchmarks.soak_process import Hung, Watched
-from benchmarks.soak_round import RUN
+from benchmarks.soak_round import RUN, verdict
 from benchmarks.soak_sameness import differences, unfinished
 
 _RANKS = 2
@@ -49,9 +49,7 @@ class Story:
 
     @property
     def verdict(self) -> str:
-        if self.problems:
-            return "DIFFERS: " + "; ".join(self.problems)
-        return "identical" if self.killed else "never struck"
+        return verdict(self.problems, struck=self.killed > 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

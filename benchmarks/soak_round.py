@@ -69,9 +69,7 @@ class Story:
 
     @property
     def verdict(self) -> str:
-        if self.problems:
-            return "DIFFERS: " + "; ".join(self.problems)
-        return "identical" if self.landed else "never struck"
+        return verdict(self.problems, struck=bool(self.landed))
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -83,6 +81,12 @@ class Story:
             "verdict": self.verdict,
             "seconds": round(self.seconds, 2),
         }
+
+
+def verdict(problems: Sequence[str], *, struck: bool) -> str:
+    if problems:
+        return "DIFFERS: " + "; ".join(problems)
+    return "identical" if struck else "never struck"
 
 
 class _Round:

@@ -13,7 +13,7 @@ import sys
 import types
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -324,6 +324,11 @@ def _shorts_of(name: str) -> list[tuple[str, tuple[str, Any]]]:
 def spelling(name: str) -> str:
     """The flag of an option."""
     return "--" + name.replace("_", "-")
+
+
+def by_flag(options: Options, *, but: Container[str] = ()) -> dict[str, Any]:
+    """Values by the flags that people type, without those of some options."""
+    return {spelling(name): value for name, value in asdict(options).items() if name not in but}
 
 
 def _underscores_to_dashes(kind: type[Options], argv: Sequence[str]) -> list[str]:

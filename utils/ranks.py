@@ -379,32 +379,35 @@ def _meet(store: distributed.Store, rank: int, count: int, timeout_s: float) -> 
     torch's launcher keeps its store when it starts ranks again. Each rank calls with a number of its own, until rank 0
     answers to that.
     """
-    deadline, told = time.monotonic() + timeout_s, time.monotonic() + _SILENT_S
-    word = secrets.token_hex(8)
-    if rank == 0:
-        waits_for = set(range(1, count))
-        while waits_for:
-            for other in sorted(waits_for):
-                if store.check([f"call/{other}"]):
-                    store.set(f"answer/{other}", f"{store.get(f'call/{other}').decode()} {word}")
-                if store.check([f"heard/{word}/{other}"]):
-                    waits_for.remove(other)
-            _wait(deadline, f"rank {min(waits_for, default=0)} has not come")
-            if time.monotonic() > told:
-                told = math.inf
-                missing = ", ".join(map(str, sorted(waits_for)))
-                print(
-                    f"waiting for rank {missing} of {count}, for {timeout_s / 60:g} minutes (--dist-timeout)",
-                    flush=True,
-                )
-        return word
-    store.set(f"call/{rank}", word)
+    deadline = time.monotonic() + timeout_s
+    return _lead(store, count, deadline) if rank == 0 else _follow(store, rank, deadline)
+
+
+def _lead(store: distributed.Store, count: int, deadline: float) -> str:
+    word, missing, silent_until = secrets.token_hex(8), set(range(1, count)), time.monotonic() + _SILENT_S
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"call/{other}"]):
+                store.set(f"answer/{other}", f"{store.get(f'call/{other}').decode()} {word}")
+            if store.check([f"heard/{word}/{other}"]):
+                missing.remove(other)
+        _wait(deadline, f"rank {min(missing, default=0)} has not come")
+        if time.monotonic() > silent_until:
+            silent_until, minutes = math.inf, (deadline - time.monotonic()) / 60
+            who = ", ".join(map(str, sorted(missing)))
+            print(f"waiting for rank {who} of {count}, for {minutes:.1f} minutes more (--dist-timeout)", flush=True)
+    return word
+
+
+def _follow(store: distributed.Store, rank: int, deadline: float) -> str:
+    call = secrets.token_hex(8)
+    store.set(f"call/{rank}", call)
     while True:
         if store.check([f"answer/{rank}"]):
-            mine, theirs = store.get(f"answer/{rank}").decode().split()
-            if mine == word:
-                store.set(f"heard/{theirs}/{rank}", "")
-                return theirs
+            answered, word = store.get(f"answer/{rank}").decode().split()
+            if answered == call:
+                store.set(f"heard/{word}/{rank}", "")
+                return word
         _wait(deadline, "rank 0 does not answer")
 
 

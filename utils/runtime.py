@@ -211,9 +211,11 @@ def choose_runtime(
         raise_or_note(refusal, note, "with --amp auto")
         amp_dtype = _choose_amp("auto", chosen)
     several = strategy.kind == "DataParallel"
-    if several:
-        names = ",".join(name.removeprefix("cuda:") for name in strategy.devices)
-        _refuse_with_several(names, compile=compile)
+    if several and compile:
+        names, count = ",".join(map(_plain_name, strategy.devices)), len(strategy.devices)
+        raise UserError(
+            f"--compile with --device {names}: not with several GPUs in one process; use --nproc {count}, too"
+        )
     if compile and chosen.type != "cpu":
         try:
             _try_compiler(chosen)
@@ -329,14 +331,6 @@ def _plain_name(name: str) -> str:
 
 def _torch_name(name: str) -> str:
     return f"cuda:{name}" if name.isdecimal() else name
-
-
-def _refuse_with_several(names: str, *, compile: bool) -> None:
-    if compile:
-        count = names.count(",") + 1
-        raise UserError(
-            f"--compile with --device {names}: not with several GPUs in one process; use --nproc {count}, too"
-        )
 
 
 def raise_or_note(refusal: UserError, note: Note | None, instead: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from models.yolo import DetectionModel
 from utils.checkpoint import Checkpoint, averaged_model, load_weights
 from utils.clock import TimeSplit
-from utils.config import SINGLE_CLASS, DetectOptions, ValOptions, find_file, spelling, validated, whole_strides
+from utils.config import SINGLE_CLASS, DetectOptions, ValOptions, by_flag, find_file, validated, whole_strides
 from utils.data.images import BaseImages
 from utils.data.loader import EvalBatches, faults_named
 from utils.data.scan import open_dataset, refuse_findings, scan_dataset
@@ -84,7 +84,7 @@ def evaluate(values: Mapping[str, Any]) -> Metrics | None:
     options = _options(values)
     ranks = join_ranks(dist_timeout=options.dist_timeout)
     with ranks.losses_named(), ranks.end_told():
-        ranks.check_alike(partial(_asked, options))
+        ranks.check_alike(partial(by_flag, options, but=_OF_A_RANK))
         if options.task == "speed":
             if not ranks.alone:
                 raise ranks.of_all(UserError("--task speed: measures one process; leave out --nproc, or the launcher"))
@@ -163,11 +163,6 @@ def _parts(options: ValOptions, ranks: Ranks) -> _Parts:
         imgsz=ranks.each(lambda: whole_strides(imgsz, max(model.head.strides), note=console.note)),
         console=console,
     )
-
-
-def _asked(options: ValOptions) -> dict[str, object]:
-    """What all ranks should have been asked for."""
-    return {spelling(name): value for name, value in asdict(options).items() if name not in _OF_A_RANK}
 
 
 def _store(options: ValOptions, spec: DatasetSpec, console: Console) -> LabelStore:

@@ -23,15 +23,7 @@ from models.yolo import DetectionModel, count_parameters, gflops, read_network
 from utils import __version__
 from utils.archive import DamagedFile
 from utils.checkpoint import Checkpoint, for_inference, load_checkpoint, load_weights, save_checkpoint
-from utils.config import (
-    LATEST,
-    SINGLE_CLASS,
-    TrainOptions,
-    find_file,
-    spelling,
-    validated,
-    whole_strides,
-)
+from utils.config import LATEST, SINGLE_CLASS, TrainOptions, by_flag, find_file, spelling, validated, whole_strides
 from utils.data import colours
 from utils.data.cache import NoRoom, cached_images, remove_abandoned, summary
 from utils.data.findings import write_findings
@@ -113,7 +105,7 @@ def build_trainer(values: Mapping[str, Any], stop: StopRequest | None = None) ->
     ranks = join_ranks(dist_timeout=given.dist_timeout)
     console = Console(quiet=given.quiet) if ranks.speaks else SilentConsole()
     with _nothing_trained(given), ranks.losses_named(), ranks.end_told():
-        ranks.check_alike(partial(_asked, given))
+        ranks.check_alike(partial(by_flag, given, but=_OF_A_RANK))
         launch = Launch.of(ranks, given)
         begun = ranks.from_first(launch.begun) if given.resume is None else None
         if begun is not None and begun.saved:
@@ -133,11 +125,6 @@ def _nothing_trained(given: TrainOptions) -> Iterator[None]:
     except Interrupted as interrupted:
         does = "starts anew" if given.resume is None else "goes on from the same checkpoint"
         raise Interrupted(interrupted.signum, f"nothing was trained yet: the same command {does}") from None
-
-
-def _asked(given: TrainOptions) -> dict[str, object]:
-    """What all ranks should have been asked for."""
-    return {spelling(name): value for name, value in asdict(given).items() if name not in _OF_A_RANK}
 
 
 def _new(
@@ -217,12 +204,7 @@ def _resumed(
     values: Mapping[str, Any], ranks: Ranks, console: Console, stop: StopRequest, *, relaunched: bool
 ) -> Trainer:
     """`relaunched`: by a launcher that began the run, or went on with it, and may not have heard of its end."""
-    refused = sorted(name for name in values if name not in _WITH_RESUME and values[name] is not None)
-    if refused:
-        allowed = ", ".join(spelling(name) for name in _WITH_RESUME[1:])
-        raise ranks.of_all(
-            UserError(f"--resume continues a run as it was; {spelling(refused[0])} cannot change, only {allowed}")
-        )
+    ranks.each(partial(_refuse_changes, values))
     path, source, checkpoint = ranks.from_first(partial(_saved_run, str(values["resume"]), console))
     changed = {name: values[name] for name in values if name != "resume" and values[name] is not None}
     options = validated(TrainOptions, {**checkpoint["options"], **changed})
@@ -262,12 +244,26 @@ def _resumed(
         console=console,
         stop=stop,
     )
+    return _continued(parts, path, source, checkpoint)
+
+
+def _refuse_changes(values: Mapping[str, Any]) -> None:
+    """Raises UserError for what cannot accompany --resume."""
+    refused = sorted(name for name in values if name not in _WITH_RESUME and values[name] is not None)
+    if refused:
+        allowed = ", ".join(spelling(name) for name in _WITH_RESUME[1:])
+        raise UserError(f"--resume continues a run as it was; {spelling(refused[0])} cannot change, only {allowed}")
+
+
+def _continued(parts: _Parts, path: Path, source: Path, checkpoint: Checkpoint) -> Trainer:
+    """The trainer that goes on from a checkpoint: that of the last.pt at `path`, read from `source`."""
+    options, run, console = parts.options, parts.run, parts.console
     for line in _what_differs(checkpoint, parts):
         console.note(line)
     if checkpoint["data"]["train"] != parts.data["train"]:
         checkpoint["batch"] = 0  # the epoch under way is another one now
     run.take_over(source)
-    checkpoint |= ranks.from_first(partial(_mended_best, run, checkpoint, console))
+    checkpoint |= parts.runtime.ranks.from_first(partial(_mended_best, run, checkpoint, console))
     state = RunState.of(checkpoint)
     within = f" and batch {state.batch} of the next" if state.batch else ""
     console.line(f"Resuming {path} after epoch {state.epoch} of {options.epochs}{within}")
@@ -710,7 +706,7 @@ def _work(
 ) -> dict[str, object]:
     """What must be the same on all ranks, hosts with their own files and devices included."""
     return {
-        **_asked(options),
+        **by_flag(options, but=_OF_A_RANK),
         "classes": ", ".join(names),
         "precision": f"{runtime.amp_dtype or 'fp32'} on {runtime.device.type}{', compiled' * runtime.compile}",
         **{f"images or labels of '{split}'": digest for split, digest in data.items()},

@@ -238,7 +238,7 @@ class Trainer:
             evaluation = self.evaluator.evaluation(
                 best,
                 gains=self.step.gains,
-                on_batch=self._picture if self.ranks.speaks else None,
+                on_batch=self._picture,
                 shown=self.report.pictures.batches,
                 watch=self.report.evaluation_bar,
             )
@@ -358,9 +358,7 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
         trainer.save_for_later()
         raise Interrupted(interrupted.signum, _how_to_continue(trainer)) from None
     except LostRank as lost:
-        if (
-            trainer.runtime.queues_work
-        ):  # the device may wait for others without end, or have taken half a sum for a whole
+        if trainer.runtime.queues_work:  # the device may wait without end, or have gone on with half a sum
             trainer.run.settle()
         else:
             trainer.save_for_later()
