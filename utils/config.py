@@ -33,6 +33,9 @@ OptimizerName = Literal["SGD", "Adam", "AdamW"]
 CacheKind = Literal["ram", "disk"]
 Painter = Literal["loader", "device"]
 Task = Literal["train", "val", "test", "speed"]
+Sampler = Literal["classic", "genetic", "tpe", "cmaes", "gp", "random"]
+Parents = Literal["single", "weighted"]
+Pruner = Literal["asha", "hyperband", "median", "none"]
 
 
 def _flag(
@@ -131,6 +134,33 @@ class TrainOptions:
     save_period: int = _flag(-1, "also keep weights/epochN.pt, every so many epochs; -1: never", low=-1)
     nproc: int = _flag(1, _NPROC, low=1)
     dist_timeout: float = _flag(10.0, _DIST_TIMEOUT, high=_LONGEST_TIMEOUT)
+    evolve: int | None = _flag(
+        None, "so many trials (alone: 300) that look for better hyperparameters, in runs/evolve/NAME", low=1, bare=300
+    )
+    evolve_sampler: Sampler = _flag("genetic", "what proposes the next hyperparameters")
+    evolve_parents: Parents = _flag("single", "of the classic sampler: one of the best trials, or their weighted mean")
+    evolve_genes: str = _flag(
+        "", "the hyperparameters to vary, such as lr0,momentum,mosaic, or a YAML of them with bounds; default: 28"
+    )
+    evolve_pruner: Pruner | None = _flag(
+        None, "what ends bad trials early (default: asha, where there are epochs enough)"
+    )
+    evolve_storage: str = _flag(
+        "",
+        "where workers on several hosts find the study: a URL such as postgresql://user:password@host/base, or "
+        "journal:FILE on a shared file system; default: a file in the folder, for one host",
+    )
+    evolve_confirm: int = _flag(
+        3, "so many of the best, and the default, are trained again at the end on fresh seeds; 0: none", low=0
+    )
+    evolve_confirm_seeds: int = _flag(3, "seeds that each of these is trained with", low=1)
+    evolve_confirm_epochs: int | None = _flag(
+        None, "epochs that each of these is trained for; default: --epochs", low=1
+    )
+    evolve_grace: int = _flag(60, "seconds without a sign of life after which a trial is taken up by another", low=5)
+    bucket: str = _flag(
+        "", "where --evolve copies its results, and finds them again: any URL of fsspec; a bare name means gs://NAME"
+    )
     local_rank: int = _flag(-1, "accepted for old launchers and ignored; the environment decides")
 
 
@@ -237,10 +267,7 @@ Options = TypeVar("Options", TrainOptions, ValOptions, DetectOptions, ScanOption
 
 # Options that users of this family know and that are still to be built: a guess at a misspelling would mislead
 _NOT_YET = {
-    TrainOptions: (
-        *("evolve", "tb_histograms"),
-        *("bucket", "entity", "upload_dataset", "bbox_interval", "artifact_alias"),
-    ),
+    TrainOptions: ("tb_histograms", "entity", "upload_dataset", "bbox_interval", "artifact_alias"),
     ValOptions: (),
     DetectOptions: (),
     ScanOptions: (),
@@ -248,8 +275,8 @@ _NOT_YET = {
 
 
 def _is_to_come(kind: type[Options], name: str) -> bool:
-    """Whether an option of this name is planned; of evolution there are many."""
-    return name in _NOT_YET[kind] or (kind is TrainOptions and name.startswith("evolve_"))
+    """Whether an option of this name is planned."""
+    return name in _NOT_YET[kind]
 
 
 # ---- command line -------------------------------------------------------------------------------------------------
@@ -277,14 +304,11 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
             parser.add_argument(*spelled, dest=item.name, choices=get_args(base), help=meaning, **bare)
         elif get_origin(base) is tuple:
             parser.add_argument(*spelled, dest=item.name, nargs="+", type=_whole, metavar="N", help=meaning)
-        elif item.metadata["bare"] is not None:
-            parser.add_argument(
-                *spelled, dest=item.name, nargs="?", const=item.metadata["bare"], metavar="PATH", help=meaning
-            )
         else:
-            metavar = {int: "N", float: "X", str: "TEXT"}[base]
+            bare = {} if item.metadata["bare"] is None else {"nargs": "?", "const": item.metadata["bare"]}
+            metavar = {int: "N", float: "X", str: "PATH" if bare else "TEXT"}[base]
             kind_of_text = _whole if base is int else base
-            parser.add_argument(*spelled, dest=item.name, type=kind_of_text, metavar=metavar, help=meaning)
+            parser.add_argument(*spelled, dest=item.name, type=kind_of_text, metavar=metavar, help=meaning, **bare)
         for short, (_, value) in _shorts_of(item.name):
             meaning = f"the same as {spelling(item.name)} {value}"
             parser.add_argument(spelling(short), dest=short, action="store_true", help=meaning)
@@ -521,6 +545,8 @@ _EXCLUDED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("noval", "patience"), "patience waits for better evaluations, and there are none before the end; choose one"),
     (("noval", "image_weights"), "the weights of the images come from evaluations; choose one"),
     (("image_weights", "repeat_factor"), "both say how often an image is shown; choose one"),
+    (("evolve", "noval"), "trials are judged by their evaluations; choose one"),
+    (("evolve", "save_period"), "nothing is saved of a trial; choose one"),
 )
 
 

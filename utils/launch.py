@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -111,6 +112,22 @@ def _id_of_agent() -> str:
         # the name before it, in brackets, may hold spaces and brackets
         started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[_START_TIME]
     return "-".join(part for part in (socket.gethostname(), str(parent), started) if part)
+
+
+# What launchers set, torch's and --nproc's
+_OF_LAUNCHERS = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|(MASTER|TORCHELASTIC|NPROC)_\w+")
+
+
+@contextmanager
+def as_no_rank() -> Iterator[None]:
+    """Processes that are started within the block know nothing of a launcher."""
+    given = {name: value for name, value in os.environ.items() if _OF_LAUNCHERS.fullmatch(name)}
+    for name in given:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(given)
 
 
 # ---- a rank ---------------------------------------------------------------------------------------------------------

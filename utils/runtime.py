@@ -248,10 +248,14 @@ def join_ranks(*, dist_timeout: float = 10.0) -> Ranks:
         return Ranks()
     if here.local_ranks == here.ranks:  # else gloo asks for the address of this host's name, which may have none
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
-    if not here.ours and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # as torch says where nobody else does
-        torch.set_num_threads(max(usable_cores() // here.local_ranks, 1))
+    _share_cores(here)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
     return Group(here, backend=backend, timeout_s=60 * dist_timeout)
+
+
+def _share_cores(here: Place) -> None:
+    if not here.ours and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # as torch says where nobody else does
+        torch.set_num_threads(max(usable_cores() // here.local_ranks, 1))
 
 
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
@@ -289,6 +293,15 @@ def choose_strategy(*, place: Place | None, available: Sequence[str], flag: str)
     if len(named) > 1 and flag not in ("", "cuda"):
         return Strategy(kind="DataParallel", devices=tuple(map(_torch_name, named)))
     return Strategy(kind="single", devices=(_torch_name(named[0]),))
+
+
+def share_of_machine(here: Place | None, *, device: str, workers: int) -> tuple[str, int]:
+    """`--device` and `--workers` of a process that works by itself, though a launcher started it beside others."""
+    if here is None:
+        return device, workers
+    _share_cores(here)
+    strategy = choose_strategy(place=here, available=_available_devices(), flag=device.strip().lower())
+    return _plain_name(strategy.devices[0]), min(workers, max(usable_cores() // here.local_ranks, 1))
 
 
 def _named_devices(flag: str, available: Sequence[str]) -> list[str]:

@@ -273,6 +273,16 @@ class _Lease:
         self.end = weakref.finalize(self, _end_lease, handle, path, os.getpid())
 
 
+def hold(path: Path) -> _Lease | None:
+    """Keep a cache file for others, until this process lets go of it or ends; None where it is gone."""
+    with suppress(OSError):
+        handle = _open(path, os.O_RDONLY)
+        if try_lock(handle, exclusive=False) and _is_at(handle, path):
+            return _Lease(handle, path)
+        os.close(handle)
+    return None
+
+
 def _end_lease(handle: int, path: Path, owner: int) -> None:
     if os.getpid() != owner:  # a forked loader process has no say in it
         return

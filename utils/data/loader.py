@@ -426,6 +426,10 @@ class TrainStream:
         self._following: Iterator[Batch | UnpaintedBatch] = iter(())
 
     @property
+    def images(self) -> ImageSource:
+        return self._batches.images
+
+    @property
     def workers(self) -> int:
         return self._supply.workers
 

@@ -138,6 +138,38 @@ def _new(
 ) -> Trainer:
     """`begun`: the folder of a run that this launch began and never saved."""
     hyp = ranks.from_first(partial(_hyperparameters, given))
+    parts, scan, lines = _parts_of_new(given, hyp, ranks, console, stop)
+    run = _new_run(parts.options, ranks, console, begun)
+    run.take_over()
+    launch.note_in(run)
+    run.put("hyp.yaml", partial(write_yaml, content=plain_values(hyp)))
+    if scan.count:
+        run.put("scan.csv", partial(write_findings, reports=scan.reports.values()))
+        lines.append(f"All findings in the data: {run.path / 'scan.csv'}")
+    for line in lines:
+        console.line(line)
+    return _assemble(replace(parts, run=run), RunState())
+
+
+def build_trial(values: Mapping[str, Any], hyp: Mapping[str, Any], *, console: Console) -> Trainer:
+    """A trainer for `Trainer.try_out`, with hyperparameters by name in place of those that `values` would name.
+
+    It writes nothing, and knows nothing of ranks. Raises UserError as `build_trainer` does.
+    """
+    given = validated(TrainOptions, {**values, "resume": None, "save_every": 0, "noplots": True})
+    trial = _checked_hyperparameters(hyperparameters(dict(hyp), source="this trial"), given)
+    parts, _, lines = _parts_of_new(given, trial, Ranks(), console, StopRequest())
+    for line in lines:
+        console.line(line)
+    trainer = _assemble(parts, RunState(), silent=True)
+    trainer.save_first = False
+    return trainer
+
+
+def _parts_of_new(
+    given: TrainOptions, hyp: Hyperparameters, ranks: Ranks, console: Console, stop: StopRequest
+) -> tuple[_Parts, DatasetScan, list[str]]:
+    """All but the folder of a new run, which is for the caller to make, and then to say these lines."""
     spec = ranks.host_first(lambda: open_dataset(given.data, note=console.note, bar=console.download_bar))
     names = _names(given, spec)
     runtime = ranks.each(lambda: _runtime(given, ranks))
@@ -160,15 +192,6 @@ def _new(
     lines += _choose_anchors(model, options, hyp, train, ranks) + _repeated(options, names, train)
     data = _digests(train, val)
     ranks.check_alike(partial(_work, options, names, runtime, data))
-    run = _new_run(options, ranks, console, begun)
-    run.take_over()
-    launch.note_in(run)
-    run.put("hyp.yaml", partial(write_yaml, content=plain_values(hyp)))
-    if scan.count:
-        run.put("scan.csv", partial(write_findings, reports=scan.reports.values()))
-        lines.append(f"All findings in the data: {run.path / 'scan.csv'}")
-    for line in lines:
-        console.line(line)
     parts = _Parts(
         options=options,
         hyp=hyp,
@@ -179,11 +202,11 @@ def _new(
         val=val,
         data=data,
         images=images,
-        run=run,
+        run=FollowedRunFolder(Path()),
         console=console,
         stop=stop,
     )
-    return _assemble(parts, RunState())
+    return parts, scan, lines
 
 
 def _new_run(options: TrainOptions, ranks: Ranks, console: Console, begun: RunFolder | None) -> RunFolder:
@@ -364,7 +387,11 @@ def _refuse_finished(path: Path, checkpoint: Checkpoint, run: RunFolder, options
 
 
 def _hyperparameters(options: TrainOptions) -> Hyperparameters:
-    hyp = read_hyp(find_file(options.hyp, "data/hyps"))
+    return _checked_hyperparameters(read_hyp(find_file(options.hyp, "data/hyps")), options)
+
+
+def _checked_hyperparameters(hyp: Hyperparameters, options: TrainOptions) -> Hyperparameters:
+    """Raises UserError for what does not go with these options."""
     if hyp.albumentations and options.paint == "device":
         raise UserError(f"--paint device: knows no 'albumentations', which {options.hyp} asks for; use --paint loader")
     check_transforms(hyp.albumentations, source=options.hyp)
@@ -640,7 +667,8 @@ def _repeated(options: TrainOptions, names: tuple[str, ...], store: LabelStore) 
     ]
 
 
-def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None) -> Trainer:
+def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None, silent: bool = False) -> Trainer:
+    """`silent`: nobody is told of the run."""
     options, runtime = parts.options, parts.runtime
     with mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz):
         model = parts.model.to(runtime.device, memory_format=torch.channels_last)
@@ -668,7 +696,7 @@ def _assemble(parts: _Parts, state: RunState, *, accumulation: int | None = None
         ),
         evaluator=_evaluator(parts),
         run=parts.run,
-        report=_report(parts, schedule, start=(state.epoch, state.batch)),
+        report=RunReport(parts.run.path) if silent else _report(parts, schedule, start=(state.epoch, state.batch)),
         state=state,
         data=parts.data,
         made_on=parts.made_on,

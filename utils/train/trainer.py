@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -126,6 +126,36 @@ class Trainer:
                 metrics = self.finish()
             self.ranks.leave()
             return metrics
+
+    def try_out(self, rungs: Container[int], goes_on: Callable[[int, Metrics], bool]) -> Metrics | None:
+        """Train to the last epoch; its metrics. Nothing is saved, shown or taken up again.
+
+        After each epoch whose number, from 1, is among `rungs` it is evaluated as well, and where `goes_on` then says
+        no, that is the end, and there are no metrics. Raises RunError as `fit` does, and for numbers that are none.
+        """
+        options = self.options
+        with (
+            mendable_errors(batch_size=options.batch_size, imgsz=options.imgsz),
+            faults_named(self.stream, self.evaluator.stream),
+        ):
+            while True:
+                metrics = self._tried_epoch(rungs)
+                if self.state.epoch >= options.epochs:
+                    return metrics
+                if metrics is not None and not goes_on(self.state.epoch, metrics):
+                    return None
+
+    def _tried_epoch(self, rungs: Container[int]) -> Metrics | None:
+        try:
+            self.train_epoch()
+        except _Diverged:
+            raise UserError(f"{_BAD_IN_ROW} updates in a row gave no finite numbers") from None
+        number = self.state.epoch + 1
+        metrics = self.evaluate() if number in rungs or number == self.options.epochs else None
+        if metrics is not None and metrics.non_finite == metrics.images:
+            raise UserError("the network gives no finite numbers")
+        self.state.finish_epoch(metrics)
+        return metrics
 
     def _run_epoch(self) -> None:
         losses = self.train_epoch()

@@ -1,0 +1,242 @@
+"""A worker of a study: it asks for trials, runs them and tells what they gave, until as many are finished as there should be.
+
+Any number of workers share a study, each for itself. The surprise: none of them is in charge. How many trials are done,
+whose turn it is and which were lost is what the study's storage says, at any moment, to whoever asks.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning, TrialPruned, UpdateFinishedTrialError
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from utils.evolve.history import FAILURE, RESULTS, SECONDS, is_lost
+from utils.evolve.storage import Storage
+from utils.stopping import StopRequest
+from utils.structures import UserError
+
+ID = "id"  # user attribute of a study: a name that no other has
+_WAIT_S = 2.0  # between looks at whether other workers have done what is left
+_LOOK_S = 0.2  # between looks at whether a signal has come
+
+
+class TrialFailed(Exception):
+    """A trial has failed by its own doing; the text says why."""
+
+
+class _Lost(Exception):
+    """Others have taken this worker for lost, and its trial for theirs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a trial gave."""
+
+    fitness: float
+    results: Mapping[str, float]  # by history.RESULT_NAMES
+
+
+Report = Callable[[int, float, Mapping[str, float]], None]  # epoch, fitness, results; it raises what ends the trial
+Objective = Callable[[Mapping[str, Any], Report], Outcome]  # of the values of the genes; raises TrialFailed
+
+
+class Watch:
+    """Hears of what a worker does. This class keeps it to itself: the null object."""
+
+    def started(self, number: int) -> None:
+        """The trial of this number begins."""
+
+    def finished(self, number: int) -> None:
+        """It is over, and counts."""
+
+
+# ---- opening ------------------------------------------------------------------------------------------------------
+
+
+def open_study(name: str, storage: Storage, *, sampler: BaseSampler, pruner: BasePruner) -> Study:
+    """The study of this name, new or joined."""
+    with quiet_optuna():
+        study = optuna.create_study(
+            storage=storage.optuna,
+            study_name=name,
+            direction="maximize",
+            load_if_exists=True,
+            sampler=sampler,
+            pruner=pruner,
+        )
+        if ID not in study.user_attrs:
+            study.set_user_attr(ID, uuid.uuid4().hex)
+    return study
+
+
+def agreed(study: Study, key: str, mine: Any) -> Any:
+    """What the study says of itself under this key: `mine`, if nobody was faster."""
+    if key not in study.user_attrs:
+        study.set_user_attr(key, mine)
+    return study.user_attrs[key]
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Without what Optuna tells of each trial, and of what it calls experimental."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            # heartbeats are recorded here, without `Study.optimize`
+            warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used")
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+# ---- working ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """One of those that work on a study until `goal` trials have finished, pruned and failed ones among them."""
+
+    study: Study
+    storage: Storage
+    distributions: Mapping[str, BaseDistribution]
+    goal: int
+    objective: Objective
+    watch: Watch
+    stop: StopRequest
+
+    def work(self) -> bool:
+        """Whether the goal is reached. Where the storage cannot know lost trials, others may still be at the last ones.
+
+        Raises Interrupted when a signal asks to stop, and UserError for a mistake that all trials would meet with; the
+        trial under way is for others then.
+        """
+        with quiet_optuna():
+            while True:
+                self.stop.check()
+                self.storage.fail_stale(self.study)
+                counted = self._counted()
+                if len(counted) == self.goal and all(trial.state.is_finished() for trial in counted):
+                    return True
+                if len(counted) < self.goal or any(trial.state == TrialState.WAITING for trial in counted):
+                    self._run_next()
+                elif self.storage.finds_lost:
+                    self._wait()
+                else:
+                    return False
+
+    def _counted(self) -> Sequence[FrozenTrial]:
+        """The first trials, up to the goal, that were not lost: once all of these have finished, all is done."""
+        trials = sorted(self.storage.patient(self.study.get_trials, deepcopy=False), key=lambda trial: trial.number)
+        return [trial for trial in trials if not is_lost(trial)][: self.goal]
+
+    def _run_next(self) -> None:
+        trial = self.storage.patient(self._asked)
+        with self._heartbeats(trial):
+            if any(one.number == trial.number for one in self._counted()):
+                self._run(trial)
+            else:  # several have asked for the last one
+                self._hand_back(trial)
+
+    def _asked(self) -> Trial:
+        """The next trial, which shows a sign of life from the first: without one Optuna takes it for alive, always."""
+        if not self._waiting():
+            self.study.add_trial(optuna.create_trial(state=TrialState.WAITING))
+        for trial in self._waiting():
+            self.storage.record_heartbeat(trial)
+        return self.study.ask(fixed_distributions=dict(self.distributions))
+
+    def _waiting(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+
+    def _run(self, trial: Trial) -> None:
+        self.watch.started(trial.number)
+        began = time.monotonic()
+        value, state = None, TrialState.COMPLETE
+        try:
+            outcome = self.objective(trial.params, partial(self._reported, trial))
+            if not math.isfinite(outcome.fitness):
+                raise TrialFailed(f"its fitness is {outcome.fitness}")
+            value = outcome.fitness
+            self._note(trial, RESULTS, dict(outcome.results))
+        except TrialPruned:
+            state = TrialState.PRUNED
+        except TrialFailed as failure:
+            state = TrialState.FAIL
+            self._note(trial, FAILURE, str(failure))
+        except _Lost:
+            return
+        except UserError:
+            self._hand_back(trial)
+            raise
+        except KeyboardInterrupt:
+            with suppress(Exception):  # else it will be found lost
+                self._give_up(trial)
+            raise
+        self._note(trial, SECONDS, time.monotonic() - began)
+        told = self.storage.patient(self.study.tell, trial, value, state=state, skip_if_finished=True)
+        if told.state == state:
+            self.watch.finished(trial.number)
+
+    def _reported(self, trial: Trial, epoch: int, fitness: float, results: Mapping[str, float]) -> None:
+        self._note(trial, RESULTS, dict(results))
+        try:
+            self.storage.patient(trial.report, fitness, epoch)
+            prune = self.storage.patient(trial.should_prune)
+        except UpdateFinishedTrialError:
+            raise _Lost from None
+        if prune:
+            raise TrialPruned
+
+    def _note(self, trial: Trial, key: str, value: Any) -> None:
+        with suppress(UpdateFinishedTrialError):
+            self.storage.patient(trial.set_user_attr, key, value)
+
+    def _hand_back(self, trial: Trial) -> None:
+        """Let it be the next that is asked for."""
+        with suppress(UpdateFinishedTrialError):
+            self.study._storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
+
+    def _give_up(self, trial: Trial) -> None:
+        """Let another run it from its beginning."""
+        told = self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        if is_lost(told):
+            self.storage.queue_again(self.study, told)
+
+    @contextmanager
+    def _heartbeats(self, trial: Trial) -> Iterator[None]:
+        over = threading.Event()
+        thread = threading.Thread(target=self._show_life, args=(trial, over), name="heartbeats", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _show_life(self, trial: Trial, over: threading.Event) -> None:
+        while not over.wait(self.storage.heartbeat_s):
+            with suppress(Exception):  # the next may reach the storage again
+                self.storage.record_heartbeat(trial)
+
+    def _wait(self) -> None:
+        until = time.monotonic() + _WAIT_S
+        while time.monotonic() < until:
+            self.stop.check()
+            time.sleep(_LOOK_S)
