@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -112,9 +112,7 @@ class CsvTable:
         """
         unknown = set(row) - set(self.columns)
         assert not unknown, f"{self.path.name} has no column {sorted(unknown)}"
-        cells = {
-            name: _on_one_line(value) if isinstance(value, str) else _six_digits(value) for name, value in row.items()
-        }
+        cells = {name: _cell(value) for name, value in row.items()}
         try:
             with self.path.open("a", encoding="utf-8", newline="") as file:
                 # one write, so that a kill cuts at most one row
@@ -147,6 +145,16 @@ class CsvTable:
         return ", ".join(_quoted(cells.get(name, "")).rjust(max(len(name), 11)) for name in self.columns) + "\n"
 
 
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, float | str]]) -> str:
+    """A whole table as `CsvTable` has it, its columns as wide as their widest cell, but for the last.
+
+    A number that is to keep all its digits is given as text.
+    """
+    lines = [list(columns), *([_quoted(_cell(row.get(name, ""))) for name in columns] for row in rows)]
+    widths = [max(11, *map(len, cells)) for cells in list(zip(*lines))[:-1]]
+    return "".join(", ".join([*map(str.rjust, cells, widths), cells[-1]]) + "\n" for cells in lines)
+
+
 def _cells(line: str) -> list[str]:
     """Of one line by itself, so that a stray quote swallows no other."""
     return [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True), [])]
@@ -156,7 +164,11 @@ def _quoted(cell: str) -> str:
     return '"' + cell.replace('"', '""') + '"' if "," in cell or '"' in cell else cell
 
 
-def _on_one_line(text: str) -> str:
+def _cell(value: float | str) -> str:
+    return on_one_line(value) if isinstance(value, str) else _six_digits(value)
+
+
+def on_one_line(text: str) -> str:
     """With escapes for line breaks, and for bytes of a file name that are no text."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 

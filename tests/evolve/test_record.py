@@ -1,0 +1,276 @@
+import csv
+import itertools
+import math
+import multiprocessing
+import shlex
+import warnings
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+
+from tests.evolve.studies import DISTRIBUTIONS, add, new_study, searched
+from utils.evolve import record
+from utils.evolve.history import RESULT_NAMES, best, finished_of
+from utils.evolve.record import CSV_NAME, HYP_NAME, StudyRecord, importances, write_hyp
+from utils.hyp import GENES, Hyperparameters, hyperparameters, plain_values, read_hyp
+from utils.structures import PixelTransform
+
+HYP = plain_values(Hyperparameters())
+
+
+def rows_of(folder):
+    with (folder / CSV_NAME).open(newline="") as file:
+        return list(csv.DictReader(file, skipinitialspace=True))
+
+
+def comments_of(path):
+    return [line[2:] for line in path.read_text().splitlines() if line.startswith("#")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path
+
+
+@pytest.fixture
+def table(folder):
+    return StudyRecord(folder, names=list(GENES))
+
+
+# ---- evolve.csv and hyp_evolved.yaml
+
+
+def test_a_row_says_what_became_of_a_trial(table, folder):
+    study = new_study()
+    add(study, fitness=0.25, values={"lr0": 0.0123456789012345}, reports={10: 0.25})
+    add(study, TrialState.PRUNED, values={"lr0": 0.02}, reports={3: 0.1, 5: 0.125}, results={"precision": 1 / 3})
+    add(study, TrialState.FAIL, failure='out of memory, "all" of it\nthe rest', results={})
+    add(study, TrialState.FAIL)  # lost
+    add(study, TrialState.RUNNING)
+    assert table.write(study, HYP)
+    first, second, third = rows_of(folder)
+    assert list(first) == ["trial", "state", "fitness", *RESULT_NAMES, *GENES, "seconds", "epochs", "failure"]
+    assert [row["trial"] for row in (first, second, third)] == ["0", "1", "2"]
+    assert [row["state"] for row in (first, second, third)] == ["complete", "pruned", "failed"]
+    assert (first["fitness"], first["recall"], first["lr0"]) == ("0.25", "0.25", "0.0123456789012345")
+    assert (first["momentum"], first["anchors"], first["seconds"], first["epochs"]) == ("0.937", "", "12.5", "10")
+    assert (second["fitness"], second["precision"], second["recall"], second["epochs"]) == (
+        "0.125",
+        "0.333333",
+        "",
+        "5",
+    )
+    assert (third["fitness"], third["failure"]) == ("", 'out of memory, "all" of it\\nthe rest')
+
+
+def test_columns_are_straight_whatever_is_in_them(table, folder):
+    study = searched(20, ["lr0", "mosaic"])
+    table.write(study, HYP)
+    lines = (folder / CSV_NAME).read_text().splitlines()
+    assert len({line.rindex(",") for line in lines}) == 1 and len(lines) == 21
+
+
+def test_the_best_is_a_hyp_file_that_says_where_it_is_from(table, folder):
+    study = new_study("strange\nname")
+    add(study, fitness=0.5, values={"lr0": 0.02, "anchors": None})
+    add(study, fitness=0.75, values={"lr0": 1e-5, "anchors": 5.0})
+    add(study, fitness=0.75, values={"lr0": 0.03, "anchors": 3.0})
+    add(study, TrialState.PRUNED, fitness=0.9, values={"lr0": 0.04}, reports={1: 0.9})
+    add(study, TrialState.FAIL, failure="NaN")
+    table.write(study, HYP)
+    path = folder / HYP_NAME
+    assert read_hyp(path) == Hyperparameters(lr0=1e-5, anchors=5.0)
+    command, of, result, figures = comments_of(path)
+    assert shlex.split(command) == ["python", "train.py", "--hyp", str(path)]
+    assert of == r"The best so far of study strange\nname, 3 trials complete, 1 pruned, 1 failed"
+    assert result == "trial 1: fitness 0.75" and figures.startswith("precision 0.75, recall 0.75, mAP_0.5 0.75, ")
+
+
+def test_a_best_without_anchors_says_nothing_of_them(table, folder):
+    study = new_study()
+    add(study, values={"lr0": 0.02, "anchors": None})
+    table.write(study, {**HYP, "anchors": 3.0})
+    assert "anchors" not in yaml.safe_load((folder / HYP_NAME).read_text())
+    assert read_hyp(folder / HYP_NAME).anchors is None
+
+
+def test_nothing_complete_is_no_hyp_file(table, folder):
+    study = new_study()
+    assert table.write(study, HYP) and rows_of(folder) == []
+    add(study, TrialState.PRUNED, reports={1: 0.5})
+    assert table.write(study, HYP)
+    assert len(rows_of(folder)) == 1 and not (folder / HYP_NAME).exists()
+
+
+def test_transforms_of_the_given_hyp_are_in_the_best(table, folder):
+    given = Hyperparameters(albumentations=(PixelTransform(name="Blur", arguments=(("p", 0.01),)),))
+    study = new_study()
+    add(study, values={"lr0": 0.02})
+    table.write(study, plain_values(given))
+    assert read_hyp(folder / HYP_NAME).albumentations == given.albumentations
+
+
+def one_of(distribution):
+    if hasattr(distribution, "choices"):
+        return st.sampled_from(distribution.choices)
+    return st.floats(distribution.low, distribution.high)
+
+
+FIGURES = st.floats(0, 1)
+TRIALS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "state": st.sampled_from(TrialState),
+            "fitness": FIGURES,
+            "values": st.fixed_dictionaries({}, optional={name: one_of(d) for name, d in DISTRIBUTIONS.items()}),
+            "reports": st.dictionaries(st.integers(1, 9), FIGURES, max_size=2),
+            "failure": st.none() | st.text(),
+            "results": st.dictionaries(st.sampled_from(RESULT_NAMES), FIGURES),
+        }
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(trials=TRIALS, name=st.text(), data=st.data())
+def test_whatever_the_trials_the_files_agree_with_the_study(tmp_path_factory, trials, name, data):
+    given = data.draw(st.fixed_dictionaries({}, optional={name: one_of(d) for name, d in DISTRIBUTIONS.items()}))
+    folder, study, hyp = tmp_path_factory.mktemp("evolve"), new_study(name), {**HYP, **given}
+    for trial in trials:
+        add(study, **trial)
+    assert StudyRecord(folder, names=list(GENES)).write(study, hyp)
+    counted = finished_of(study)
+    for row, trial in itertools.zip_longest(rows_of(folder), counted):
+        assert (int(row["trial"]), row["state"]) == (trial.number, trial.state)
+        assert row["fitness"] == ("" if trial.fitness is None else repr(trial.fitness))
+        read = {gene: float(row[gene]) for gene in GENES if row[gene]}
+        assert hyperparameters(read, source="csv") == hyperparameters({**hyp, **trial.values}, source="study")
+        assert {name: float(row[name]) for name in RESULT_NAMES if row[name]} == pytest.approx(trial.results, rel=1e-5)
+    winner = best(counted)
+    assert (folder / HYP_NAME).exists() == (winner is not None)
+    if winner:
+        assert read_hyp(folder / HYP_NAME) == hyperparameters({**hyp, **winner.values}, source="study")
+        assert f"trial {winner.number}: fitness {winner.fitness!r}" in comments_of(folder / HYP_NAME)
+
+
+@given(value=st.floats(1e-5, 0.1), comments=st.lists(st.text(), max_size=3))
+def test_any_comment_leaves_the_values_alone(tmp_path_factory, value, comments):
+    path = tmp_path_factory.mktemp("hyp") / "it's a hyp.yaml"
+    write_hyp(path, {"lr0": value, "anchors": None}, comments)
+    assert read_hyp(path) == Hyperparameters(lr0=value)
+    assert shlex.split(path.read_text().splitlines()[0][2:])[-1] == str(path)
+
+
+# ---- several workers
+
+
+class Slow:
+    """A study that is asked while another worker waits, with what it held at that time."""
+
+    def __init__(self, study, asked, goes_on):
+        self._study, self._asked, self._goes_on, self.study_name = study, asked, goes_on, study.study_name
+
+    def get_trials(self, **options):
+        trials = self._study.get_trials(**options)
+        self._asked.set()
+        assert self._goes_on.wait(30)
+        return trials
+
+
+def write_slowly(folder, asked, goes_on, num_trials):
+    study = searched(num_trials, ["lr0"])
+    StudyRecord(folder, names=["lr0"]).write(Slow(study, asked, goes_on), HYP)
+
+
+@pytest.fixture
+def slow_writer(folder):
+    """Starts another process that has read a study of 2 trials and not written them yet; gives it and what lets it."""
+    context = multiprocessing.get_context("fork")
+    asked, goes_on = context.Event(), context.Event()
+    writer = context.Process(target=write_slowly, args=(folder, asked, goes_on, 2), daemon=True)
+    writer.start()
+    assert asked.wait(30)
+    yield writer, goes_on
+    writer.kill()
+    writer.join()
+
+
+def test_a_worker_that_read_less_never_overwrites_more(table, folder, slow_writer, monkeypatch):
+    writer, goes_on = slow_writer
+    monkeypatch.setattr(record, "_PATIENCE_S", 0.2)
+    study = searched(5, ["lr0"])
+    assert not table.write(study, HYP) and not (folder / CSV_NAME).exists()
+    goes_on.set()
+    writer.join()
+    assert len(rows_of(folder)) == 2
+    assert table.write(study, HYP) and len(rows_of(folder)) == 5
+
+
+def test_a_worker_killed_while_it_writes_blocks_nobody(table, folder, slow_writer):
+    writer, _ = slow_writer
+    writer.kill()
+    assert table.write(searched(5, ["lr0"]), HYP) and len(rows_of(folder)) == 5
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    gone = tmp_path / "gone"
+    with pytest.raises(OSError, match="gone"):
+        StudyRecord(gone, names=list(GENES)).write(new_study(), HYP)
+
+
+# ---- importances
+
+
+@pytest.mark.parametrize("num_trials", [30, 300])
+def test_the_gene_that_sets_fitness_is_the_most_important(num_trials):
+    shares = importances(searched(num_trials, ["mosaic", "lr0", "anchors", "box"]))
+    assert set(shares) == {"mosaic", "lr0", "anchors", "box"}
+    assert next(iter(shares)) == "mosaic" and math.fsum(shares.values()) == pytest.approx(1)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+
+
+def test_importances_come_without_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert importances(searched(30, ["mosaic", "lr0"]))
+
+
+def test_what_cannot_be_told_is_empty():
+    assert importances(new_study()) == {}
+    assert importances(searched(7, ["lr0"])) == {}
+    same, still = new_study(), new_study()
+    for number in range(20):
+        add(same, fitness=0.5, values={"lr0": 0.001 * (number + 1)})
+        add(still, fitness=number / 20, values={"lr0": 0.01})
+    assert importances(same) == importances(still) == {}
+
+
+def test_a_gene_that_never_moved_has_no_share():
+    study = new_study()
+    for number in range(20):
+        add(study, fitness=number / 20, values={"lr0": 0.001 * (number + 1), "box": 0.05})
+    assert importances(study) == {"lr0": 1}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 1) | st.sampled_from([0.5, math.inf, -math.inf]),
+            st.fixed_dictionaries({"box": one_of(DISTRIBUTIONS["box"]), "anchors": one_of(DISTRIBUTIONS["anchors"])}),
+        ),
+        min_size=8,
+        max_size=20,
+    )
+)
+def test_importances_are_shares_whatever_the_trials(trials):
+    study = new_study()
+    for fitness, values in trials:
+        add(study, fitness=fitness, values=values)
+    shares = importances(study)
+    assert set(shares) <= {"box", "anchors"} and (not shares or math.fsum(shares.values()) == pytest.approx(1))
+    assert all(share >= 0 for share in shares.values())

@@ -1,0 +1,138 @@
+"""What a study leaves in its folder: evolve.csv, hyp_evolved.yaml and evolve.png.
+
+The surprise: whoever writes reads the study after taking the lock, not before. So a worker that was slow to get there
+never puts older rows over newer ones.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from optuna.exceptions import ExperimentalWarning
+from optuna.importance import PedAnovaImportanceEvaluator
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from utils.evolve.history import RESULT_NAMES, Finished, best, finished_of
+from utils.files import from_here, locked, write_text, write_yaml
+from utils.report.loggers import csv_text, on_one_line
+
+CSV_NAME, HYP_NAME = "evolve.csv", "hyp_evolved.yaml"
+
+_LOCK_NAME = ".evolve.lock"
+_PATIENCE_S = 30.0  # writing takes well under a second
+_FEW_TRIALS = 8  # complete; importances of so few would be noise
+_TOP, _LEAST_TOP = 0.1, 5  # PED-ANOVA asks what sets the best tenth apart, which should be five trials at least
+
+
+class StudyRecord:
+    """evolve.csv and hyp_evolved.yaml of a study, which any of its workers may write."""
+
+    def __init__(self, folder: Path, *, names: Sequence[str]) -> None:
+        """`names` are the columns of hyperparameters, in their order."""
+        self.folder = folder
+        self._names = tuple(names)
+
+    def write(self, study: Study, hyp: Mapping[str, Any]) -> bool:
+        """Make both files agree with the study; a trial has the plain values `hyp`, but for its own.
+
+        There is no hyp_evolved.yaml before a trial is complete. False, and nothing is written, where another worker
+        stays in the lock for half a minute, as one that was stopped does. An OSError names the file.
+        """
+        with _alone(self.folder) as alone:
+            if alone:
+                trials = finished_of(study)
+                write_text(self.folder / CSV_NAME, self._table(trials, hyp))
+                self._write_best(study.study_name, trials, hyp)
+        return alone
+
+    def _table(self, trials: Sequence[Finished], hyp: Mapping[str, Any]) -> str:
+        columns = ("trial", "state", "fitness", *RESULT_NAMES, *self._names, "seconds", "epochs", "failure")
+        return csv_text(columns, [self._row(trial, hyp) for trial in trials])
+
+    def _row(self, trial: Finished, hyp: Mapping[str, Any]) -> dict[str, float | str]:
+        values = {**hyp, **trial.values}
+        return {
+            "trial": trial.number,
+            "state": trial.state,
+            "fitness": _exact(trial.fitness),
+            **{name: trial.results[name] for name in RESULT_NAMES if name in trial.results},
+            **{name: _exact(values.get(name)) for name in self._names},
+            "seconds": trial.seconds,
+            "epochs": trial.epochs,
+            "failure": trial.failure,
+        }
+
+    def _write_best(self, study_name: str, trials: Sequence[Finished], hyp: Mapping[str, Any]) -> None:
+        winner = best(trials)
+        if winner is not None:
+            comments = [f"The best so far of study {study_name}, {_counts(trials)}", *_result_lines(winner)]
+            write_hyp(self.folder / HYP_NAME, {**hyp, **winner.values}, comments)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Whether the folder is ours until the end of the block, or of this process."""
+    lock = folder / _LOCK_NAME  # not the folder itself: who claims a run's folder keeps it for long
+    lock.touch()
+    handle = locked(lock, patience_s=_PATIENCE_S)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def write_hyp(path: Path, values: Mapping[str, Any], comments: Sequence[str]) -> None:
+    """A hyp YAML for `--hyp` that begins with its command, then `comments`, one a line. What is None is left out."""
+    lines = [f"python train.py --hyp {shlex.quote(str(from_here(path.absolute())))}", *comments]
+    header = "".join(f"# {on_one_line(line)}\n" for line in lines)
+    write_yaml(path, {name: _plain(value) for name, value in values.items() if value is not None}, header=header)
+
+
+def _counts(trials: Sequence[Finished]) -> str:
+    states = Counter(trial.state for trial in trials)
+    return f"{states['complete']} trials complete, {states['pruned']} pruned, {states['failed']} failed"
+
+
+def _result_lines(trial: Finished) -> list[str]:
+    results = ", ".join(f"{name} {trial.results[name]:.4g}" for name in RESULT_NAMES if name in trial.results)
+    return [f"trial {trial.number}: fitness {trial.fitness!r}", *([results] if results else [])]
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _exact(value: Any) -> str:
+    """The shortest text that reads back as the same number; empty for None."""
+    return "" if value is None else str(_plain(value))
+
+
+def importances(study: Study) -> dict[str, float]:
+    """The share of each gene in what sets the best trials apart, the largest first, by PED-ANOVA (arXiv 2304.10255).
+
+    Empty where fewer than 8 trials are complete, or all came out the same.
+    """
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    known = [trial for trial in complete if np.isfinite(trial.value)]
+    if len(known) < _FEW_TRIALS or len({trial.value for trial in known}) == 1:
+        return {}
+    genes = set.intersection(*(set(trial.params) for trial in known))
+    varied = [name for name in known[0].params if name in genes and len({trial.params[name] for trial in known}) > 1]
+    if not varied:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # in Optuna 4
+        evaluator = PedAnovaImportanceEvaluator(target_quantile=max(_TOP, min(_LEAST_TOP / len(known), 0.5)))
+        shares = evaluator.evaluate(study, params=varied)
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items()} if total > 0 else {}
