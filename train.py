@@ -27,6 +27,10 @@ def run(**options: Any) -> Metrics:
 
 def _run(options: dict[str, Any], *, ends_process: bool = False) -> Metrics:
     with stop_signals(ends_process=ends_process, tells=tells_of_signals) as stop:
+        if options.get("evolve") is not None:
+            from utils.sweep.command import evolve
+
+            return evolve(options, stop)
         from utils.train.build import build_trainer  # torch only now, so that --help is instant
 
         with stop.at_once():  # but for the import: broken off, torch's may end the process

@@ -1,4 +1,4 @@
-"""A worker of a study: it asks for trials, runs them and tells what they gave, until as many are finished as there should be.
+"""A worker of a study: it asks for trials, runs them and tells what they gave, until as many are finished as shall be.
 
 Any number of workers share a study, each for itself. The surprise: none of them is in charge. How many trials are done,
 whose turn it is and which were lost is what the study's storage says, at any moment, to whoever asks.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -26,13 +26,18 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from utils.evolve.history import FAILURE, RESULTS, SECONDS, is_lost
-from utils.evolve.storage import Storage
+from utils.evolve.storage import Storage, with_patience
 from utils.stopping import StopRequest
 from utils.structures import UserError
 
 ID = "id"  # user attribute of a study: a name that no other has
+HEARTBEAT_S = 5
+_PATIENCE_S = 600.0  # with a storage that is away
 _WAIT_S = 2.0  # between looks at whether other workers have done what is left
 _LOOK_S = 0.2  # between looks at whether a signal has come
+
+
+Result = TypeVar("Result")
 
 
 class TrialFailed(Exception):
@@ -49,6 +54,7 @@ class Outcome:
 
     fitness: float
     results: Mapping[str, float]  # by history.RESULT_NAMES
+    epochs: int  # after which it gave them
 
 
 Report = Callable[[int, float, Mapping[str, float]], None]  # epoch, fitness, results; it raises what ends the trial
@@ -64,6 +70,9 @@ class Watch:
     def finished(self, number: int) -> None:
         """It is over, and counts."""
 
+    def warn(self, text: str) -> None:
+        """A line for the user."""
+
 
 # ---- opening ------------------------------------------------------------------------------------------------------
 
@@ -72,7 +81,7 @@ def open_study(name: str, storage: Storage, *, sampler: BaseSampler, pruner: Bas
     """The study of this name, new or joined."""
     with quiet_optuna():
         study = optuna.create_study(
-            storage=storage.optuna,
+            storage=storage.backend,
             study_name=name,
             direction="maximize",
             load_if_exists=True,
@@ -130,7 +139,7 @@ class Worker:
         with quiet_optuna():
             while True:
                 self.stop.check()
-                self.storage.fail_stale(self.study)
+                self._patient(self.storage.fail_stale, self.study)
                 counted = self._counted()
                 if len(counted) == self.goal and all(trial.state.is_finished() for trial in counted):
                     return True
@@ -143,11 +152,11 @@ class Worker:
 
     def _counted(self) -> Sequence[FrozenTrial]:
         """The first trials, up to the goal, that were not lost: once all of these have finished, all is done."""
-        trials = sorted(self.storage.patient(self.study.get_trials, deepcopy=False), key=lambda trial: trial.number)
+        trials = sorted(self._patient(self.study.get_trials, deepcopy=False), key=lambda trial: trial.number)
         return [trial for trial in trials if not is_lost(trial)][: self.goal]
 
     def _run_next(self) -> None:
-        trial = self.storage.patient(self._asked)
+        trial = self._patient(self._asked)
         with self._heartbeats(trial):
             if any(one.number == trial.number for one in self._counted()):
                 self._run(trial)
@@ -175,30 +184,32 @@ class Worker:
                 raise TrialFailed(f"its fitness is {outcome.fitness}")
             value = outcome.fitness
             self._note(trial, RESULTS, dict(outcome.results))
+            self._patient(trial.report, value, outcome.epochs)
         except TrialPruned:
             state = TrialState.PRUNED
         except TrialFailed as failure:
             state = TrialState.FAIL
             self._note(trial, FAILURE, str(failure))
-        except _Lost:
+        except (_Lost, UpdateFinishedTrialError):
             return
         except UserError:
-            self._hand_back(trial)
+            with suppress(Exception):  # else it will be found lost
+                self._hand_back(trial)
             raise
         except KeyboardInterrupt:
-            with suppress(Exception):  # else it will be found lost
-                self._give_up(trial)
+            with suppress(Exception):
+                self.storage.queue_again(self.study, trial)
             raise
         self._note(trial, SECONDS, time.monotonic() - began)
-        told = self.storage.patient(self.study.tell, trial, value, state=state, skip_if_finished=True)
+        told = self._patient(self.study.tell, trial, value, state=state, skip_if_finished=True)
         if told.state == state:
             self.watch.finished(trial.number)
 
     def _reported(self, trial: Trial, epoch: int, fitness: float, results: Mapping[str, float]) -> None:
         self._note(trial, RESULTS, dict(results))
         try:
-            self.storage.patient(trial.report, fitness, epoch)
-            prune = self.storage.patient(trial.should_prune)
+            self._patient(trial.report, fitness, epoch)
+            prune = self._patient(trial.should_prune)
         except UpdateFinishedTrialError:
             raise _Lost from None
         if prune:
@@ -206,18 +217,12 @@ class Worker:
 
     def _note(self, trial: Trial, key: str, value: Any) -> None:
         with suppress(UpdateFinishedTrialError):
-            self.storage.patient(trial.set_user_attr, key, value)
+            self._patient(trial.set_user_attr, key, value)
 
     def _hand_back(self, trial: Trial) -> None:
         """Let it be the next that is asked for."""
         with suppress(UpdateFinishedTrialError):
             self.study._storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
-
-    def _give_up(self, trial: Trial) -> None:
-        """Let another run it from its beginning."""
-        told = self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-        if is_lost(told):
-            self.storage.queue_again(self.study, told)
 
     @contextmanager
     def _heartbeats(self, trial: Trial) -> Iterator[None]:
@@ -231,9 +236,15 @@ class Worker:
             thread.join()
 
     def _show_life(self, trial: Trial, over: threading.Event) -> None:
-        while not over.wait(self.storage.heartbeat_s):
+        while not over.wait(HEARTBEAT_S):
             with suppress(Exception):  # the next may reach the storage again
                 self.storage.record_heartbeat(trial)
+
+    def _patient(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """What a call of the storage gives, which may be away for a while."""
+        return with_patience(
+            partial(call, *args, **kwargs), shown=self.storage.shown, patience_s=_PATIENCE_S, say=self.watch.warn
+        )
 
     def _wait(self) -> None:
         until = time.monotonic() + _WAIT_S

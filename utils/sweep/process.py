@@ -5,6 +5,7 @@ The surprise: it is a new process for each trial, so that nothing of one can lea
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import traceback
@@ -29,7 +30,7 @@ class Request:
     rungs: tuple[int, ...]  # the epochs, from 1, after which it is judged
     place: Place | None  # of the worker, where a launcher started that
     speaks: bool  # it shows what a training run shows of its data and network
-    log: Path  # takes what is said on standard error
+    log: Path = Path(os.devnull)  # takes what is said on standard error
 
 
 # ---- what it says -------------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """All is built; training begins when it is told to go on."""
+    """All is built; training begins."""
 
     work: Mapping[str, Any]  # what must be the same for all trials of a study, by the words for it
     caches: tuple[Path, ...]  # files of images that it uses
@@ -77,6 +78,7 @@ Message = Ready | Begun | Evaluated | Failed
 def main(pipe: Connection, request: Request) -> None:
     """Of a process that multiprocessing has started."""
     end_with_parent()
+    multiprocessing.set_start_method(None, force=True)  # else loader processes would be started as this one was
     with request.log.open("wb") as log:
         os.dup2(log.fileno(), sys.stderr.fileno())
     try:
@@ -117,14 +119,13 @@ def _try_out(pipe: Connection, request: Request) -> None:
         return pipe.recv()
 
     images = (trainer.stream.images, trainer.evaluator.batches.images)
+    network = {name: value for name, value in trainer.step.model.network.items() if name != "anchors"}
     work = {
-        "the network": trainer.step.model.network,
+        "the network": network,
         "the classes": list(trainer.names),
         **{f"images or labels of '{split}'": digest for split, digest in trainer.data.items()},
     }
     pipe.send(Ready(work=work, caches=tuple(one.path for one in images if isinstance(one, CachedImages))))
-    if not pipe.recv():
-        return
     metrics = trainer.try_out(request.rungs, goes_on)
     if metrics is not None:
         pipe.send(_evaluated(trainer.state.epoch, metrics, last=True))

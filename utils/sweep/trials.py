@@ -32,9 +32,7 @@ class Trials:
     on_ready: Callable[[Ready], object]  # raises what speaks against the trial
     on_epoch: Callable[[int], object]
 
-    def __call__(
-        self, name: str, request: Request, goes_on: Callable[[Evaluated], object]
-    ) -> Outcome:
+    def __call__(self, name: str, request: Request, goes_on: Callable[[Evaluated], object]) -> Outcome:
         """`goes_on` hears of each rung, and raises what is to end the trial.
 
         Raises TrialFailed where it failed by its own doing, UserError where all others would as well, and Interrupted
@@ -50,26 +48,34 @@ class Trials:
                     self._keep(name, request.log)
                     raise
 
-    def _followed(
-        self, process: BaseProcess, pipe: Connection, goes_on: Callable[[Evaluated], object]
-    ) -> Outcome:
+    def _followed(self, process: BaseProcess, pipe: Connection, goes_on: Callable[[Evaluated], object]) -> Outcome:
         for message in self._messages(process, pipe):
             match message:
                 case Ready():
                     self.on_ready(message)
-                    pipe.send(True)
                 case Begun(epoch):
                     self.on_epoch(epoch)
                 case Evaluated(last=True):
-                    return Outcome(fitness=message.fitness, results=message.results)
+                    process.join(_ENDING_S)
+                    return Outcome(fitness=message.fitness, results=message.results, epochs=message.epoch)
                 case Evaluated():
-                    goes_on(message)
-                    pipe.send(True)
+                    self._judged(process, pipe, message, goes_on)
                 case Failed(text, usage=True):
                     raise UserError(text)
                 case Failed(text):
                     raise TrialFailed(text)
         raise TrialFailed(_how_it_ended(process))
+
+    def _judged(
+        self, process: BaseProcess, pipe: Connection, message: Evaluated, goes_on: Callable[[Evaluated], object]
+    ) -> None:
+        try:
+            goes_on(message)
+        except BaseException:
+            pipe.send(False)
+            process.join(_ENDING_S)
+            raise
+        pipe.send(True)
 
     def _messages(self, process: BaseProcess, pipe: Connection) -> Iterator[Message]:
         """Until the process ends."""
