@@ -129,6 +129,7 @@ class Worker:
     objective: Objective
     watch: Watch
     stop: StopRequest
+    heartbeat_s: float = HEARTBEAT_S
 
     def work(self) -> bool:
         """Whether the goal is reached. Where the storage cannot know lost trials, others may still be at the last ones.
@@ -236,7 +237,7 @@ class Worker:
             thread.join()
 
     def _show_life(self, trial: Trial, over: threading.Event) -> None:
-        while not over.wait(HEARTBEAT_S):
+        while not over.wait(self.heartbeat_s):
             with suppress(Exception):  # the next may reach the storage again
                 self.storage.record_heartbeat(trial)
 
