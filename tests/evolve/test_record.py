@@ -1,4 +1,5 @@
 import csv
+import gc
 import itertools
 import math
 import multiprocessing
@@ -9,12 +10,13 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
-from tests.evolve.studies import DISTRIBUTIONS, add, new_study, searched
+from tests.evolve.studies import DISTRIBUTIONS, RANGES, add, new_study, searched
 from utils.evolve import record
 from utils.evolve.history import RESULT_NAMES, best, finished_of
-from utils.evolve.record import CSV_NAME, HYP_NAME, StudyRecord, importances, write_hyp
+from utils.evolve.record import CSV_NAME, HYP_NAME, PICTURE_NAME, StudyRecord, draw, importances, write_hyp
 from utils.hyp import GENES, Hyperparameters, hyperparameters, plain_values, read_hyp
 from utils.structures import PixelTransform
 
@@ -274,3 +276,21 @@ def test_importances_are_shares_whatever_the_trials(trials):
     shares = importances(study)
     assert set(shares) <= {"box", "anchors"} and (not shares or math.fsum(shares.values()) == pytest.approx(1))
     assert all(share >= 0 for share in shares.values())
+
+
+# ---- the picture
+
+
+def figures_alive():
+    gc.collect()
+    return sum(type(thing) is Figure for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("num_trials", [0, 1, 30])
+def test_a_study_is_drawn_again_and_again_without_a_trace(folder, num_trials):
+    study, genes = searched(num_trials, ["mosaic", "lr0", "anchors"]), ("mosaic", "lr0", "anchors")
+    before = figures_alive()
+    for _ in range(2):
+        draw(study, {name: RANGES[name] for name in genes}, folder)
+    assert [path.name for path in folder.iterdir()] == [PICTURE_NAME]
+    assert figures_alive() == before

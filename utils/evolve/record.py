@@ -23,9 +23,10 @@ from optuna.trial import TrialState
 
 from utils.evolve.history import RESULT_NAMES, Finished, best, finished_of
 from utils.files import from_here, locked, write_text, write_yaml
+from utils.report.evolution import Range, plot_evolution
 from utils.report.loggers import csv_text, on_one_line
 
-CSV_NAME, HYP_NAME = "evolve.csv", "hyp_evolved.yaml"
+CSV_NAME, HYP_NAME, PICTURE_NAME = "evolve.csv", "hyp_evolved.yaml", "evolve.png"
 
 _LOCK_NAME = ".evolve.lock"
 _PATIENCE_S = 30.0  # writing takes well under a second
@@ -136,3 +137,16 @@ def importances(study: Study) -> dict[str, float]:
         shares = evaluator.evaluate(study, params=varied)
     total = sum(shares.values())
     return {name: share / total for name, share in shares.items()} if total > 0 else {}
+
+
+def draw(study: Study, genes: Mapping[str, Range], folder: Path) -> None:
+    """evolve.png of what the study holds now."""
+    trials = finished_of(study)
+    winner = best(trials)
+    plot_evolution(
+        folder / PICTURE_NAME,
+        trials=trials,
+        genes=genes,
+        importances=importances(study),
+        best=None if winner is None else winner.number,
+    )
