@@ -1,11 +1,15 @@
+import contextlib
 import csv
 import gc
 import itertools
 import math
 import multiprocessing
 import shlex
+import time
 import warnings
+from pathlib import Path
 
+import optuna
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -87,7 +91,7 @@ def test_the_best_is_a_hyp_file_that_says_where_it_is_from(table, folder):
     assert read_hyp(path) == Hyperparameters(lr0=1e-5, anchors=5.0)
     command, of, result, figures = comments_of(path)
     assert shlex.split(command) == ["python", "train.py", "--hyp", str(path)]
-    assert of == r"The best so far of study strange\nname, 3 trials complete, 1 pruned, 1 failed"
+    assert of == r"The best so far of study strange\nname; its trials: 3 complete, 1 pruned, 1 failed"
     assert result == "trial 1: fitness 0.75" and figures.startswith("precision 0.75, recall 0.75, mAP_0.5 0.75, ")
 
 
@@ -167,6 +171,14 @@ def test_any_comment_leaves_the_values_alone(tmp_path_factory, value, comments):
     assert shlex.split(path.read_text().splitlines()[0][2:])[-1] == str(path)
 
 
+def test_the_command_is_as_short_as_one_would_type_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in (tmp_path / "runs" / "hyp.yaml", Path("runs/hyp.yaml")):
+        write_hyp(path, {"lr0": 0.01}, ["why"])
+        assert comments_of(path) == ["python train.py --hyp runs/hyp.yaml", "why"]
+
+
 # ---- several workers
 
 
@@ -216,6 +228,30 @@ def test_a_worker_killed_while_it_writes_blocks_nobody(table, folder, slow_write
     writer, _ = slow_writer
     writer.kill()
     assert table.write(searched(5, ["lr0"]), HYP) and len(rows_of(folder)) == 5
+
+
+def work(folder, url, num_trials):
+    study = optuna.load_study(study_name="exp", storage=url)
+    for number in range(num_trials):
+        add(study, fitness=number / 10, values={"lr0": 0.001 * (number + 1)})
+        assert StudyRecord(folder, names=["lr0"]).write(study, HYP)
+
+
+def test_rows_never_get_fewer_while_three_workers_write(folder):
+    url = f"sqlite:///{folder}/study.db"
+    study = optuna.create_study(study_name="exp", storage=url, direction="maximize")
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(folder, url, 6), daemon=True) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    seen = [0]
+    while any(worker.is_alive() for worker in workers):
+        with contextlib.suppress(FileNotFoundError):
+            seen.append(len(rows_of(folder)))
+        time.sleep(0.005)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert seen == sorted(seen) and len(set(seen)) > 2
+    assert len(rows_of(folder)) == 18 and read_hyp(folder / HYP_NAME).lr0 == best(finished_of(study)).values["lr0"]
 
 
 def test_a_folder_that_is_gone_is_named(tmp_path):

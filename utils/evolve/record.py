@@ -75,7 +75,7 @@ class StudyRecord:
     def _write_best(self, study_name: str, trials: Sequence[Finished], hyp: Mapping[str, Any]) -> None:
         winner = best(trials)
         if winner is not None:
-            comments = [f"The best so far of study {study_name}, {_counts(trials)}", *_result_lines(winner)]
+            comments = [f"The best so far of study {study_name}; its trials: {_counts(trials)}", *_result_lines(winner)]
             write_hyp(self.folder / HYP_NAME, {**hyp, **winner.values}, comments)
 
 
@@ -101,7 +101,7 @@ def write_hyp(path: Path, values: Mapping[str, Any], comments: Sequence[str]) ->
 
 def _counts(trials: Sequence[Finished]) -> str:
     states = Counter(trial.state for trial in trials)
-    return f"{states['complete']} trials complete, {states['pruned']} pruned, {states['failed']} failed"
+    return f"{states['complete']} complete, {states['pruned']} pruned, {states['failed']} failed"
 
 
 def _result_lines(trial: Finished) -> list[str]:
