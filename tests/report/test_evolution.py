@@ -75,7 +75,7 @@ def plot(path, trials, genes, importances=None):
     plot_evolution(path, trials=trials, genes=genes, importances=importances or {}, best=best_of(trials))
 
 
-@pytest.mark.parametrize("num_genes, num_trials", [(1, 0), (1, 1), (3, 10), (3, 3000), (13, 300), (31, 300)])
+@pytest.mark.parametrize("num_genes, num_trials", [(1, 0), (3, 10), (3, 3000), (13, 300)])
 def test_every_size_gives_a_picture_of_one_width(tmp_path, num_genes, num_trials):
     genes = ranges(num_genes)
     plot(tmp_path / "evolve.png", draws(num_trials, genes), genes, shares(genes) if num_trials > 9 else None)
@@ -96,8 +96,7 @@ def texts_of(figure):
             yield text.get_text(), text.get_window_extent()
 
 
-@pytest.mark.parametrize("num_genes", [1, 3, 13, 31])
-@pytest.mark.parametrize("num_trials", [0, 1, 10, 300])
+@pytest.mark.parametrize("num_genes, num_trials", [(1, 0), (1, 1), (13, 1), (3, 10), (1, 300), (13, 300), (31, 300)])
 def test_no_text_is_cut_off_or_over_another(figures, tmp_path, num_genes, num_trials):
     genes = ranges(num_genes)
     trials = [replace(one, number=one.number * 40) for one in draws(num_trials, genes)]
@@ -126,7 +125,7 @@ def test_the_history_shows_what_happened(figures, tmp_path):
         Trial(0, fitness=0.3),
         Trial(1, "pruned", 0.1),
         Trial(2, fitness=0.2),
-        Trial(4, "failed", None),
+        Trial(4, "failed", 9.0),  # after a rung
         Trial(5, fitness=0.4),
     ]
     plot(tmp_path / "evolve.png", trials, {"lr0": Range()})
@@ -136,6 +135,7 @@ def test_the_history_shows_what_happened(figures, tmp_path):
     assert (line(history, "pruned").get_xdata().tolist(), line(history, "pruned").get_ydata().tolist()) == ([1], [0.1])
     assert list(line(history, "failed").get_xdata()) == [4] and line(history, "failed").get_ydata()[0] < 0.1
     assert list(line(history, "start").get_ydata()) == [0.3, 0.3]
+    assert history.get_ylim()[1] < 1
     assert (line(history, "best").get_xdata()[0], line(history, "best").get_ydata()[0]) == (5, 0.4)
 
 

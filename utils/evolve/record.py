@@ -132,7 +132,8 @@ def importances(study: Study) -> dict[str, float]:
     if not varied:
         return {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # in Optuna 4
+        warnings.simplefilter("ignore", ExperimentalWarning)  # of the evaluator, in Optuna 4
+        warnings.filterwarnings("ignore", "Target and region quantiles select the same")  # all shares are 0 then
         evaluator = PedAnovaImportanceEvaluator(target_quantile=max(_TOP, min(_LEAST_TOP / len(known), 0.5)))
         shares = evaluator.evaluate(study, params=varied)
     total = sum(shares.values())

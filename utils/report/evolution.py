@@ -73,7 +73,7 @@ def plot_evolution(
     top = max(_LEAST_TOP, _BAR * len(importances))
     panels_y = _CAPTION + _ABOVE + top + _BELOW
     figure = new_figure(_WIDTH, panels_y + rows * (_ABOVE + _PANEL + _UNDER), layout=None)
-    known = [trial for trial in trials if trial.fitness is not None and math.isfinite(trial.fitness)]
+    known = [trial for trial in trials if _is_known(trial)]
     winner = next((trial for trial in known if trial.number == best), None)
     _write_caption(figure, trials, winner)
     _draw_history(_axes(figure, _LEFT, _CAPTION + _ABOVE, _HISTORY, top), trials, known, winner)
@@ -91,6 +91,11 @@ def _axes(figure: Figure, left: float, top: float, width: float, height: float) 
     """Axes at a place in pixels from the top left corner."""
     W, H = figure.get_size_inches() * figure.dpi
     return figure.add_axes((left / W, 1 - (top + height) / H, width / W, height / H))
+
+
+def _is_known(trial: Trial) -> bool:
+    """Whether there is a fitness to show."""
+    return trial.state != "failed" and trial.fitness is not None and math.isfinite(trial.fitness)
 
 
 def _of(trials: Sequence[Trial], state: str) -> list[Trial]:
