@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import optuna
@@ -17,6 +18,23 @@ DISTRIBUTIONS = {
     **{name: FloatDistribution(gene.low, gene.high) for name, gene in GENES.items()},
     "lr0": FloatDistribution(1e-5, 1e-1, log=True),
     "anchors": CategoricalDistribution([None, 3.0, 5.0]),
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """What pictures and TensorBoard ask of a gene."""
+
+    low: float
+    high: float
+    scale: str = "linear"
+    choices: tuple[float, ...] = ()
+
+
+RANGES = {
+    **{name: Range(gene.low, gene.high) for name, gene in GENES.items()},
+    "lr0": Range(1e-5, 1e-1, "log"),
+    "anchors": Range(3.0, 5.0, "choice", (3.0, 5.0)),
 }
 
 

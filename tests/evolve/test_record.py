@@ -1,20 +1,26 @@
+import contextlib
 import csv
+import gc
 import itertools
 import math
 import multiprocessing
 import shlex
+import time
 import warnings
+from pathlib import Path
 
+import optuna
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
-from tests.evolve.studies import DISTRIBUTIONS, add, new_study, searched
+from tests.evolve.studies import DISTRIBUTIONS, RANGES, add, new_study, searched
 from utils.evolve import record
 from utils.evolve.history import RESULT_NAMES, best, finished_of
-from utils.evolve.record import CSV_NAME, HYP_NAME, StudyRecord, importances, write_hyp
+from utils.evolve.record import CSV_NAME, HYP_NAME, PICTURE_NAME, StudyRecord, draw, importances, write_hyp
 from utils.hyp import GENES, Hyperparameters, hyperparameters, plain_values, read_hyp
 from utils.structures import PixelTransform
 
@@ -85,7 +91,7 @@ def test_the_best_is_a_hyp_file_that_says_where_it_is_from(table, folder):
     assert read_hyp(path) == Hyperparameters(lr0=1e-5, anchors=5.0)
     command, of, result, figures = comments_of(path)
     assert shlex.split(command) == ["python", "train.py", "--hyp", str(path)]
-    assert of == r"The best so far of study strange\nname, 3 trials complete, 1 pruned, 1 failed"
+    assert of == r"The best so far of study strange\nname; its trials: 3 complete, 1 pruned, 1 failed"
     assert result == "trial 1: fitness 0.75" and figures.startswith("precision 0.75, recall 0.75, mAP_0.5 0.75, ")
 
 
@@ -165,6 +171,14 @@ def test_any_comment_leaves_the_values_alone(tmp_path_factory, value, comments):
     assert shlex.split(path.read_text().splitlines()[0][2:])[-1] == str(path)
 
 
+def test_the_command_is_as_short_as_one_would_type_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in (tmp_path / "runs" / "hyp.yaml", Path("runs/hyp.yaml")):
+        write_hyp(path, {"lr0": 0.01}, ["why"])
+        assert comments_of(path) == ["python train.py --hyp runs/hyp.yaml", "why"]
+
+
 # ---- several workers
 
 
@@ -216,6 +230,30 @@ def test_a_worker_killed_while_it_writes_blocks_nobody(table, folder, slow_write
     assert table.write(searched(5, ["lr0"]), HYP) and len(rows_of(folder)) == 5
 
 
+def work(folder, url, num_trials):
+    study = optuna.load_study(study_name="exp", storage=url)
+    for number in range(num_trials):
+        add(study, fitness=number / 10, values={"lr0": 0.001 * (number + 1)})
+        assert StudyRecord(folder, names=["lr0"]).write(study, HYP)
+
+
+def test_rows_never_get_fewer_while_three_workers_write(folder):
+    url = f"sqlite:///{folder}/study.db"
+    study = optuna.create_study(study_name="exp", storage=url, direction="maximize")
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(folder, url, 6), daemon=True) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    seen = [0]
+    while any(worker.is_alive() for worker in workers):
+        with contextlib.suppress(FileNotFoundError):
+            seen.append(len(rows_of(folder)))
+        time.sleep(0.005)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert seen == sorted(seen) and len(set(seen)) > 2
+    assert len(rows_of(folder)) == 18 and read_hyp(folder / HYP_NAME).lr0 == best(finished_of(study)).values["lr0"]
+
+
 def test_a_folder_that_is_gone_is_named(tmp_path):
     gone = tmp_path / "gone"
     with pytest.raises(OSError, match="gone"):
@@ -249,6 +287,15 @@ def test_what_cannot_be_told_is_empty():
     assert importances(same) == importances(still) == {}
 
 
+@pytest.mark.filterwarnings("error")
+def test_where_nearly_all_are_the_best_nothing_sets_them_apart():
+    study = new_study()
+    for number in range(20):
+        add(study, fitness=0.5 if number else math.inf, values={"lr0": 0.001 * (number + 1)})
+    add(study, fitness=math.nextafter(0.5, 0), values={"lr0": 0.05})
+    assert set(importances(study)) <= {"lr0"}
+
+
 def test_a_gene_that_never_moved_has_no_share():
     study = new_study()
     for number in range(20):
@@ -256,6 +303,7 @@ def test_a_gene_that_never_moved_has_no_share():
     assert importances(study) == {"lr0": 1}
 
 
+@pytest.mark.filterwarnings("error")
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(
@@ -274,3 +322,21 @@ def test_importances_are_shares_whatever_the_trials(trials):
     shares = importances(study)
     assert set(shares) <= {"box", "anchors"} and (not shares or math.fsum(shares.values()) == pytest.approx(1))
     assert all(share >= 0 for share in shares.values())
+
+
+# ---- the picture
+
+
+def figures_alive():
+    gc.collect()
+    return sum(type(thing) is Figure for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("num_trials", [0, 30])
+def test_a_study_is_drawn_again_and_again_without_a_trace(folder, num_trials):
+    study, genes = searched(num_trials, ["mosaic", "lr0", "anchors"]), ("mosaic", "lr0", "anchors")
+    before = figures_alive()
+    for _ in range(2):
+        draw(study, {name: RANGES[name] for name in genes}, folder)
+    assert [path.name for path in folder.iterdir()] == [PICTURE_NAME]
+    assert figures_alive() == before

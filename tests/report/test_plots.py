@@ -122,7 +122,7 @@ def texts_of(monkeypatch, draw) -> list[str]:
             said.extend([axes.get_title(loc="left"), *(one.get_text() for one in axes.texts)])
             said.extend(one.get_text() for one in (legend.get_texts() if legend else ()))
 
-    monkeypatch.setattr(plots, "_save", listen)
+    monkeypatch.setattr(plots, "save_figure", listen)
     draw()
     return said
 

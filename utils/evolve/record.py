@@ -23,9 +23,10 @@ from optuna.trial import TrialState
 
 from utils.evolve.history import RESULT_NAMES, Finished, best, finished_of
 from utils.files import from_here, locked, write_text, write_yaml
+from utils.report.evolution import Range, plot_evolution
 from utils.report.loggers import csv_text, on_one_line
 
-CSV_NAME, HYP_NAME = "evolve.csv", "hyp_evolved.yaml"
+CSV_NAME, HYP_NAME, PICTURE_NAME = "evolve.csv", "hyp_evolved.yaml", "evolve.png"
 
 _LOCK_NAME = ".evolve.lock"
 _PATIENCE_S = 30.0  # writing takes well under a second
@@ -74,7 +75,7 @@ class StudyRecord:
     def _write_best(self, study_name: str, trials: Sequence[Finished], hyp: Mapping[str, Any]) -> None:
         winner = best(trials)
         if winner is not None:
-            comments = [f"The best so far of study {study_name}, {_counts(trials)}", *_result_lines(winner)]
+            comments = [f"The best so far of study {study_name}; its trials: {_counts(trials)}", *_result_lines(winner)]
             write_hyp(self.folder / HYP_NAME, {**hyp, **winner.values}, comments)
 
 
@@ -100,7 +101,7 @@ def write_hyp(path: Path, values: Mapping[str, Any], comments: Sequence[str]) ->
 
 def _counts(trials: Sequence[Finished]) -> str:
     states = Counter(trial.state for trial in trials)
-    return f"{states['complete']} trials complete, {states['pruned']} pruned, {states['failed']} failed"
+    return f"{states['complete']} complete, {states['pruned']} pruned, {states['failed']} failed"
 
 
 def _result_lines(trial: Finished) -> list[str]:
@@ -131,8 +132,22 @@ def importances(study: Study) -> dict[str, float]:
     if not varied:
         return {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # in Optuna 4
+        warnings.simplefilter("ignore", ExperimentalWarning)  # of the evaluator, in Optuna 4
+        warnings.filterwarnings("ignore", "Target and region quantiles select the same")  # all shares are 0 then
         evaluator = PedAnovaImportanceEvaluator(target_quantile=max(_TOP, min(_LEAST_TOP / len(known), 0.5)))
         shares = evaluator.evaluate(study, params=varied)
     total = sum(shares.values())
     return {name: share / total for name, share in shares.items()} if total > 0 else {}
+
+
+def draw(study: Study, genes: Mapping[str, Range], folder: Path) -> None:
+    """evolve.png of what the study holds now."""
+    trials = finished_of(study)
+    winner = best(trials)
+    plot_evolution(
+        folder / PICTURE_NAME,
+        trials=trials,
+        genes=genes,
+        importances=importances(study),
+        best=None if winner is None else winner.number,
+    )

@@ -44,7 +44,7 @@ MAX_BARS = 40  # classes, in the picture of a data set
 # ---------------------------------------------------------------------------------------------------------- figures
 
 
-def _figure(width_px: float, height_px: float, *, layout: str | None = "constrained") -> Figure:
+def new_figure(width_px: float, height_px: float, *, layout: str | None = "constrained") -> Figure:
     with quiet_matplotlib():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -56,13 +56,13 @@ def _figure(width_px: float, height_px: float, *, layout: str | None = "constrai
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     with quiet_matplotlib():
         figure.canvas.draw()
     write_image(np.asarray(figure.canvas.buffer_rgba())[..., :3], path)
 
 
-def _dress(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
+def dress(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
     """The one look of all axes."""
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_xlabel(x, fontsize=9, color=INK)
@@ -72,7 +72,7 @@ def _dress(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
     axes.spines[["left", "bottom"]].set_color(GREY)
 
 
-def _say(axes: Axes, text: str) -> None:
+def say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=10, color=GREY)
 
 
@@ -93,18 +93,18 @@ def plot_labels(store: LabelStore, names: Sequence[str], folder: Path) -> None:
 
     Positions and sizes are fractions of the image. Where there are very many labels an even selection stands for all.
     """
-    figure = _figure(1200, 1100)
+    figure = new_figure(1200, 1100)
     (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
     counts = np.bincount(store.classes, minlength=len(names))[: len(names)]
     _draw_counts(top_left, counts, names)
     _draw_shapes(top_right, store)
     x, y, width, height = _fractions(store, _even(len(store.classes), MAX_LABELS)).T
     _draw_histogram(bottom_left, x, y)
-    _dress(bottom_left, "Box centres", "x / image width", "y / image height")
+    dress(bottom_left, "Box centres", "x / image width", "y / image height")
     bottom_left.invert_yaxis()  # as in the image
     _draw_histogram(bottom_right, width, height)
-    _dress(bottom_right, "Box sizes", "width / image width", "height / image height")
-    _save(figure, folder / "labels.jpg")
+    dress(bottom_right, "Box sizes", "width / image width", "height / image height")
+    save_figure(figure, folder / "labels.jpg")
     _plot_correlogram({"x": x, "y": y, "width": width, "height": height}, folder / "labels_correlogram.jpg")
 
 
@@ -124,7 +124,7 @@ def _draw_counts(axes: Axes, counts: np.ndarray, names: Sequence[str]) -> None:
     bars = axes.bar(
         np.arange(len(counts)), counts, color=[class_colour(index) for index in range(len(counts))], width=0.8
     )
-    _dress(axes, f"Labels per class ({counts.sum():,} in all)")
+    dress(axes, f"Labels per class ({counts.sum():,} in all)")
     axes.margins(x=0.02, y=0.1)
     axes.set_ylim(0, max(counts.max(initial=0) * 1.1, 1))
     _name_ticks(axes.xaxis, names, 500)
@@ -153,9 +153,9 @@ def _draw_shapes(axes: Axes, store: LabelStore) -> None:
     colours = [(*class_colour(int(index)), 0.35) for index in store.classes[rows]]
     axes.add_collection(LineCollection(half[:, None] * corners, colors=colours, linewidths=0.7))
     axes.set(xlim=(-0.55, 0.55), ylim=(-0.55, 0.55))
-    _dress(axes, "Box shapes about a common centre", "width / image width", "height / image height")
+    dress(axes, "Box shapes about a common centre", "width / image width", "height / image height")
     if not len(rows):
-        _say(axes, "no labels")
+        say(axes, "no labels")
 
 
 def _draw_histogram(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
@@ -164,19 +164,19 @@ def _draw_histogram(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     shown = np.where(counts.T > 0, np.sqrt(counts.T), np.nan)  # the root keeps rare places visible beside busy ones
     axes.set(xlim=(0, 1), ylim=(0, 1))
     if not len(x):
-        _say(axes, "no labels")
+        say(axes, "no labels")
         return
-    axes.imshow(shown, origin="lower", extent=(0, 1, 0, 1), aspect="auto", cmap=_blues(), vmin=0, interpolation="none")
+    axes.imshow(shown, origin="lower", extent=(0, 1, 0, 1), aspect="auto", cmap=blues(), vmin=0, interpolation="none")
 
 
-def _blues():
+def blues():
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("blues", ["#eef4fa", "#8db4dc", ACCENT, "#0b2a52"])
 
 
 def _plot_correlogram(values: dict[str, np.ndarray], path: Path) -> None:
-    figure = _figure(1100, 1100)
+    figure = new_figure(1100, 1100)
     grid = figure.subplots(4, 4)
     for row, (y_name, y) in enumerate(values.items()):
         for column, (x_name, x) in enumerate(values.items()):
@@ -189,10 +189,10 @@ def _plot_correlogram(values: dict[str, np.ndarray], path: Path) -> None:
                 axes.set(xlim=(0, 1), yticks=[])
             else:
                 _draw_histogram(axes, x, y)
-            _dress(axes, x=x_name if row == 3 else "", y=y_name if column == 0 and row else "")
+            dress(axes, x=x_name if row == 3 else "", y=y_name if column == 0 and row else "")
             axes.set_xticks([0, 0.5, 1])
             axes.tick_params(labelbottom=row == 3, labelleft=column == 0)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------- a whole data set
@@ -213,7 +213,7 @@ def plot_scan(stores: Mapping[str, LabelStore], names: Sequence[str], path: Path
     total = np.sum(list(counts.values()), axis=0)
     shown = np.arange(len(names)) if len(names) <= MAX_BARS else np.argsort(-total, kind="stable")[:MAX_BARS]
     bars_px = 130 + (8 + 11 * len(stores)) * len(shown)
-    figure = _figure(1500, bars_px + _SIZES_PX)
+    figure = new_figure(1500, bars_px + _SIZES_PX)
     top, bottom = figure.subfigures(2, 1, height_ratios=(bars_px, _SIZES_PX))
     _draw_class_bars(top.subplots(), counts, names, shown)
     panels = bottom.subplots(1, max(len(stores), 2), squeeze=False)[0]
@@ -222,8 +222,8 @@ def plot_scan(stores: Mapping[str, LabelStore], names: Sequence[str], path: Path
     for axes, (split, store) in zip(panels, stores.items()):
         _draw_sizes(axes, _fractions(store, _even(len(store.classes), MAX_LABELS))[:, 2:])
         height = "height / image height" if axes is panels[0] else ""
-        _dress(axes, f"Box sizes: {split}, {len(store):,} images", "width / image width", height)
-    _save(figure, path)
+        dress(axes, f"Box sizes: {split}, {len(store):,} images", "width / image width", height)
+    save_figure(figure, path)
 
 
 def _draw_class_bars(axes: Axes, counts: Mapping[str, np.ndarray], names: Sequence[str], shown: np.ndarray) -> None:
@@ -240,7 +240,7 @@ def _draw_class_bars(axes: Axes, counts: Mapping[str, np.ndarray], names: Sequen
     for place in np.flatnonzero(total[shown] == 0).tolist():
         axes.annotate("none", (0, place), (3, 0), textcoords="offset points", va="center", fontsize=6.5, color=GREY)
     more, left_out = len(names) - len(shown), int(total.sum() - total[shown].sum())
-    _dress(axes, f"Boxes per class{f'; {more:,} more classes have {left_out:,}' if more else ''}")
+    dress(axes, f"Boxes per class{f'; {more:,} more classes have {left_out:,}' if more else ''}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     labels = [_plain(names[index]) for index in shown.tolist()]
@@ -264,11 +264,11 @@ def _draw_sizes(axes: Axes, sizes: np.ndarray) -> None:
     axes.set_yticks(*ticks)
     axes.set(xlim=(low, 0), ylim=(low, 0))
     if not len(sizes):
-        _say(axes, "no boxes")
+        say(axes, "no boxes")
         return
     shown = np.where(counts.T > 0, np.sqrt(counts.T), np.nan)
     extent = (low, 0, low, 0)
-    axes.imshow(shown, origin="lower", extent=extent, aspect="auto", cmap=_blues(), vmin=0, interpolation="none")
+    axes.imshow(shown, origin="lower", extent=extent, aspect="auto", cmap=blues(), vmin=0, interpolation="none")
 
 
 # ------------------------------------------------------------------------------------------------- training curves
@@ -290,9 +290,9 @@ def plot_results(csv_path: Path, path: Path) -> None:
     columns = _read_columns(csv_path)
     epochs = columns.get("epoch", np.empty(0))
     best = _best_row(columns)
-    figure = _figure(1800, 900)
+    figure = new_figure(1800, 900)
     for axes, (title, lines) in zip(figure.subplots(2, 4).flat, _PANELS.items()):
-        _dress(axes, title, "epoch")
+        dress(axes, title, "epoch")
         axes.grid(color=PALE, linewidth=0.6)
         axes.set_axisbelow(True)
         if best is not None:
@@ -300,7 +300,7 @@ def plot_results(csv_path: Path, path: Path) -> None:
         _draw_lines(axes, epochs, {legend: columns[name] for name, legend in lines.items() if name in columns}, best)
     if best is not None:
         figure.suptitle(f"Best fitness at epoch {epochs[best]:g} (dashed)", fontsize=11, color=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _read_columns(csv_path: Path) -> dict[str, np.ndarray]:
@@ -329,7 +329,7 @@ def _draw_lines(axes: Axes, x: np.ndarray, lines: dict[str, np.ndarray], best: i
 
     drawn = {legend: y for legend, y in lines.items() if np.isfinite(y).any()}
     if not drawn:
-        _say(axes, "no data")
+        say(axes, "no data")
         return
     for (legend, y), colour in zip(drawn.items(), (ACCENT, SECOND, THIRD)):
         known = np.isfinite(y)  # an epoch without evaluation has no metrics
@@ -371,7 +371,7 @@ def plot_curves(metrics: Metrics, folder: Path) -> None:
         )
         if kind == "F1" and metrics.f1 > 0:
             _mark(axes, metrics.best_confidence, metrics.f1, f"{metrics.f1:.2f} at {metrics.best_confidence:.3f}")
-        _save(figure, folder / f"{kind}_curve.png")
+        save_figure(figure, folder / f"{kind}_curve.png")
     figure, _ = _plot_classes(
         (curves.recall_grid, "Recall"),
         (curves.precision_at_recall, "Precision"),
@@ -380,7 +380,7 @@ def plot_curves(metrics: Metrics, folder: Path) -> None:
         colours,
         title="Precision over recall at IoU .5; legend: mAP@.5, as COCO has it",
     )
-    _save(figure, folder / "PR_curve.png")
+    save_figure(figure, folder / "PR_curve.png")
 
 
 def _legend(classes: Sequence[ClassMetrics], figures: Sequence[str]) -> list[str]:
@@ -405,17 +405,17 @@ def _plot_classes(
     from matplotlib.collections import LineCollection
     from matplotlib.font_manager import FontProperties
 
-    figure = _figure(1080, 720)
+    figure = new_figure(1080, 720)
     axes = figure.subplots()
-    _dress(axes, title, x[1], y[1])
+    dress(axes, title, x[1], y[1])
     axes.grid(color=PALE, linewidth=0.6)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     count = len(y[0])
     if not count:
-        _say(axes, "no labels")
+        say(axes, "no labels")
         return figure, axes
     if not np.nan_to_num(y[0]).any():
-        _say(axes, "nothing found")
+        say(axes, "nothing found")
     axes.plot(x[0], _mean_of_known(y[0]), color=INK, linewidth=2.6, zorder=4, label=legend[0])
     ranked = np.argsort(-np.asarray(figures), kind="stable").tolist()
     many = count > MAX_NAMED_LINES
@@ -511,11 +511,11 @@ def _plot_matrix(
     count = len(labels)
     cell = float(np.clip(1100 / count, 22, 92))  # px
     beside = 60 + 8 * min(max(map(len, labels)), 25)
-    figure = _figure(max(cell * count + beside + 110, 640), max(cell * count + beside + 40, 480))
+    figure = new_figure(max(cell * count + beside + 110, 640), max(cell * count + beside + 40, 480))
     axes = figure.subplots()
     norm = Normalize(0, top) if top else PowerNorm(0.5, 0, max(np.nanmax(values), 1))
-    image = axes.imshow(values, cmap=_blues(), norm=norm, interpolation="none")
-    _dress(axes, title, "True", "Predicted")
+    image = axes.imshow(values, cmap=blues(), norm=norm, interpolation="none")
+    dress(axes, title, "True", "Predicted")
     for axis in (axes.xaxis, axes.yaxis):
         _name_ticks(axis, labels, cell * count)
     axes.spines[:].set_visible(False)
@@ -525,7 +525,7 @@ def _plot_matrix(
     bar = figure.colorbar(image, cax=beside_it, ticks=MaxNLocator(integer=True))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=INK, length=0)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _number_cells(axes: Axes, values: np.ndarray, norm: Normalize, cell_px: float) -> None:
