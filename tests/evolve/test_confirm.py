@@ -330,7 +330,7 @@ def test_table_is_aligned():
         "default   0.50100  0.00100",
         "trial 11  0.50200  0.00100    +0.00100 +- 0.00109   0.315  not shown better",
         "trial 12  0.54133  0.00153    +0.04033 +- 0.00109  <0.001  better",
-        "trial 13  0.50000  0.00000                                1 of 3 runs failed",
+        "trial 13  0.50000  0.00000                                 1 of 3 runs failed",
         lines[-1],
     ]
     assert lines[-1].startswith("trial 12 beats the default")

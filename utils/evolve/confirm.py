@@ -359,7 +359,7 @@ def _row(one: Judged) -> list[str]:
         one.candidate.name,
         _number(comparison.mean),
         _number(comparison.sd),
-        "" if is_default or math.isnan(comparison.difference) else _difference(one),
+        "" if is_default or one.finding in ("failed", "not run") else _difference(one),
         "" if math.isnan(one.chance) else "<0.001" if one.chance < 0.001 else f"{one.chance:.3f}",
         "" if is_default and finding == "default" else finding,
     ]
@@ -370,6 +370,8 @@ def _number(number: float) -> str:
 
 
 def _difference(one: Judged) -> str:
+    if math.isnan(one.comparison.difference):
+        return "-"
     error = "" if math.isnan(one.standard_error) else f" +- {one.standard_error:.5f}"
     return f"{one.comparison.difference:+.5f}{error}"
 
