@@ -210,7 +210,8 @@ def test_unreachable_server_is_refused_soon(tmp_path):
 
 def test_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "study.db").write_text("not a database, though of some length\n" * 100)
-    assert "not a SQLite database" in refusal("", tmp_path)
+    assert refusal("", tmp_path).startswith(f"{tmp_path}/study.db: the file is not a SQLite database")
+    assert refusal(f"sqlite:///{tmp_path}/study.db", tmp_path).startswith("--evolve-storage sqlite:///")
 
 
 def test_folders_that_are_missing_or_closed_are_named(tmp_path):

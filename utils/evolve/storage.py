@@ -115,29 +115,30 @@ def open_storage(given: str, folder: Path, *, heartbeat_s: int, grace_s: int) ->
         return _open_journal(given, retry)
     lost = _callback(retry) | {"heartbeat_interval": heartbeat_s, "grace_period": grace_s}
     if not given:
-        return _open_sqlite((folder / FILE_NAME).absolute(), str(folder / FILE_NAME), lost, retry)
+        path = folder / FILE_NAME
+        return _open_sqlite(path.absolute(), str(path), lost, retry, where=str(path))
     url, shown = _parsed(given), mask_password(given)
     if url.get_backend_name() == "sqlite":
         if url.database in (None, "", ":memory:"):
             raise UserError(f"{FLAG} {shown}: others cannot join a study in memory; name a file: sqlite:///study.db")
-        return _open_sqlite(Path(url.database).absolute(), shown, lost, retry)
+        return _open_sqlite(Path(url.database).absolute(), shown, lost, retry, where=f"{FLAG} {shown}")
     return _open_server(url, shown, lost, retry)
 
 
 # ------------------------------------------------------------------------------------------------------- relational
 
 
-def _open_sqlite(path: Path, shown: str, lost: dict[str, Any], retry: Retry) -> Storage:
+def _open_sqlite(path: Path, shown: str, lost: dict[str, Any], retry: Retry, *, where: str) -> Storage:
     import sqlalchemy
 
     if not path.parent.is_dir():
-        raise UserError(f"{shown}: the folder {path.parent} does not exist")
+        raise UserError(f"{where}: the folder {path.parent} does not exist")
 
     def connect() -> sqlite3.Connection:
         return sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False)
 
     # Paths hold what URLs do not, such as ? and braces, so SQLAlchemy is shown none
-    backend = _open("sqlite:///study.db", shown, {"creator": connect}, lost)
+    backend = _open("sqlite:///study.db", where, {"creator": connect}, lost)
     backend.engine.dispose()
     sqlalchemy.event.listen(backend.engine, "connect", _leave_transactions_to_us)
     sqlalchemy.event.listen(backend.engine, "begin", _begin_as_writer)
@@ -190,11 +191,11 @@ def _open_server(url: URL, shown: str, lost: dict[str, Any], retry: Retry) -> St
     connection = {name: value for name, value in settings.items() if name not in url.query}
     rendered = url.render_as_string(hide_password=False)
     braces_kept = rendered.replace("{", "{{").replace("}", "}}")  # Optuna fills in a {SCHEMA_VERSION}
-    backend = _open(braces_kept, shown, {"pool_pre_ping": True, "connect_args": connection}, lost)
+    backend = _open(braces_kept, f"{FLAG} {shown}", {"pool_pre_ping": True, "connect_args": connection}, lost)
     return Storage(backend=backend, finds_lost=True, shown=shown, url=rendered, retry=retry)
 
 
-def _open(url: str, shown: str, engine: dict[str, Any], lost: dict[str, Any]) -> RDBStorage:
+def _open(url: str, where: str, engine: dict[str, Any], lost: dict[str, Any]) -> RDBStorage:
     from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
     for opening in range(_OPENINGS):
@@ -202,16 +203,16 @@ def _open(url: str, shown: str, engine: dict[str, Any], lost: dict[str, Any]) ->
             with _without_warnings():
                 return RDBStorage(url, engine_kwargs=dict(engine), **lost)
         except NoSuchModuleError:
-            raise UserError(f"{FLAG} {shown}: SQLAlchemy knows no driver of that name") from None
+            raise UserError(f"{where}: SQLAlchemy knows no driver of that name") from None
         except ImportError:
             package = _DRIVERS[url.partition("+")[0]][1]
-            raise UserError(f"{FLAG} {shown}: its driver is not installed: pip install {package}") from None
+            raise UserError(f"{where}: its driver is not installed: pip install {package}") from None
         except (SQLAlchemyError, StorageInternalError, OSError) as error:
             if opening + 1 == _OPENINGS or not _made_by_another(error):
-                raise UserError(f"{FLAG} {shown}: {_said(error, shown, url)}") from None
+                raise UserError(f"{where}: {_said(error, url)}") from None
             time.sleep(0.1 * (opening + 1))
         except RuntimeError as error:  # so Optuna says that the tables are of another version
-            raise UserError(f"{FLAG} {shown}: {_other_version(error)}") from None
+            raise UserError(f"{where}: {_other_version(error)}") from None
     raise AssertionError("the last opening returns or raises")
 
 
@@ -335,7 +336,7 @@ def _cut_half_line(path: Path) -> None:
 def mask_password(url: str) -> str:
     """A URL as it may be shown; a wrong one too."""
     masked = re.sub(r"(://[^:/@?]*):.*@", r"\1:***@", url)
-    return re.sub(r"(?i)([?&][^=&]*(?:pass|secret|token|key)[^=&]*=)[^&]*", r"\1***", masked)
+    return re.sub(r"(?i)([?&][^=&]*(?:pass|secret|token)[^=&]*=)[^&]*", r"\1***", masked)
 
 
 @contextmanager
