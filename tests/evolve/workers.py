@@ -1,4 +1,4 @@
-"""A worker of a study as a process, for tests that kill it: `python -m tests.evolve.workers STORAGE FOLDER GOAL SECONDS`.
+"""A worker of a study as a process, for tests that kill it: `-m tests.evolve.workers STORAGE FOLDER GOAL SECONDS`.
 
 Its trials do nothing for so many seconds. It prints `run NUMBER` when one begins, and `done` when the goal is reached.
 """

@@ -69,9 +69,16 @@ def _finished(trial: FrozenTrial) -> Finished:
         number=trial.number,
         state=_STATES[trial.state],
         values=trial.params,
-        fitness=trial.value if trial.state == TrialState.COMPLETE else reported[max(reported)] if reported else None,
+        fitness=_fitness(trial),
         results=trial.user_attrs.get(RESULTS, {}),
         seconds=trial.user_attrs.get(SECONDS, 0.0),
         epochs=max(reported, default=0),
         failure=trial.user_attrs.get(FAILURE, ""),
     )
+
+
+def _fitness(trial: FrozenTrial) -> float | None:
+    if trial.state == TrialState.COMPLETE:
+        return trial.value
+    reported = trial.intermediate_values
+    return reported[max(reported)] if trial.state == TrialState.PRUNED and reported else None

@@ -6,47 +6,46 @@ all have in common.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from optuna.pruners import NopPruner
 from optuna.study import Study
 
-from utils.config import (
-    LATEST,
-    PROJECT_ROOT,
-    TrainOptions,
-    by_flag,
-    find_file,
-    read_dataset,
-    spelling,
-    validated,
-)
-from utils.data import cache
+from utils.config import LATEST, PROJECT_ROOT, TrainOptions, by_flag, find_file, read_dataset, spelling, validated
 from utils.evolve import space as spaces
-from utils.evolve.history import finished_of
+from utils.evolve.bucket import Bucket
+from utils.evolve.confirm import PairSampler, Verdict, by_seed, candidates, fresh_seeds, plain_verdict, table, verdict
+from utils.evolve.confirm import comments as confirmed_comments
+from utils.evolve.confirm import distributions as pairs
+from utils.evolve.history import best, finished_of
 from utils.evolve.pruners import make_pruner, rungs
-from utils.evolve.record import StudyRecord
+from utils.evolve.record import HYP_NAME, write_hyp
 from utils.evolve.samplers import distributions, make_sampler
 from utils.evolve.space import Space, search_space
-from utils.evolve.storage import Storage, open_storage
-from utils.evolve.study import HEARTBEAT_S, Outcome, Report, Worker, agreed, open_study
-from utils.files import from_here, read_yaml, this_python, write_yaml
-from utils.hyp import GENES, Hyperparameters, plain_values, read_hyp
+from utils.evolve.storage import Storage, mask_password, open_storage
+from utils.evolve.study import HEARTBEAT_S, Worker, agreed, open_study
+from utils.files import from_here, read_yaml, this_python, write_text, write_yaml
+from utils.hyp import Hyperparameters, plain_values, read_hyp
 from utils.launch import Place, place
 from utils.report.loggers import Console, SilentConsole
 from utils.stopping import Interrupted, StopRequest
 from utils.structures import UserError
-from utils.sweep.process import Evaluated, Ready, Request
-from utils.sweep.progress import Progress
-from utils.sweep.trials import Trials
+from utils.sweep.files import SweepFiles
+from utils.sweep.objective import Caches, TrainingObjective
+from utils.sweep.process import Request
+from utils.sweep.progress import Pairs, Progress
 
 DEFAULT_PROJECT = "runs/evolve"
 _DEFAULT_EPOCHS = 300
 _PRUNER = "asha"
-_OPTIONS_FILE, _HYP_FILE = "opt.yaml", "hyp.yaml"
+_OPTIONS_FILE, _HYP_FILE, CONFIRM_NAME = "opt.yaml", "hyp.yaml", "confirm.json"
+_FAILURES = "failures"  # a folder
 # Options that workers of one study may differ in, besides all that begin with evolve
 _OF_A_WORKER = (
     *("weights", "cfg", "data", "hyp", "project", "name", "exist_ok", "resume", "cache", "cache_dir", "strict"),
@@ -79,6 +78,11 @@ class _Sweep:
     @property
     def goal(self) -> int:
         return self.options.evolve
+
+    @property
+    def trial_options(self) -> dict[str, Any]:
+        """Of a trial, which knows nothing of the study."""
+        return {**asdict(self.options), "evolve_storage": "", "bucket": ""}
 
     @property
     def speaks(self) -> bool:
@@ -141,6 +145,8 @@ def _options(values: dict[str, Any]) -> tuple[TrainOptions, Path]:
         if name not in _WITH_RESUME and getattr(given, name, None) != getattr(begun, name, None):
             allowed = ", ".join(spelling(one) for one in _WITH_RESUME if one not in ("resume", "project", "name"))
             raise UserError(f"--resume continues a sweep as it was; {spelling(name)} cannot change, only {allowed}")
+    if "***" in begun.evolve_storage and given.evolve_storage == "":
+        raise UserError(f"--resume: the study is in {begun.evolve_storage}; name it again with --evolve-storage")
     kept = {name: getattr(given, name) for name in changed if name in _WITH_RESUME}
     hyp = folder / _HYP_FILE
     return replace(begun, **{**kept, "resume": None, "hyp": str(hyp) if hyp.is_file() else begun.hyp}), folder
@@ -217,80 +223,182 @@ def _refuse_difference(sweep: _Sweep, differ: list[str]) -> None:
         )
 
 
+# ---- the work -----------------------------------------------------------------------------------------------------
+
+
 def _worked(sweep: _Sweep) -> Path:
     options, folder = sweep.options, sweep.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    storage = open_storage(options.evolve_storage, folder, heartbeat_s=HEARTBEAT_S, grace_s=options.evolve_grace)
+    bucket = _bucket(sweep)
+    storage = _storage(sweep)
     study = _study(sweep, storage)
     if sweep.speaks:
-        write_yaml(folder / _OPTIONS_FILE, asdict(options))
+        write_yaml(folder / _OPTIONS_FILE, {**asdict(options), "evolve_storage": mask_password(options.evolve_storage)})
         write_yaml(folder / _HYP_FILE, sweep.plain_hyp)
-    record = StudyRecord(folder, names=tuple(GENES))
+    files = SweepFiles(
+        folder=folder,
+        study=study,
+        hyp=sweep.plain_hyp,
+        space=sweep.space,
+        console=sweep.console,
+        bucket=bucket,
+        plots=not options.noplots,
+    )
+    caches = Caches()
+    reached = _evolved(sweep, storage, study, files, caches)
+    files.write(last=True)
+    if not reached:
+        sweep.console.note("other workers have the last trials, or were lost with them; whoever ends last goes on")
+        return folder / HYP_NAME
+    outcome = _confirmed(sweep, storage, study, caches)
+    if outcome is not None:
+        write_text(folder / CONFIRM_NAME, json.dumps(plain_verdict(outcome), indent=2) + "\n")
+        comments = [line.removeprefix("# ") for line in confirmed_comments(outcome)]
+        write_hyp(folder / HYP_NAME, {**sweep.plain_hyp, **outcome.winner.values}, comments)
+        files.send()
+    for line in _last_words(sweep, study, outcome):
+        sweep.console.line(line)
+    return folder / HYP_NAME
+
+
+def _bucket(sweep: _Sweep) -> Bucket | None:
+    if not sweep.options.bucket:
+        return None
+    bucket = Bucket(sweep.options.bucket)
+    if sweep.speaks and bucket.fetch(sweep.folder):
+        sweep.console.note(f"going on with the study of {bucket.shown}")
+    return bucket
+
+
+def _storage(sweep: _Sweep) -> Storage:
+    options, folder = sweep.options, sweep.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--project {folder.parent}: cannot make {folder}: {error.strerror}") from None
+    storage = open_storage(options.evolve_storage, folder, heartbeat_s=HEARTBEAT_S, grace_s=options.evolve_grace)
+    if not storage.finds_lost:
+        sweep.console.note(f"{storage.shown}: trials that are lost with their worker cannot be recognised in a journal")
+    return storage
+
+
+def _evolved(sweep: _Sweep, storage: Storage, study: Study, files: SweepFiles, caches: Caches) -> bool:
+    """Whether all trials are done."""
+    options = sweep.options
+    hyp, judged_at = sweep.plain_hyp, rungs(options.epochs, options.evolve_pruner)
     progress = Progress(
         study=study,
         goal=sweep.goal,
         epochs=options.epochs,
         console=Console(quiet=options.quiet),
-        wrote=lambda: record.write(study, sweep.plain_hyp),
+        wrote=files.write,
+        headed=not sweep.speaks,
+    )
+    objective = TrainingObjective(
+        request=lambda values: Request(
+            options=sweep.trial_options, hyp={**hyp, **values}, rungs=judged_at, place=sweep.place
+        ),
+        progress=progress,
+        caches=caches,
+        check=partial(_refuse_other_work, sweep, study),
+        failures=sweep.folder / _FAILURES,
+        speaks=sweep.speaks,
+        stop=sweep.stop,
     )
     worker = Worker(
         study=study,
         storage=storage,
         distributions=distributions(sweep.space),
         goal=sweep.goal,
-        objective=_Objective(sweep, study, progress),
+        objective=objective,
         watch=progress,
         stop=sweep.stop,
     )
-    worker.work()
-    return folder / "hyp_evolved.yaml"
+    return worker.work()
 
 
-class _Objective:
-    """A training run with the values of a trial."""
+def _refuse_other_work(sweep: _Sweep, study: Study, work: Mapping[str, Any]) -> None:
+    """Raises UserError where this worker's trials train something else than those of the study."""
+    theirs = agreed(study, "work", dict(work))
+    differ = [f"{name} there and here are not the same" for name, value in work.items() if theirs.get(name) != value]
+    _refuse_difference(sweep, differ)
 
-    def __init__(self, sweep: _Sweep, study: Study, progress: Progress) -> None:
-        self._sweep, self._study, self._progress = sweep, study, progress
-        self._caches: dict[Path, Any] = {}
-        self._spoke = not sweep.speaks
-        self._run = Trials(
-            stop=sweep.stop,
-            failures=sweep.folder / "failures",
-            on_ready=self._ready,
-            on_epoch=progress.epoch,
-        )
 
-    def __call__(self, values: Mapping[str, Any], report: Report) -> Outcome:
-        options = self._sweep.options
-        request = Request(
-            options=asdict(options),
-            hyp={**self._sweep.plain_hyp, **values},
-            rungs=rungs(options.epochs, options.evolve_pruner),
-            place=self._sweep.place,
-            speaks=not self._spoke,
-        )
-        self._spoke = True
+def _confirmed(sweep: _Sweep, storage: Storage, study: Study, caches: Caches) -> Verdict | None:
+    """What is left of the best trials on fresh seeds; None where that is not wanted, or there is nothing to try."""
+    options = sweep.options
+    tried = candidates(finished_of(study), sweep.plain_hyp, options.evolve_confirm)
+    if len(tried) == 1:
+        return None
+    seeds, epochs = fresh_seeds(options.seed, options.evolve_confirm_seeds), options.evolve_confirm_epochs
+    epochs = epochs or options.epochs
+    name = f"{options.name}: {len(tried)} of {sweep.goal} on {len(seeds)} seeds for {epochs} epochs"
+    confirming = open_study(name, storage, sampler=PairSampler(len(tried), seeds), pruner=NopPruner())
+    goal = len(tried) * len(seeds)
+    sweep.console.line(
+        f"\nThe default and the best {len(tried) - 1}, on {len(seeds)} fresh seed{'s' * (len(seeds) > 1)} each, "
+        f"for {epochs} epochs:"
+    )
+    progress = Pairs(
+        study=confirming,
+        goal=goal,
+        epochs=epochs,
+        console=Console(quiet=options.quiet),
+        names=[one.name for one in tried],
+        headed=not sweep.speaks,
+    )
+    objective = TrainingObjective(
+        request=lambda pair: Request(
+            options={**sweep.trial_options, "seed": pair["seed"], "epochs": epochs},
+            hyp={**sweep.plain_hyp, **tried[pair["candidate"]].values},
+            rungs=(),
+            place=sweep.place,
+        ),
+        progress=progress,
+        caches=caches,
+        check=partial(_refuse_other_work, sweep, study),
+        failures=sweep.folder / _FAILURES,
+        speaks=False,
+        stop=sweep.stop,
+    )
+    worker = Worker(
+        study=confirming,
+        storage=storage,
+        distributions=pairs(len(tried), seeds),
+        goal=goal,
+        objective=objective,
+        watch=progress,
+        stop=sweep.stop,
+    )
+    return verdict(tried, by_seed(finished_of(confirming), len(tried))) if worker.work() else None
 
-        def judged(message: Evaluated) -> None:
-            report(message.epoch, message.fitness, message.results)
 
-        try:
-            return self._run(f"trial_{self._progress.number:04d}", request, judged)
-        finally:
-            self._progress.over()
+# ---- last words ---------------------------------------------------------------------------------------------------
 
-    def _ready(self, message: Ready) -> None:
-        theirs = agreed(self._study, "work", dict(message.work))
-        differ = [f"{name} here" for name, value in message.work.items() if theirs.get(name) != value]
-        _refuse_difference(self._sweep, differ)
-        for path in message.caches:
-            if path not in self._caches:
-                self._caches[path] = cache.hold(path)
-        self._progress.ready()
+
+def _last_words(sweep: _Sweep, study: Study, outcome: Verdict | None) -> list[str]:
+    trials = finished_of(study)
+    winner = best(trials)
+    if winner is None:
+        failures = sweep.folder / _FAILURES
+        told = f"; what they said: {failures}" if failures.is_dir() else ""
+        return [f"\nNo trial is complete{told}"]
+    lines = [f"\nBest of {len(trials)} trials: trial {winner.number}, fitness {winner.fitness:.4f}"]
+    if outcome is not None:
+        lines = ["", *table(outcome), *lines[1:]]
+    elif sweep.options.evolve_confirm == 0:
+        lines.append("Not confirmed on other seeds (--evolve-confirm 0): a part of that is luck")
+    hyp = shlex.quote(str(sweep.folder / HYP_NAME))
+    script = shlex.quote(str(from_here(PROJECT_ROOT / "train.py")))
+    return [
+        *lines,
+        f"Hyperparameters, tables and pictures: {sweep.folder}",
+        f"Train with them: {this_python()} {script} --data {shlex.quote(sweep.options.data)} --hyp {hyp}",
+    ]
 
 
 def _how_to_continue(sweep: _Sweep) -> str:
     script = shlex.quote(str(from_here(PROJECT_ROOT / "train.py")))
     folder = shlex.quote(str(sweep.folder))
-    command = f"{this_python()} {script} --evolve {sweep.goal} --resume {folder}"
+    storage = " --evolve-storage URL" if "***" in mask_password(sweep.options.evolve_storage) else ""
+    command = f"{this_python()} {script} --evolve {sweep.goal} --resume {folder}{storage}"
     return f"the trial under way will be run again; `{command}` goes on"

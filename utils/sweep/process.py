@@ -29,7 +29,7 @@ class Request:
     hyp: Mapping[str, Any]  # all hyperparameters
     rungs: tuple[int, ...]  # the epochs, from 1, after which it is judged
     place: Place | None  # of the worker, where a launcher started that
-    speaks: bool  # it shows what a training run shows of its data and network
+    speaks: bool = False  # it shows what a training run shows of its data and network
     log: Path = Path(os.devnull)  # takes what is said on standard error
 
 

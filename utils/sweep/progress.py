@@ -25,9 +25,14 @@ class Progress(Watch):
     epochs: int
     console: Console
     wrote: Callable[[], object] = lambda: None  # is called when there is something new to tell of the study
+    headed: bool = False  # the titles of the lines are there
     number: int = -1  # of the trial under way
     _bar: tqdm | None = None
-    _headed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the trial under way, for files."""
+        return f"trial_{self.number:04d}"
 
     def started(self, number: int) -> None:
         self.number = number
@@ -53,14 +58,47 @@ class Progress(Watch):
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         counted = finished(trials)
         last = next(trial for trial in counted if trial.number == number)
-        if not self._headed:
-            self._headed = True
-            self.console.line(_row([title for title, _ in _COLUMNS]))
-        self.console.line(_row(_cells(last, counted, goal=self.goal, workers=running + 1)))
+        if not self.headed:
+            self.headed = True
+            self.console.line(self._titles())
+        self.console.line(self._line(last, counted, workers=running + 1))
         self.wrote()
+
+    def _titles(self) -> str:
+        return _row([title for title, _ in _COLUMNS])
+
+    def _line(self, last: Finished, counted: Sequence[Finished], *, workers: int) -> str:
+        return _row(_cells(last, counted, goal=self.goal, left=self._left(counted, workers)))
+
+    def _left(self, counted: Sequence[Finished], workers: int) -> str:
+        recent = [trial.seconds for trial in counted[-_RECENT:]]
+        return format_duration(max(self.goal - len(counted), 0) * sum(recent) / len(recent) / workers)
 
     def warn(self, text: str) -> None:
         self.console.warn(text)
+
+
+@dataclass
+class Pairs(Progress):
+    """The runs that confirm: each of a candidate on a seed."""
+
+    names: Sequence[str] = ()  # of the candidates
+
+    @property
+    def name(self) -> str:
+        return f"confirm_{self.number:04d}"
+
+    def _titles(self) -> str:
+        width = max(map(len, self.names))
+        return f"{'candidate':>{max(width, 9)}}  {'seed':>4}  {'fitness':>8}  {'finished':>9}  {'time left':>9}"
+
+    def _line(self, last: Finished, counted: Sequence[Finished], *, workers: int) -> str:
+        name, width = self.names[last.values["candidate"]], max(9, *map(len, self.names))
+        failed = f"  failed: {last.failure}" * (last.state == "failed")
+        return (
+            f"{name:>{width}}  {last.values['seed']:>4}  {_figure(last.fitness):>8}  "
+            f"{f'{len(counted)}/{self.goal}':>9}  {self._left(counted, workers):>9}{failed}"
+        )
 
 
 # ---- lines --------------------------------------------------------------------------------------------------------
@@ -85,12 +123,10 @@ def _row(cells: Sequence[str]) -> str:
     return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS)) + note
 
 
-def _cells(last: Finished, counted: Sequence[Finished], *, goal: int, workers: int) -> list[str]:
+def _cells(last: Finished, counted: Sequence[Finished], *, goal: int, left: str) -> list[str]:
     """Of `_COLUMNS`, and at the end what became of the trial, if it is not complete."""
     winner = best(counted)
     states = [trial.state for trial in counted]
-    recent = [trial.seconds for trial in counted[-_RECENT:]]
-    left = max(goal - len(counted), 0) * sum(recent) / len(recent) / workers
     notes = {"complete": "", "pruned": "  pruned", "failed": f"  failed: {last.failure}"}
     return [
         str(last.number),
@@ -103,7 +139,7 @@ def _cells(last: Finished, counted: Sequence[Finished], *, goal: int, workers: i
         f"{len(counted)}/{goal}",
         str(states.count("pruned")),
         str(states.count("failed")),
-        format_duration(left),
+        left,
         notes[last.state],
     ]
 
