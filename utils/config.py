@@ -566,6 +566,7 @@ def _check_train(options: TrainOptions) -> None:
         raise UserError(f"--nominal-batch {options.nominal_batch}: should be auto or a whole number of 1 or more")
     if options.quad and options.batch_size % 4 and options.batch_size != -1:
         raise UserError(f"--batch-size {options.batch_size}: should be a multiple of 4 with --quad")
+    _check_evolution(options)
     if options.save_period == 0:
         raise UserError("--save-period 0: should be 1 or more, or -1 to keep none")
     if options.label_smoothing >= 1:
@@ -575,6 +576,14 @@ def _check_train(options: TrainOptions) -> None:
     if options.seed >= 2**32:
         raise UserError(f"--seed {options.seed}: should be below {2**32}")
     _check_timeout(options)
+
+
+def _check_evolution(options: TrainOptions) -> None:
+    default = TrainOptions()
+    names = [item.name for item in fields(options) if item.name.startswith("evolve_") or item.name == "bucket"]
+    given = [name for name in names if getattr(options, name) != getattr(default, name)]
+    if given and options.evolve is None:
+        raise UserError(f"{spelling(given[0])} is of --evolve, which is not there; add it, or leave this out")
 
 
 def _check_val(options: ValOptions) -> None:

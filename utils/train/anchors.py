@@ -69,13 +69,20 @@ def best_possible_recall(sizes: np.ndarray, anchors: np.ndarray, anchor_t: float
     if not len(sizes):
         return 1.0
     parts = np.array_split(sizes, -(-len(sizes) // _SAMPLE))
-    return sum(int((_closeness(part, anchors).max(1) > 1 / anchor_t).sum()) for part in parts) / len(sizes)
+    return sum(int((_closeness(part, anchors) > 1 / anchor_t).sum()) for part in parts) / len(sizes)
 
 
 def _closeness(sizes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """(T, N) the worse side's ratio, 1 for equal sizes."""
-    ratio = sizes[:, None] / anchors[None]  # (T, N, 2)
-    return np.minimum(ratio, 1 / ratio).min(2)
+    """(T,) of each label size the ratio of its worse side to that of its best anchor, 1 where both are equal.
+
+    Side by side and label after label, which is several times as fast as by pairs.
+    """
+    worse: np.ndarray | None = None
+    for side, side_of_anchors in zip(np.ascontiguousarray(sizes.T), anchors.T):
+        ratio = side / side_of_anchors[:, None]  # (N, T)
+        np.minimum(ratio, 1 / ratio, out=ratio)
+        worse = ratio if worse is None else np.minimum(worse, ratio, out=worse)
+    return worse.max(0)
 
 
 def _kmeans(sizes: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
@@ -108,7 +115,7 @@ def _evolved(anchors: np.ndarray, sizes: np.ndarray, anchor_t: float, rng: np.ra
     """Mutate, keep what is fitter: the mean closeness of each label to its best anchor, where that is within reach."""
 
     def fitness(candidate: np.ndarray) -> float:
-        best = _closeness(sizes, candidate).max(1)
+        best = _closeness(sizes, candidate)
         return float((best * (best > 1 / anchor_t)).mean())
 
     best, best_fitness = anchors, fitness(anchors)

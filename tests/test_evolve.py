@@ -1,0 +1,370 @@
+"""`train.py --evolve` as people type it: trials, files, the end, and all that can come between."""
+
+import csv
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+import train
+from utils.evolve.history import best, finished_of, is_lost
+from utils.evolve.study import Outcome
+from utils.hyp import GENES, read_hyp
+from utils.structures import UserError
+from utils.sweep import objective
+from utils.sweep.process import Ready
+
+ROOT = Path(__file__).resolve().parent.parent
+EXP = Path("runs/evolve/exp")
+TRIALS = ("--evolve", "3", "--evolve-confirm", "0")
+
+
+class Untrained:
+    """In the place of `Trials`: trains nothing, and tells what it was asked for by a fitness of these values."""
+
+    def __init__(self, *, on_ready, **_) -> None:
+        self._on_ready = on_ready
+
+    def __call__(self, name, request, goes_on) -> Outcome:
+        self._on_ready(Ready(work={"the classes": ["blue", "red"]}, caches=()))
+        fitness = request.hyp["lr0"] + 1e-3 * request.options["seed"] + 1e-4 * request.options["epochs"]
+        return Outcome(fitness=fitness, results={"mAP_0.5": fitness}, epochs=request.options["epochs"])
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    monkeypatch.setattr(objective, "Trials", Untrained)
+
+
+def study_of(folder: Path = EXP) -> optuna.Study:
+    return optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}")
+
+
+def rows(folder: Path = EXP) -> list[dict[str, str]]:
+    with (folder / "evolve.csv").open(newline="") as file:
+        return [{name.strip(): cell.strip() for name, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def lines_of_trials(output: str) -> list[list[str]]:
+    """The cells of the lines below the titles."""
+    lines = output.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("trial "))
+    return [line.split() for line in lines[start + 1 :] if line.strip() and line.split()[0].isdecimal()]
+
+
+def sees(process, text: str) -> None:
+    for line in process.stdout:
+        if text in line.decode():
+            return
+    pytest.fail(f"it ended without '{text}': {process.stderr.read().decode()}")
+
+
+def test_a_sweep_leaves_what_the_best_trial_was_made_with_and_training_takes_it(tiny, cli):
+    code, output, errors = cli(train, *TRIALS, *tiny.flags(epochs=2, noplots=None))
+    assert code == 0 and errors == ""
+    table = lines_of_trials(output)
+    assert [cells[0] for cells in table] == ["0", "1", "2"]
+    assert [cells[7] for cells in table] == ["1/3", "2/3", "3/3"]
+    trials = finished_of(study_of())
+    assert [int(row["trial"]) for row in rows()] == [trial.number for trial in trials] == [0, 1, 2]
+    given, start = read_hyp(tiny.hyp), read_hyp(tiny.hyp).__dict__
+    for name, value in trials[0].values.items():  # trial 0 is what was given
+        assert value == pytest.approx(3.0 if name == "anchors" else start[name])
+    assert read_hyp(EXP / "hyp.yaml") == given
+    winner = best(trials)
+    evolved = read_hyp(EXP / "hyp_evolved.yaml")
+    assert {name: getattr(evolved, name) for name in winner.values} == winner.values
+    assert {"evolve.png", "opt.yaml", "study.db", "tensorboard"} <= {path.name for path in EXP.iterdir()}
+    assert not list(EXP.rglob("*.pt")) and not Path("runs/train").exists()  # nothing is saved of a trial
+    assert "--evolve-confirm 0" in output and str(EXP / "hyp_evolved.yaml") in output
+    again = tiny.flags(hyp=str(EXP / "hyp_evolved.yaml"), epochs=1)
+    assert cli(train, *again)[0] == 0
+    assert read_hyp(Path("runs/train/exp/hyp.yaml")) == evolved
+
+
+def test_the_best_and_the_default_are_trained_again_on_fresh_seeds(tiny, cli, untrained):
+    flags = ("--evolve", "3", "--evolve-confirm", "1", "--evolve-confirm-seeds", "2", "--evolve-confirm-epochs", "3")
+    code, output, _ = cli(train, *flags, *tiny.flags(epochs=2, seed=7, noplots=None))
+    assert code == 0
+    verdict = json.loads((EXP / "confirm.json").read_text())
+    assert verdict["seeds"] == [8, 9] and [len(one["fitness_by_seed"]) for one in verdict["candidates"]] == [2, 2]
+    assert verdict["candidates"][0]["name"] == "default" and verdict["reason"] in output
+    evolved, given = read_hyp(EXP / "hyp_evolved.yaml"), read_hyp(tiny.hyp)
+    values = next(one["values"] for one in verdict["candidates"] if one["name"] == verdict["winner"])
+    if verdict["winner"] == "default":
+        assert evolved == given
+    assert all(getattr(evolved, name) == value for name, value in values.items() if name in GENES)
+    assert verdict["reason"] in (EXP / "hyp_evolved.yaml").read_text()
+    pairs = [line.split() for line in output.splitlines() if line.strip().startswith(("default", "trial"))]
+    assert sum("/4" in cells[-2] for cells in pairs) == 4
+    code, output, _ = cli(train, *flags, *tiny.flags(epochs=2, seed=7))  # there is nothing left to do
+    assert code == 0 and verdict["reason"] in output and json.loads((EXP / "confirm.json").read_text()) == verdict
+
+
+def test_the_same_command_goes_on_and_resume_needs_no_flags(tiny, cli, untrained):
+    assert cli(train, *TRIALS, *tiny.flags())[0] == 0
+    first = [trial.values for trial in finished_of(study_of())]
+    assert cli(train, "--evolve", "4", "--evolve-confirm", "0", *tiny.flags())[0] == 0
+    assert cli(train, "--evolve", "5", "--resume")[0] == 0
+    assert cli(train, "--evolve", "6", "--resume", str(EXP), "--workers", "0")[0] == 0
+    trials = finished_of(study_of())
+    assert [trial.number for trial in trials] == list(range(6)) and [one.values for one in trials[:3]] == first
+    code, _, errors = cli(train, "--evolve", "5", "--resume")
+    assert code == 2 and "6 trials are done already" in errors
+
+
+def test_the_same_seed_proposes_the_same(tiny, cli, untrained):
+    for name in ("a", "b"):
+        assert cli(train, *TRIALS, *tiny.flags(name=name))[0] == 0
+    one, other = (finished_of(study_of(Path("runs/evolve") / name)) for name in ("a", "b"))
+    assert [trial.values for trial in one] == [trial.values for trial in other]
+    assert [trial.fitness for trial in one] == [trial.fitness for trial in other]
+
+
+def test_a_trial_is_the_run_with_its_values(tiny, cli):
+    """To the last bit: a trial is trained as train.py trains."""
+    assert cli(train, "--evolve", "1", "--evolve-confirm", "0", *tiny.flags(epochs=40, seed=3))[0] == 0
+    hyp = yaml.safe_load(tiny.hyp.read_text()) | {"anchors": 3}
+    tiny.hyp.write_text(yaml.safe_dump(hyp))
+    metrics = train.run(**tiny.options(epochs=40, seed=3, noval=True))
+    trial = finished_of(study_of())[0]
+    assert trial.epochs == 40 and trial.results["val/box_loss"] == pytest.approx(metrics.losses.box, rel=1e-2)
+    assert trial.fitness == pytest.approx(metrics.fitness, abs=0.02)  # best.pt is in half precision
+
+
+def test_bad_trials_end_early_and_the_others_go_on(tiny, cli):
+    genes = tiny.folder / "genes.yaml"
+    genes.write_text("lr0: {low: 0.00001, high: 0.1, scale: log}\nbox:\n")
+    flags = ("--evolve", "5", "--evolve-confirm", "0", "--evolve-sampler", "random", "--evolve-genes", str(genes))
+    code, output, _ = cli(train, *flags, "--evolve-pruner", "asha", *tiny.flags(epochs=30, nominal_batch="4"))
+    assert code == 0
+    trials = finished_of(study_of())
+    states = [trial.state for trial in trials]
+    assert states.count("complete") >= 1 and states.count("pruned") >= 1
+    assert {trial.epochs for trial in trials if trial.state == "pruned"} <= {3, 9}
+    assert {trial.epochs for trial in trials if trial.state == "complete"} == {30}
+    assert set(trials[0].values) == {"lr0", "box"}
+    assert output.count("pruned") == states.count("pruned") + 1  # and the title
+
+
+def test_a_trial_that_fails_is_one_line_and_evolution_goes_on(tiny, cli):
+    genes = tiny.folder / "genes.yaml"
+    genes.write_text("lr0: {low: 0.01, high: 1.0e+30, scale: log}\n")
+    flags = ("--evolve", "4", "--evolve-confirm", "0", "--evolve-genes", str(genes), "--evolve-sampler", "random")
+    code, output, _ = cli(train, *flags, *tiny.flags(epochs=12, nominal_batch="4"))
+    assert code == 0
+    failed = [trial for trial in finished_of(study_of()) if trial.state == "failed"]
+    assert failed and all("finite" in trial.failure for trial in failed)
+    assert all(trial.failure in output for trial in failed)
+    assert [row["failure"] for row in rows() if row["state"] == "failed"] == [trial.failure for trial in failed]
+
+
+def test_a_trial_whose_process_is_killed_counts_as_failed(tiny, start):
+    process = start("train.py", *TRIALS, *tiny.flags(epochs=400, evolve_pruner="none"), "--evolve", "2")
+    sees(process, "Anchors reach")
+    child = trial_process_of(process.pid)
+    os.kill(child, signal.SIGKILL)
+    until = time.monotonic() + 60
+    while not (EXP / "evolve.csv").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    process.kill()
+    first = rows()[0]
+    assert first["state"] == "failed" and "out of memory?" in first["failure"]
+
+
+def trial_process_of(worker: int) -> int:
+    """The process that trains, once it is there."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for child in Path(f"/proc/{worker}/task/{worker}/children").read_text().split():
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return int(child)
+        time.sleep(0.05)
+    raise AssertionError("no trial has been started")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a trial outlives a worker that is killed")
+def test_a_killed_worker_leaves_nothing_behind_and_its_trial_is_run_again(tiny, start):
+    endless = tiny.flags(epochs=5000, evolve_grace=5, evolve_pruner="none")
+    process = start("train.py", *TRIALS, *endless)
+    sees(process, "Anchors reach")
+    child = trial_process_of(process.pid)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
+    with sqlite3.connect(EXP / "study.db") as base:  # the sweep of short trials that it was meant to be
+        base.execute("update study_user_attributes set value_json = replace(value_json, '5000', '2')")
+    begun = study_of().trials[0].params
+    options = yaml.safe_load((EXP / "opt.yaml").read_text()) | {"epochs": 2}
+    (EXP / "opt.yaml").write_text(yaml.safe_dump(options))
+    done = start("train.py", *TRIALS, "--resume")
+    assert done.wait(120) == 0
+    study = study_of()
+    assert len(finished_of(study)) == 3 and sum(map(is_lost, study.trials)) == 1
+    assert begun in [trial.values for trial in finished_of(study)]
+    assert len(rows()) == 3
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_trial_is_run_again(tiny, start):
+    process = start("train.py", *TRIALS, *tiny.flags(epochs=3000))
+    sees(process, "Anchors reach")
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.decode().strip().splitlines() == [errors.decode().strip()]
+    assert f"--evolve 3 --resume {EXP}" in errors.decode()
+    trials = study_of().trials
+    assert [trial.state.name for trial in trials] == ["FAIL", "WAITING"] and trials[0].params == trials[1].params
+
+
+def test_ranks_are_workers_of_their_own(tiny, start):
+    process = start("train.py", "--nproc", "2", "--evolve", "4", "--evolve-confirm", "0", *tiny.flags())
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors.decode()
+    assert len(finished_of(study_of())) == 4 and len(rows()) == 4
+    table = [line.split() for line in output.decode().splitlines()]
+    assert sorted(cells[0] for cells in table if len(cells) > 7 and "/4" in cells[7]) == ["0", "1", "2", "3"]
+    assert output.decode().count("finished  pruned") == 1 and output.decode().count("Train with them") == 1
+
+
+def test_options_of_training_hold_for_trials(tiny, cli):
+    """--single-cls, --noautoanchor and --weights, of which the sweep keeps the gene away that makes no sense."""
+    assert cli(train, *tiny.flags(epochs=1, name="start"))[0] == 0
+    weights = "runs/train/start/weights/best.pt"
+    flags = ("--evolve", "2", "--evolve-confirm", "0", "--single-cls", "--noautoanchor", "--cache")
+    before = set(Path("/dev/shm").glob("yolo-trainer-*"))
+    process = subprocess.run(
+        [sys.executable, ROOT / "train.py", *flags, *tiny.flags(weights=weights, cfg=None)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert f"entries of {weights} fit" in process.stdout
+    study = study_of()
+    assert len(study.trials) == 2 and all("anchors" not in trial.params for trial in study.trials)
+    assert study.user_attrs["work"]["the classes"] == ["item"]
+    # the cache in memory was there for the second trial, which does not tell, and is gone with the sweep
+    assert process.stdout.count("Images cached in memory: train (8, 0.1 MiB, built)") == 1
+    assert set(Path("/dev/shm").glob("yolo-trainer-*")) <= before
+
+
+def test_results_go_to_a_bucket_and_come_back(tiny, cli, tmp_path, untrained):
+    bucket = tmp_path / "bucket"
+    assert cli(train, *TRIALS, "--bucket", str(bucket), *tiny.flags())[0] == 0
+    assert {"evolve.csv", "hyp_evolved.yaml", "study.db"} <= {path.name for path in bucket.iterdir()}
+    assert (bucket / "evolve.csv").read_bytes() == (EXP / "evolve.csv").read_bytes()
+    other = ("--evolve", "4", "--evolve-confirm", "0", "--project", "elsewhere", "--bucket", str(bucket))
+    code, output, _ = cli(train, *other, *tiny.flags())
+    assert code == 0 and "going on with the study of" in output
+    assert len(rows(Path("elsewhere/exp"))) == 4
+    assert cli(train, *TRIALS, "--bucket", str(bucket), *tiny.flags())[0] == 2  # the bucket is ahead
+
+
+def test_python_may_evolve_too(tiny, untrained):
+    assert train.run(evolve=1, evolve_confirm=0, **tiny.options()) == EXP / "hyp_evolved.yaml"
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def refused(cli, *flags: str) -> str:
+    """What is said of them, in one line."""
+    code, output, errors = cli(train, *flags)
+    assert code == 2 and errors.count("\n") == 1 and "Traceback" not in output + errors
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--evolve-genes", "lr9"), "there is no gene 'lr9'"),
+        (("--evolve-genes", "nowhere.yaml"), "nowhere.yaml"),
+        (("--evolve-pruner", "asha"), "--evolve-pruner asha: a trial of 1 epoch has none to be judged at early"),
+        (("--evolve-storage", "postgres"), "--evolve-storage postgres: expected a URL"),
+        (("--evolve-storage", "oracle://a/b"), "unknown kind of storage 'oracle'"),
+        (("--evolve-storage", "journal:/nowhere/at/all"), "the folder /nowhere/at does not exist"),
+        (("--weights", "nowhere.pt"), "nowhere.pt"),
+        (("--data", "nowhere.yaml"), "--data file not found: nowhere.yaml"),
+        (("--noval",), "--evolve and --noval: trials are judged by their evaluations"),
+        (("--bucket", "ghs://x"), "ghs"),
+        (("--resume",), "no sweep to continue in runs/evolve/exp"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_trial(tiny, cli, flags, says):
+    assert says in refused(cli, *TRIALS, *tiny.flags(), *flags)
+    assert not (EXP / "evolve.csv").exists()
+
+
+def test_an_unreachable_server_is_one_line_without_the_password(tiny, cli):
+    said = refused(cli, *TRIALS, *tiny.flags(), "--evolve-storage", "postgresql://me:secret@127.0.0.1:9/base")
+    assert "127.0.0.1:9" in said and "secret" not in said
+
+
+def test_bounds_that_exclude_the_start_are_named(tiny, cli):
+    (tiny.folder / "genes.yaml").write_text("lr0: {low: 0.05, high: 0.1}\n")
+    said = refused(cli, *TRIALS, *tiny.flags(), "--evolve-genes", str(tiny.folder / "genes.yaml"))
+    assert "lr0" in said and "0.02" in said and "0.05" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("--imgsz", "96"), "--imgsz 64 there, 96 here"),
+        (("--evolve-genes", "lr0,box"), "gene"),
+        (("--cfg", "yolov5n.yaml"), "--cfg cfg.yaml there, yolov5n.yaml here"),
+    ],
+)
+def test_another_study_is_not_joined(tiny, cli, change, says, untrained):
+    assert cli(train, *TRIALS, *tiny.flags())[0] == 0
+    before = (EXP / "evolve.csv").read_bytes(), (EXP / "opt.yaml").read_bytes()
+    said = refused(cli, *TRIALS, *tiny.flags(), *change)
+    assert says in said and "--name" in said
+    assert before == ((EXP / "evolve.csv").read_bytes(), (EXP / "opt.yaml").read_bytes())
+
+
+def test_other_data_under_the_same_name_are_noticed(tiny, cli):
+    assert cli(train, *TRIALS, *tiny.flags())[0] == 0
+    tiny.label("train", 0).write_text("1 0.5 0.5 0.3 0.3\n")
+    said = refused(cli, "--evolve", "4", "--evolve-confirm", "0", *tiny.flags())
+    assert "images or labels of 'train'" in said and len(finished_of(study_of())) == 3
+
+
+def test_another_hyp_is_noticed(tiny, cli, untrained):
+    assert cli(train, *TRIALS, *tiny.flags())[0] == 0
+    tiny.hyp.write_text(tiny.hyp.read_text() + "iou_t: 0.3\n")
+    assert "iou_t: 0.2 there, 0.3 here" in refused(cli, *TRIALS, *tiny.flags())
+
+
+def test_resume_of_a_training_run_is_none_of_a_sweep(tiny, cli):
+    assert cli(train, *tiny.flags())[0] == 0
+    assert "is a training run" in refused(cli, "--evolve", "3", "--resume", "runs/train/exp")
+    assert "is a training run" in refused(cli, "--evolve", "3", "--resume", "runs/train/exp/weights/last.pt")
+
+
+def test_resume_refuses_what_would_make_it_another_sweep(tiny, cli, untrained):
+    assert cli(train, *TRIALS, *tiny.flags())[0] == 0
+    assert "--imgsz cannot change" in refused(cli, "--evolve", "4", "--resume", "--imgsz", "96")
+
+
+def test_flags_of_evolution_want_evolution(tiny):
+    with pytest.raises(UserError, match="--evolve-sampler is of --evolve"):
+        train.run(evolve_sampler="tpe", **tiny.options())
+
+
+def test_a_password_is_written_nowhere(tiny, cli, tmp_path, untrained):
+    url = f"sqlite:///{tmp_path / 'base.db'}?password=secret"
+    code, _, _ = cli(train, "--evolve", "1", "--evolve-confirm", "0", *tiny.flags(), "--evolve-storage", url)
+    if code == 0:
+        assert not [path for path in EXP.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
