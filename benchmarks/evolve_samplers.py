@@ -4,11 +4,11 @@
 
 A landscape is drawn per optimum: where its top of 0.6 lies, how much each gene matters (much for few), which act
 together; the start values lie 0.05 to 0.15 below the top. A `bowl` falls with the squared distance from a top that is
-not far from the start in any gene. A `ridge`, which no sampler was tuned on, falls with the distance itself, in rotated
-coordinates, from a top that lies anywhere; and too far along one direction of three genes, training diverges. Each
-evaluation has noise of its own. The figures are the true fitness of the trial that the noisy history calls best, and of
-the one among its best three that is best on average when measured three times more: mean and standard error over
-optima.
+not far from the start in any gene; the genetic sampler was made on other bowls. A `ridge` falls with the distance
+itself, in rotated coordinates, from a top that lies anywhere, and too far along one direction of three genes training
+diverges; other ridges said how often the genetic sampler draws a gene anew, and no more. Each evaluation has noise of
+its own. The figures are the true fitness of the trial that the noisy history calls best, and of the one among its best
+three that is best on average when measured three times more: mean and standard error over optima.
 """
 
 from __future__ import annotations

@@ -118,12 +118,13 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 
 
 def _described(gene: Mapping[str, Any]) -> dict[str, str]:
-    searched = ", ".join(f"{choice:g}" for choice in gene["choices"]) or f"{gene['low']:g} to {gene['high']:g}"
+    number = "{:.12g}".format
+    bounds = f"{number(gene['low'])} to {number(gene['high'])}"
     return {
-        "start": f"{gene['start']:g}",
-        "choices" if gene["choices"] else "bounds": searched,
+        "start": number(gene["start"]),
+        "bounds": f"one of {', '.join(map(number, gene['choices']))}" if gene["choices"] else bounds,
         "scale": gene["scale"],
-        "gain": f"{gene['gain']:g}",
+        "gain": number(gene["gain"]),
     }
 
 
