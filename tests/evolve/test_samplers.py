@@ -213,17 +213,17 @@ def test_classic_is_the_specification(trials, seed, parents):
 
 def slow_classic(space: Space, history: History, rng, parents: str) -> dict[str, float]:
     """SPEC 8, gene by gene."""
-    parent = list(space.start.values())
-    if len(history.fitness):
-        ranked = sorted(zip(history.fitness, range(len(history.fitness))), key=lambda pair: (-pair[0], pair[1]))[:5]
-        least = min(value for value, _ in ranked)
-        weights = [value - least + 1e-6 for value, _ in ranked]
-        rows = [list(history.values[index]) for _, index in ranked]
-        total = sum(weights)
-        if parents == "single":
-            parent = rows[int(np.searchsorted(np.cumsum([w / total for w in weights]), rng.random(), side="right"))]
-        else:
-            parent = [sum(w / total * row[i] for w, row in zip(weights, rows)) for i in range(len(parent))]
+    rows, scores = history.values.tolist(), history.fitness.tolist()
+    if not scores:
+        rows, scores = [list(space.start.values())], [0.0]
+    ranked = sorted(zip(scores, range(len(scores))), key=lambda pair: (-pair[0], pair[1]))[:5]
+    weights = [score - ranked[-1][0] + 1e-6 for score, _ in ranked]
+    shares = [weight / sum(weights) for weight in weights]
+    rows = [rows[index] for _, index in ranked]
+    if parents == "single":
+        parent = rows[int(np.searchsorted(np.cumsum(shares), rng.random(), side="right"))]
+    else:
+        parent = [sum(share * row[i] for share, row in zip(shares, rows)) for i in range(len(rows[0]))]
     factors = [1.0]
     while all(factor == 1 for factor in factors):
         mutates, normal, spread = rng.random(len(parent)), rng.standard_normal(len(parent)), rng.random()
@@ -264,6 +264,13 @@ def test_genetic_moves_genes_that_start_at_zero_where_classic_cannot():
     rngs = [np.random.default_rng(seed) for seed in range(20)]
     assert {classic(space, history, rng)["mixup"] for rng in rngs} == {0}
     assert len({genetic(space, history, rng)["mixup"] for rng in rngs}) > 5
+
+
+@pytest.mark.parametrize("genes", ["degrees", "degrees,mixup", "lr0"])
+def test_genetic_tries_nothing_twice_though_steps_end_at_bounds(genes):
+    space = search_space(HYP, genes=genes)
+    proposals = evolve(study_of("genetic", space), space, 40, measure=lambda values: -sum(values.values()))
+    assert len({tuple(values.values()) for values in proposals}) == 40
 
 
 def test_genetic_gives_small_values_as_many_digits_as_large_ones():

@@ -87,6 +87,9 @@ class Space:
     def from_unit(self, units: np.ndarray) -> np.ndarray:
         return np.stack([gene.from_unit(units[..., index]) for index, gene in enumerate(self.genes)], -1)
 
+    def clip(self, values: np.ndarray) -> np.ndarray:
+        return np.stack([gene.clip(values[..., index]) for index, gene in enumerate(self.genes)], -1)
+
     def plain(self) -> dict[str, dict[str, Any]]:
         """By gene what JSON can hold: for a study to keep, and for `differences`."""
         return {
