@@ -4,11 +4,11 @@
 
 A landscape is drawn per optimum: where its top of 0.6 lies, how much each gene matters (much for few), which act
 together; the start values lie 0.05 to 0.15 below the top. A `bowl` falls with the squared distance from a top that is
-not far from the start in any gene. A `ridge`, which no sampler was tuned on, falls with the distance itself, in rotated
-coordinates, from a top that lies anywhere; and too far along one direction of three genes, training diverges. Each
-evaluation has noise of its own. The figures are the true fitness of the trial that the noisy history calls best, and of
-the one among its best three that is best on average when measured three times more: mean and standard error over
-optima.
+not far from the start in any gene; the genetic sampler was made on other bowls. A `ridge` falls with the distance
+itself, in rotated coordinates, from a top that lies anywhere, and too far along one direction of three genes training
+diverges; other ridges said how often the genetic sampler draws a gene anew, and no more. Each evaluation has noise of
+its own. The figures are the true fitness of the trial that the noisy history calls best, and of the one among its best
+three that is best on average when measured three times more: mean and standard error over optima.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ GENES = {
 NOISES = (0.0, 0.01, 0.03)
 TOP_FITNESS = 0.6
 _CONFIRMED, _CONFIRMATIONS = 3, 3
+_DRAW, _NOISE, _CONFIRM, _PROPOSE = range(1, 5)  # what is random, each with a stream of its own
 
 Landscape = Callable[[np.ndarray], float]  # the true fitness of genes in unit coordinates
 
@@ -86,23 +87,23 @@ FAMILIES = {"bowl": bowl, "ridge": ridge}
 
 def outcome(sampler: str, space: Space, *, family: str, noise: float, optimum: int, trials: int) -> Outcome:
     """Of one evolution on landscape `optimum` of a family, which is the same for every sampler, as is the noise."""
-    start = _unit(space, np.array(list(space.start.values())))
-    landscape = FAMILIES[family](start, np.random.default_rng((optimum, len(space.genes))))
+    start = space.to_unit(np.array(list(space.start.values())))
+    landscape = FAMILIES[family](start, _rng(_DRAW, optimum, len(space.genes)))
 
     def measure(values: np.ndarray, number: int) -> float:
-        return landscape(_unit(space, values)) + noise * np.random.default_rng((optimum, number)).normal()
+        return landscape(space.to_unit(values)) + noise * _rng(_NOISE, optimum, number).normal()
 
     run = _run_direct if sampler in _PROPOSALS else _run_study
     history = run(sampler, space, measure, optimum, trials)
-    true = [landscape(_unit(space, values)) for values in history.values]
+    true = [landscape(space.to_unit(values)) for values in history.values]
     best = np.argsort(-history.fitness, kind="stable")[:_CONFIRMED]
-    again = np.random.default_rng((optimum, trials, 1)).normal(0, noise, (len(best), _CONFIRMATIONS))
+    again = _rng(_CONFIRM, optimum).normal(0, noise, (len(best), _CONFIRMATIONS))
     means = [true[index] + noises.mean() for index, noises in zip(best, again)]
     return Outcome(best=true[best[0]], confirmed=true[best[int(np.argmax(means))]])
 
 
 def _uniform(space: Space, history: History, rng: np.random.Generator) -> dict[str, float]:
-    return {gene.name: gene.from_unit(rng.random()) for gene in space.genes}
+    return dict(zip(space.names, space.from_unit(rng.random(len(space.genes)))))
 
 
 _PROPOSALS = {"classic": classic, "genetic": genetic, "random": _uniform}  # Optuna's random draws from the same
@@ -115,7 +116,7 @@ def _run_direct(sampler: str, space: Space, measure: Measure, seed: int, trials:
     fitness = np.empty(trials)
     for number in range(trials):
         history = History(values=values[:number], fitness=fitness[:number])
-        rng = np.random.default_rng((seed, number))
+        rng = _rng(_PROPOSE, seed, number)
         proposal = space.start if number == 0 else _PROPOSALS[sampler](space, history, rng)
         values[number] = [proposal[name] for name in space.names]
         fitness[number] = measure(values[number], number)
@@ -132,8 +133,8 @@ def _run_study(sampler: str, space: Space, measure: Measure, seed: int, trials: 
     return History(values=np.array(values), fitness=np.array([trial.value for trial in study.trials]))
 
 
-def _unit(space: Space, values: np.ndarray) -> np.ndarray:
-    return np.array([gene.to_unit(value) for gene, value in zip(space.genes, values)])
+def _rng(stream: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng((stream, *key))
 
 
 def _reflected(unit: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The samplers: from the trials so far to the values of the next one.
 
-The surprise: none of them has a state. Each proposal is drawn anew from the seed, the number of the trial and the history,
+The surprise: none of them has a state. Each proposal is drawn anew from the seed, the trial's number and the history,
 so that any worker can make any of them, and two workers never make the same.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ Propose = Callable[[Space, History, np.random.Generator], Values]
 
 
 def make_sampler(name: str, space: Space, *, seed: int, parents: Parents = "single") -> BaseSampler:
-    """The sampler of a name in SAMPLERS, for a study that maximises. `parents` is of the classic and the genetic one.
+    """The sampler of a name in SAMPLERS, for a study that maximises. `parents` is of the classic one alone.
 
     Trial 0 gets the start values. Ask by `study.ask(fixed_distributions=distributions(space))`.
     """
@@ -78,15 +79,19 @@ class SeededSampler(BaseSampler):
 # -------------------------------------------------------------------------------------------------------------- ours
 
 
-def _ours(propose: Callable[..., Values]) -> Callable[[Space, int, Parents], BaseSampler]:
-    def make(space: Space, seed: int, parents: Parents) -> BaseSampler:
-        def sample(study: Study, trial: FrozenTrial) -> Values:
-            rng = np.random.default_rng((seed, trial.number))
-            return propose(space, history_of(study, space), rng, parents=parents)
+def _classic(space: Space, seed: int, parents: Parents) -> BaseSampler:
+    return _ours(space, seed, partial(classic, parents=parents))
 
-        return SeededSampler(space, sample)
 
-    return make
+def _genetic(space: Space, seed: int, parents: Parents) -> BaseSampler:
+    return _ours(space, seed, genetic)
+
+
+def _ours(space: Space, seed: int, propose: Propose) -> BaseSampler:
+    def sample(study: Study, trial: FrozenTrial) -> Values:
+        return propose(space, history_of(study, space), np.random.default_rng((seed, trial.number)))
+
+    return SeededSampler(space, sample)
 
 
 def history_of(study: Study, space: Space) -> History:
@@ -102,57 +107,101 @@ def history_of(study: Study, space: Space) -> History:
 _TOP = 5
 
 
-def classic(space: Space, history: History, rng: np.random.Generator, *, parents: Parents = "single") -> Values:
+def classic(space: Space, history: History, rng: np.random.Generator, parents: Parents = "single") -> Values:
     """The sampler of YOLOv5's evolution: a parent of the best five, times factors drawn around 1.
 
     A gene at 0 stays there, for it is multiplied. A choice becomes the nearest one.
     """
-    parent = _classic_parent(space, history, rng, parents)
-    child = parent * _factors(space, rng)
-    return {gene.name: gene.clip(round(gene.clip(value), 5)) for gene, value in zip(space.genes, child)}
+    child = _parent(space, history, rng, parents) * _factors(space, rng, 1)[0]
+    # clipped twice, for five decimals may lie outside of narrow bounds
+    return {gene.name: float(gene.clip(np.round(gene.clip(value), 5))) for gene, value in zip(space.genes, child)}
 
 
-def _classic_parent(space: Space, history: History, rng: np.random.Generator, parents: Parents) -> np.ndarray:
-    if not len(history.fitness):
-        return np.array(list(space.start.values()))
-    top = np.argsort(-history.fitness, kind="stable")[:_TOP]
-    weights = history.fitness[top] - history.fitness[top].min() + 1e-6
+def _parent(space: Space, history: History, rng: np.random.Generator, parents: Parents) -> np.ndarray:
+    history = _or_start(history, space)
+    best = _best(history.fitness, _TOP)
+    weights = history.fitness[best] - history.fitness[best].min() + 1e-6
     weights /= weights.sum()
-    if parents == "weighted":
-        return weights @ history.values[top]
-    return history.values[rng.choice(top, p=weights)]
+    return weights @ history.values[best] if parents == "weighted" else history.values[rng.choice(best, p=weights)]
 
 
-def _factors(space: Space, rng: np.random.Generator) -> np.ndarray:
-    """(G,) from 0.3 to 3, each 1 with probability 0.2 and not all of them."""
+def _or_start(history: History, space: Space) -> History:
+    """While no trial is complete, the start values are the parent."""
+    if len(history.fitness):
+        return history
+    return History(values=np.array([list(space.start.values())]), fitness=np.zeros(1))
+
+
+def _best(fitness: np.ndarray, num: int) -> np.ndarray:
+    """The indices of the best, best first; of equals the first."""
+    return np.argsort(-fitness, kind="stable")[:num]
+
+
+def _factors(space: Space, rng: np.random.Generator, num: int) -> np.ndarray:
+    """(num, G) from 0.3 to 3, each 1 with probability 0.2, but not all of a row."""
     gains = np.array([gene.gain for gene in space.genes])
-    factors = np.ones_like(gains)
-    while (factors == 1).all():
-        mutates = rng.random(len(gains)) < 0.8
-        factors = gains * mutates * rng.standard_normal(len(gains)) * rng.random() * 0.2 + 1
-        factors = factors.clip(0.3, 3.0)
+    factors = np.ones((num, len(gains)))
+    while (same := (factors == 1).all(1)).any():
+        shape = (same.sum(), len(gains))
+        mutates = rng.random(shape) < 0.8
+        drawn = gains * mutates * rng.standard_normal(shape) * rng.random() * 0.2 + 1
+        factors[same] = drawn.clip(0.3, 3.0)
     return factors
 
 
-def genetic(space: Space, history: History, rng: np.random.Generator, *, parents: Parents = "single") -> Values:
-    """The classic parent and draw, but the factor less 1 is added to the gene as it lies between its bounds."""
-    parent = _classic_parent(space, history, rng, parents)
-    steps = _factors(space, rng) - 1
-    child = {}
-    for gene, value, step in zip(space.genes, parent, steps):
-        child[gene.name] = _rounded(gene, gene.from_unit(_reflected(gene.to_unit(value) + step)))
-    return child
+_PARENTS, _CHILDREN = 10, 8
+_ANEW = 0.05  # the probability that a gene is drawn from all of its range
+_RIDGE = 0.03  # holds the parabolas down, where ranks go from 0 to 1
 
 
-def _reflected(unit: float) -> float:
-    """A step over a bound comes back from it by as much."""
-    unit = abs(unit) % 2
-    return min(unit, 2 - unit)
+def genetic(space: Space, history: History, rng: np.random.Generator) -> Values:
+    """The classic draw, added where that multiplies, upon many parents, and the best-looking of eight children.
+
+    All genes are taken as they lie between their bounds, from 0 to 1.
+    - A child has each gene from one of the best ten trials, from better ones more often, which averages the luck of
+      single trials away.
+    - The classic factors less 1 are added, and clipped: genes at 0 can move, and a bound is a place to stay. A gene in
+      twenty is drawn from all of its range instead, for steps seldom lead far, or from one choice to the next.
+    - Of eight such children that one is tried which the history promises most. It says so by a ridge regression of the
+      trials' ranks on a parabola per gene: ranks, so that a diverged trial weighs no more than any bad one.
+    On the bowls of benchmarks/evolve_samplers.py (29 genes, noise 0.01) 300 trials leave 0.049 of the start's 0.091 to
+    the top with the classic sampler, 0.025 where its factors are added, 0.021 with ten parents, 0.017 with all of this.
+    """
+    history = _or_start(history, space)
+    units = space.to_unit(history.values)
+    best = _best(history.fitness, _PARENTS)
+    weights = np.log(len(best) + 1) - np.log(np.arange(1, len(best) + 1))
+    weights /= weights.sum()
+    genes = np.arange(len(space.genes))
+    children = units[rng.choice(best, (_CHILDREN, len(genes)), p=weights), genes]
+    children = (children + _factors(space, rng, _CHILDREN) - 1).clip(0, 1)
+    children = np.where(rng.random(children.shape) < _ANEW, rng.random(children.shape), children)
+    values = _rounded_values(space, children)
+    tried = (values[:, None] == history.values).all(-1).any(-1)  # where steps over a bound led nowhere
+    values[tried] = _rounded_values(space, rng.random((tried.sum(), len(genes))))
+    promises = _promises(units, history.fitness, space.to_unit(values), centre=weights @ units[best])
+    return dict(zip(space.names, values[promises.argmax()].tolist()))
 
 
-def _rounded(gene: Gene, value: float) -> float:
+def _rounded_values(space: Space, units: np.ndarray) -> np.ndarray:
     """To five digits, of which small values have as many as large ones."""
-    return gene.clip(float(f"{value:.5g}"))
+    values = space.from_unit(units)
+    rounded = [float(f"{value:.5g}") for value in values.flat]
+    return space.clip(np.array(rounded).reshape(values.shape))
+
+
+def _promises(units: np.ndarray, fitness: np.ndarray, children: np.ndarray, *, centre: np.ndarray) -> np.ndarray:
+    """What a sum of parabolas, one per gene, makes of children, up to a constant.
+
+    It is fitted to the ranks of the trials, from 0 to 1, by ridge regression; `centre` is where it is flat unless the
+    trials say otherwise.
+    """
+    ranks = np.unique(fitness, return_inverse=True)[1] / len(fitness)
+    terms, terms_children = (np.hstack([apart, apart**2]) for apart in (units - centre, children - centre))
+    terms_children = terms_children - terms.mean(0)
+    terms = terms - terms.mean(0)  # (N, 2 G)
+    slopes = np.linalg.solve(terms.T @ terms + _RIDGE * np.eye(terms.shape[1]), terms.T @ (ranks - ranks.mean()))
+    return terms_children @ slopes
 
 
 # ------------------------------------------------------------------------------------------------------------ Optuna's
@@ -208,8 +257,8 @@ def _random(space: Space, seed: int, own_seed: int) -> BaseSampler:
 
 
 SAMPLERS: dict[str, Callable[[Space, int, Parents], BaseSampler]] = {
-    "classic": _ours(classic),
-    "genetic": _ours(genetic),
+    "classic": _classic,
+    "genetic": _genetic,
     "tpe": _optuna(_tpe),
     "cmaes": _optuna(_cmaes),
     "gp": _optuna(_gp),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from utils.files import nearest_name, read_yaml
@@ -39,31 +40,30 @@ class Gene:
     scale: Scale
     choices: tuple[float, ...] = ()  # ascending
 
-    def to_unit(self, value: float) -> float:
-        """Where `value` lies between the bounds, from 0 to 1, on the gene's scale; of a choice, its rank."""
+    def to_unit(self, values: np.ndarray) -> np.ndarray:
+        """Where values lie between the bounds, from 0 to 1, on the gene's scale; of a choice, its rank."""
         if self.scale == "choice":
-            return self.choices.index(self.nearest_choice(value)) / (len(self.choices) - 1)
+            return self._nearest(values) / (len(self.choices) - 1)
         if self.scale == "log":
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
+            return np.log(values / self.low) / math.log(self.high / self.low)
+        return (values - self.low) / (self.high - self.low)
 
-    def from_unit(self, unit: float) -> float:
-        """The inverse of `to_unit`, within the bounds for any `unit`."""
-        unit = min(max(unit, 0.0), 1.0)
+    def from_unit(self, units: np.ndarray) -> np.ndarray:
+        """The inverse of `to_unit`."""
         if self.scale == "choice":
-            return self.choices[round(unit * (len(self.choices) - 1))]
+            return np.array(self.choices)[np.rint(units * (len(self.choices) - 1)).astype(int)]
         if self.scale == "log":
-            return self.clip(self.low * (self.high / self.low) ** unit)
-        return self.clip(self.low + unit * (self.high - self.low))
+            return self.clip(self.low * (self.high / self.low) ** units)
+        return self.clip(self.low + units * (self.high - self.low))
 
-    def clip(self, value: float) -> float:
-        """The value of the gene that is nearest."""
+    def clip(self, values: np.ndarray) -> np.ndarray:
+        """The nearest ones that the gene can have."""
         if self.scale == "choice":
-            return self.nearest_choice(value)
-        return float(min(max(value, self.low), self.high))
+            return np.array(self.choices)[self._nearest(values)]
+        return np.clip(values, self.low, self.high)
 
-    def nearest_choice(self, value: float) -> float:
-        return min(self.choices, key=lambda choice: abs(choice - value))
+    def _nearest(self, values: np.ndarray) -> np.ndarray:
+        return np.abs(np.asarray(values)[..., None] - np.array(self.choices)).argmin(-1)
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,16 @@ class Space:
     @property
     def start(self) -> dict[str, float]:
         return {gene.name: gene.start for gene in self.genes}
+
+    def to_unit(self, values: np.ndarray) -> np.ndarray:
+        """(..., G) of values as the genes' `to_unit` sees them."""
+        return np.stack([gene.to_unit(values[..., index]) for index, gene in enumerate(self.genes)], -1)
+
+    def from_unit(self, units: np.ndarray) -> np.ndarray:
+        return np.stack([gene.from_unit(units[..., index]) for index, gene in enumerate(self.genes)], -1)
+
+    def clip(self, values: np.ndarray) -> np.ndarray:
+        return np.stack([gene.clip(values[..., index]) for index, gene in enumerate(self.genes)], -1)
 
     def plain(self) -> dict[str, dict[str, Any]]:
         """By gene what JSON can hold: for a study to keep, and for `differences`."""
@@ -111,12 +121,13 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 
 
 def _described(gene: Mapping[str, Any]) -> dict[str, str]:
-    searched = ", ".join(f"{choice:g}" for choice in gene["choices"]) or f"{gene['low']:g} to {gene['high']:g}"
+    number = "{:.12g}".format
+    bounds = f"{number(gene['low'])} to {number(gene['high'])}"
     return {
-        "start": f"{gene['start']:g}",
-        "choices" if gene["choices"] else "bounds": searched,
+        "start": number(gene["start"]),
+        "bounds": f"one of {', '.join(map(number, gene['choices']))}" if gene["choices"] else bounds,
         "scale": gene["scale"],
-        "gain": f"{gene['gain']:g}",
+        "gain": number(gene["gain"]),
     }
 
 
