@@ -164,10 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             top = [means[sweep.name, row["trial"]] for row in sweep.best(share * seconds)]
             entry[f"confirmed at {share:.2f}"] = max(top, default=None)
             entry[f"first confirmed at {share:.2f}"] = top[0] if top else None
-            trials = sum(done <= share * seconds for done in sweep.done_at)
-            print(
-                f"{sweep.name:>10} {share:4.2f} of the time: {trials:3} trials, best confirmed {max(top, default=0):.4f}"
-            )
+            trials, best = sum(done <= share * seconds for done in sweep.done_at), max(top, default=0)
+            print(f"{sweep.name:>10} {share:4.2f} of the time: {trials:3} trials, best confirmed {best:.4f}")
         report["sweeps"].append(entry)
     for kind in KINDS:
         for share in SHARES:
