@@ -5,18 +5,23 @@ Without any flag it trains on the embedded data set. `python train.py --help` li
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config import TrainOptions, run_on_ranks
 from utils.launch import refuse_ranks, tells_of_signals
-from utils.stopping import leave_with, stop_signals
+from utils.stopping import StopRequest, leave_with, stop_signals
+from utils.structures import UserError
 
 if TYPE_CHECKING:
     from utils.structures import Metrics
 
 
-def run(**options: Any) -> Metrics:
+def run(**options: Any) -> Metrics | Path:
     """Train with options by the names of the flags, e.g. `run(data="my.yaml", imgsz=320)`; the metrics of best.pt.
+
+    With `evolve` it is the file of the hyperparameters that were found.
 
     Raises ValueError (structures.UserError) with one line for anything that a user can mend, and KeyboardInterrupt
     (stopping.Interrupted), with the run saved, when a signal asks to stop.
@@ -25,17 +30,23 @@ def run(**options: Any) -> Metrics:
     return _run(options)
 
 
-def _run(options: dict[str, Any], *, ends_process: bool = False) -> Metrics:
+def _run(options: dict[str, Any], *, ends_process: bool = False) -> Metrics | Path:
     with stop_signals(ends_process=ends_process, tells=tells_of_signals) as stop:
         if options.get("evolve") is not None:
-            from utils.sweep.command import evolve
-
-            return evolve(options, stop)
+            return _evolve(options, stop)
         from utils.train.build import build_trainer  # torch only now, so that --help is instant
 
         with stop.at_once():  # but for the import: broken off, torch's may end the process
             trainer = build_trainer(options, stop)
         return trainer.fit()
+
+
+def _evolve(options: dict[str, Any], stop: StopRequest) -> Path:
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("--evolve: is built on Optuna, which is not installed: pip install optuna")
+    from utils.sweep.command import evolve
+
+    return evolve(options, stop)
 
 
 def main() -> int:

@@ -71,6 +71,17 @@ TRAIN_DEFAULTS = {  # SPEC 1; what None stands for depends on the data set and i
     "save_every": 10.0,
     "save_period": -1,
     "bucket": "",
+    "evolve": None,
+    "evolve_sampler": "genetic",
+    "evolve_parents": "single",
+    "evolve_genes": "",
+    "evolve_pruner": None,
+    "evolve_storage": "",
+    "evolve_confirm": 3,
+    "evolve_confirm_seeds": 3,
+    "evolve_confirm_epochs": None,
+    "evolve_grace": 60,
+    "bucket": "",
     "nproc": 1,
     "dist_timeout": 10.0,
     "local_rank": -1,
@@ -243,8 +254,8 @@ def test_resume_takes_a_path_or_none(argv, resume):
 
 
 NOT_YET_OF_TRAIN = (
-    *("--artifact_alias", "--evolve=5", "--tb-histograms"),
-    *("--bbox_interval=3", "--bucket", "--entity", "--evolve-jobs=2", "--evolve_sampler"),
+    *("--artifact_alias", "--tb-histograms"),
+    *("--bbox_interval=3", "--entity"),
 )
 
 
@@ -255,7 +266,14 @@ NOT_YET_OF_TRAIN = (
         ("--epoch=3", "unknown flag '--epoch=3'; did you mean '--epochs'?"),  # no abbreviations
         ("--exist_okay", "unknown flag '--exist_okay'; did you mean '--exist-ok'?"),
         ("--frobnicate", "unknown flag '--frobnicate'"),
-        ("--evolve 3", "--evolve: not available yet; leave it out"),
+        ("--evolve many", "--evolve: 'many' should be a whole number"),
+        ("--evolve 0", "--evolve 0: should be 1 or more"),
+        ("--evolve-jobs 2", "unknown flag '--evolve-jobs'"),
+        ("--evolve --evolve-sampler tpa", "--evolve-sampler: invalid choice: 'tpa'"),
+        ("--evolve --evolve-parents weighted", "--evolve-parents weighted: is of --evolve-sampler classic"),
+        ("--evolve_sampler tpe", "--evolve-sampler is of --evolve, which is not there"),
+        ("--evolve --noval", "--evolve and --noval: trials are judged by their evaluations; choose one"),
+        ("--bucket b", "--bucket is of --evolve, which is not there"),
         ("--cache tape", "--cache: invalid choice: 'tape' (choose from"),
         ("--cache disk --cache-images", "--cache-images and --cache disk: choose one"),
         ("--repeat-factor 2", "--repeat-factor 2: should be a share of the images, from 0 to 1"),
@@ -372,7 +390,8 @@ def test_options_by_name_are_mended_where_the_meaning_is_plain():
     [
         ({"epoch": 3}, "unknown option 'epoch'; did you mean 'epochs'?"),
         ({"batchsize": 3}, "unknown option 'batchsize'; did you mean 'batch_size'?"),
-        ({"bucket": "b"}, "--bucket: not available yet; leave it out"),
+        ({"entity": "b"}, "--entity: not available yet; leave it out"),
+        ({"evolve": "3"}, "--evolve '3': should be int, got str"),
         ({"epochs": "3"}, "--epochs '3': should be int, got str"),
         ({"epochs": 3.0}, "--epochs 3.0: should be int, got float"),
         ({"epochs": True}, "--epochs True: should be int, got bool"),
@@ -671,3 +690,10 @@ def test_real_data_sets_are_read_and_their_splits_exist(shared_datasets):
     for source in sources:
         spec, _ = read_dataset(str(source))
         assert all(path.exists() for path in spec.train + spec.val + spec.test), source
+
+
+@pytest.mark.parametrize(
+    ("argv", "trials"), [((), None), (("--evolve",), 300), (("--evolve", "--quiet"), 300), (("--evolve", "7"), 7)]
+)
+def test_evolve_takes_a_number_or_none(argv, trials):
+    assert train_options(*argv).evolve == trials

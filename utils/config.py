@@ -584,6 +584,11 @@ def _check_evolution(options: TrainOptions) -> None:
     given = [name for name in names if getattr(options, name) != getattr(default, name)]
     if given and options.evolve is None:
         raise UserError(f"{spelling(given[0])} is of --evolve, which is not there; add it, or leave this out")
+    if options.evolve_parents != default.evolve_parents and options.evolve_sampler != "classic":
+        raise UserError(
+            f"--evolve-parents {options.evolve_parents}: is of --evolve-sampler classic, and this is "
+            f"{options.evolve_sampler}; leave it out"
+        )
 
 
 def _check_val(options: ValOptions) -> None:

@@ -147,7 +147,7 @@ def _options(values: dict[str, Any]) -> tuple[TrainOptions, Path]:
             raise UserError(f"--resume continues a sweep as it was; {spelling(name)} cannot change, only {allowed}")
     if "***" in begun.evolve_storage and given.evolve_storage == "":
         raise UserError(f"--resume: the study is in {begun.evolve_storage}; name it again with --evolve-storage")
-    kept = {name: getattr(given, name) for name in changed if name in _WITH_RESUME}
+    kept = {name: getattr(given, name) for name in changed if name in _WITH_RESUME and name not in ("project", "name")}
     hyp = folder / _HYP_FILE
     return replace(begun, **{**kept, "resume": None, "hyp": str(hyp) if hyp.is_file() else begun.hyp}), folder
 
