@@ -70,8 +70,6 @@ TRAIN_DEFAULTS = {  # SPEC 1; what None stands for depends on the data set and i
     "seed": 0,
     "save_every": 10.0,
     "save_period": -1,
-    "bucket": "",
-    "evolve": None,
     "evolve_sampler": "genetic",
     "evolve_parents": "single",
     "evolve_genes": "",

@@ -478,3 +478,18 @@ def test_a_rank_that_was_killed_is_told_with_what_the_others_know_of_it():
         "rank 1 was killed (signal 9): out of memory? lower --batch-size, --workers or --nproc; "
         "its last step was batch 2 of epoch 3; continue with: x"
     )
+
+
+def test_processes_of_a_rank_may_know_nothing_of_it(monkeypatch):
+    """As the trials of an evolution, which train each by itself."""
+    for name, value in {**ELASTIC, "NPROC_LAUNCHER": "1", "GROUP_RANK": "0", "ROLE_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    code = (
+        "import os, re; print([name for name in os.environ if re.search('RANK|WORLD|MASTER|TORCHELASTIC|NPROC', name)])"
+    )
+    with launch.as_no_rank():
+        seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert place() is None and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    assert seen == "[]\n"
+    assert place().rank == 5

@@ -1,5 +1,6 @@
 """Where trials are judged early, and by whom."""
 
+from itertools import pairwise
 from typing import get_args
 
 import optuna
@@ -23,7 +24,7 @@ def test_choices_of_the_command_line_are_those_of_the_tables():
 def test_rungs_are_in_the_first_half_each_three_times_the_one_before(epochs):
     steps = rungs(epochs, "asha")
     assert steps and steps[0] <= max(epochs / 10 + 0.5, 1) and steps[-1] <= epochs / 2
-    assert all(later == 3 * earlier for earlier, later in zip(steps, steps[1:]))
+    assert all(later == 3 * earlier for earlier, later in pairwise(steps))
 
 
 def test_without_a_pruner_there_are_none_and_one_epoch_has_none():
