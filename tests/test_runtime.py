@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from utils import runtime
 from utils.clock import EventClock, StepClock
 from utils.launch import Place
 from utils.ranks import LostRank
@@ -479,3 +480,14 @@ def test_what_another_rank_tells_stays_so_under_way(kind):
     with pytest.raises(RunError, match="told") as raised, mendable_errors(batch_size=1, imgsz=64):
         raise error
     assert raised.value.said_elsewhere
+
+
+def test_a_worker_by_itself_takes_its_share_of_the_machine(monkeypatch):
+    """One of several that a launcher started, as the workers of an evolution."""
+    monkeypatch.setattr(runtime, "_available_devices", lambda: GPUS)
+    monkeypatch.setattr(runtime, "usable_cores", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert runtime.share_of_machine(None, device="", workers=8) == ("", 8)
+    assert runtime.share_of_machine(at(1), device="", workers=8) == ("1", 3)
+    assert runtime.share_of_machine(at(1), device="2,0", workers=1) == ("0", 1)
+    assert runtime.share_of_machine(at(1), device="cpu", workers=8) == ("cpu", 3)
