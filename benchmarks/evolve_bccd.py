@@ -1,4 +1,4 @@
-"""Sweeps of two kinds with the same processor time each: what their best is worth on seeds that it was not chosen on.
+"""Sweeps of several kinds with the same processor time each: what their best is worth on fresh seeds.
 
 `python -m benchmarks.evolve_bccd` evolves how bccd is learned for six more epochs, from weights that were trained for
 forty. A sweep is a `train.py --evolve` that is stopped when its time is used up. Of its trials up to then, and up to
@@ -30,6 +30,7 @@ from benchmarks.workers import ROOT
 
 KINDS = {  # what differs
     "default": (),
+    "unpruned": ("--evolve-pruner", "none"),
     "classic": ("--evolve-sampler", "classic", "--evolve-pruner", "none"),
 }
 FRESH = (101, 102, 103)  # seeds
@@ -127,7 +128,7 @@ def hyp_of(row: dict[str, str], given: dict) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=12, help="processor time of a sweep")
+    parser.add_argument("--minutes", type=float, default=10, help="processor time of a sweep")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "evolve-bccd")

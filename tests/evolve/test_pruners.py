@@ -21,10 +21,10 @@ def test_choices_of_the_command_line_are_those_of_the_tables():
 
 
 @given(st.integers(2, 10_000))
-def test_rungs_are_in_the_first_half_each_three_times_the_one_before(epochs):
+def test_rungs_are_in_the_first_half_each_twice_the_one_before(epochs):
     steps = rungs(epochs, "asha")
-    assert steps and steps[0] <= max(epochs / 10 + 0.5, 1) and steps[-1] <= epochs / 2
-    assert all(later == 3 * earlier for earlier, later in pairwise(steps))
+    assert steps and steps[0] <= max(epochs / 5 + 0.5, 1) and steps[-1] <= epochs / 2
+    assert all(later == 2 * earlier for earlier, later in pairwise(steps))
 
 
 def test_without_a_pruner_there_are_none_and_one_epoch_has_none():
@@ -49,5 +49,5 @@ def test_each_pruner_ends_bad_trials_and_lets_good_ones_go_on(name):
 
     study.optimize(objective, n_trials=60)
     ended = [trial for trial in finished_of(study)[20:] if trial.state == "pruned"]
-    assert len([trial for trial in ended if trial.number % 10 <= 3]) >= 10  # of 16
+    assert len([trial for trial in ended if trial.number % 10 <= 3]) >= 8  # of 16
     assert len([trial for trial in ended if trial.number % 10 == 9]) <= 1  # of 4

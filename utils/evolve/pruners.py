@@ -12,22 +12,21 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 
 from utils.structures import UserError
 
-FACTOR = 3  # between rungs; of those that reach one, about one in so many goes on
-_FIRST = 0.1  # of the epochs, the first rung
+FACTOR = 2  # between rungs; about one in so many of those that reach one goes on: with fewer, parents run short
+_FIRST = 0.2  # of the epochs, the first rung
 _LATEST = 0.5  # of the epochs: a later rung would save little
 LEAST_EPOCHS = 2
 
 
 def rungs(epochs: int, pruner: str) -> tuple[int, ...]:
-    """The epochs, from 1, after which a trial of so many is judged: each FACTOR times the one before it.
+    """The epochs, from 1, after which a trial of so many is judged, the second FACTOR times the first.
 
     Raises UserError where there is none and `pruner` needs one.
     """
     if pruner == "none":
         return ()
     first = max(round(_FIRST * epochs), 1)
-    steps = [first * FACTOR**rung for rung in range(3)]
-    kept = tuple(step for step in steps if step <= epochs * _LATEST)
+    kept = tuple(step for step in (first, first * FACTOR) if step <= epochs * _LATEST)
     if not kept:
         raise UserError(
             f"--evolve-pruner {pruner}: a trial of {epochs} epoch{'s' * (epochs > 1)} has none to be judged at early; "
