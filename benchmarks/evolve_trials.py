@@ -1,7 +1,7 @@
 """What a trial costs besides its training and evaluation, and whether the worker of a sweep grows.
 
-`python -m benchmarks.evolve_trials overhead` runs a sweep on bccd, and the same trials without a sweep, one after another
-in one process; the difference is processes, imports, data, networks, the study and its files. `... memory` runs a hundred
+`python -m benchmarks.evolve_trials overhead` runs a sweep on bccd, and the same trials without it, one after another in
+one process; the difference is processes, imports, data, networks, the study and its files. `... memory` runs a hundred
 tiny trials and looks at the memory of the worker after each.
 """
 

@@ -1,6 +1,7 @@
-"""A worker of a study as a process, for tests that kill it: `-m tests.evolve.workers STORAGE FOLDER GOAL SECONDS`.
+"""A worker of a study as a process, for tests that kill it: `-m tests.evolve.workers STORAGE FOLDER GOAL`.
 
-Its trials do nothing for so many seconds. It prints `run NUMBER` when one begins, and `done` when the goal is reached.
+Its trials last while there is a file `hold` in the folder, and what follows each of them while there is a file `pause`.
+It prints `run NUMBER` and `end NUMBER`, and `done` when the goal is reached.
 """
 
 import sys
@@ -33,15 +34,24 @@ class Printed(Watch):
     def started(self, number: int) -> None:
         print(f"run {number}", flush=True)
 
-    def finished(self, number: int) -> None:
+    def finished(self, number: int, trials: object) -> None:
         self._record.write(self._study, {})
+        print(f"end {number}", flush=True)
+        wait_for(self._record.folder / "pause")
 
 
-def main(given: str, folder: str, goal: str, seconds: str) -> None:
+def wait_for(file: Path) -> None:
+    """To be removed."""
+    while file.exists():
+        time.sleep(0.02)
+
+
+def main(given: str, folder: str, goal: str) -> None:
     study, storage = opened(given, Path(folder))
 
     def objective(values, report):
-        time.sleep(float(seconds))
+        wait_for(Path(folder) / "hold")
+        time.sleep(0.1)
         report(1, values["lr0"], {"mAP_0.5": values["lr0"]})
         if values["lr0"] < 0.05:
             raise TrialFailed("too small")

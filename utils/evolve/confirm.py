@@ -18,7 +18,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from utils.evolve.history import Finished, is_lost
+from utils.evolve.history import SURPLUS, Finished, is_lost
 from utils.evolve.storage import MAX_RETRIES
 
 DEFAULT = "default"
@@ -38,10 +38,15 @@ class Candidate:
     fitness: float | None  # that the sweep gave it
 
 
-def candidates(trials: Sequence[Finished], given: Mapping[str, Any], k: int) -> list[Candidate]:
-    """The default, which is `given`, and the best `k` complete trials whose values differ from it and one another."""
-    chosen = [Candidate(name=DEFAULT, trial=None, values=given, fitness=_fitness_of_default(trials))]
-    complete = [trial for trial in trials if trial.state == "complete" and trial.number != 0]
+def candidates(
+    trials: Sequence[Finished], given: Mapping[str, Any], k: int, *, start: Mapping[str, Any]
+) -> list[Candidate]:
+    """The default, which is `given`, and the best `k` complete trials whose values differ from it and one another.
+
+    A trial of the values of `start` is the default as well, though it may have had genes that the default leaves open.
+    """
+    chosen = [Candidate(name=DEFAULT, trial=None, values=given, fitness=_fitness_of(start, trials))]
+    complete = [trial for trial in trials if trial.state == "complete" and not _same(trial.values, start)]
     for trial in sorted(complete, key=lambda trial: (-trial.fitness, trial.number)):
         if len(chosen) > k:
             break
@@ -53,8 +58,10 @@ def candidates(trials: Sequence[Finished], given: Mapping[str, Any], k: int) -> 
     return chosen
 
 
-def _fitness_of_default(trials: Sequence[Finished]) -> float | None:
-    return next((trial.fitness for trial in trials if trial.number == 0 and trial.state == "complete"), None)
+def _fitness_of(values: Mapping[str, Any], trials: Sequence[Finished]) -> float | None:
+    """That the sweep gave these."""
+    same = (trial.fitness for trial in trials if trial.state == "complete" and _same(trial.values, values))
+    return next(same, None)
 
 
 def _same(values: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
@@ -131,7 +138,7 @@ def _pair(trial: FrozenTrial) -> Pair | None:
 
 def _will_be_retried(trial: FrozenTrial, retried: Container[int]) -> bool:
     """Whether a lost trial is about to be queued again, with its pair."""
-    return trial.number not in retried and len(_retry_history(trial)) < MAX_RETRIES
+    return SURPLUS not in trial.user_attrs and trial.number not in retried and len(_retry_history(trial)) < MAX_RETRIES
 
 
 def _retry_history(trial: FrozenTrial) -> list[int]:

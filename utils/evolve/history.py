@@ -19,6 +19,7 @@ RESULT_NAMES = ("precision", "recall", "mAP_0.5", "mAP_0.5:0.95", "val/box_loss"
 FAILURE = "failure"  # one line: why it failed by its own doing
 RESULTS = "results"  # the last that it gave, by RESULT_NAMES
 SECONDS = "seconds"  # that it took
+SURPLUS = "surplus"  # it was asked for when all had been given out, and never run
 
 State = Literal["complete", "pruned", "failed"]
 _STATES: dict[TrialState, State] = {
@@ -43,7 +44,7 @@ class Finished:
 
 
 def is_lost(trial: FrozenTrial) -> bool:
-    """Whether its worker was lost, or stopped, before it ended."""
+    """Whether it was never run to its end: its worker was lost, or stopped, or had no need of it."""
     return trial.state == TrialState.FAIL and FAILURE not in trial.user_attrs
 
 

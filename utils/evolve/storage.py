@@ -28,6 +28,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from utils.evolve.history import FAILURE
 from utils.files import nearest_name
 from utils.structures import RunError, UserError
 
@@ -66,7 +67,6 @@ _CONNECTION["psycopg2"] = _CONNECTION["psycopg"]
 _CONNECTION["mysqldb"] = _CONNECTION["pymysql"]
 
 Result = TypeVar("Result")
-Retry = Callable[[Study, FrozenTrial], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,17 @@ class Storage:
     finds_lost: bool  # whether trials whose worker was lost are recognised
     shown: str
     url: str = field(repr=False)
-    retry: Retry = field(repr=False)
 
     def record_heartbeat(self, trial: Trial | FrozenTrial) -> None:
         """Say that its worker lives. Of any state: one that waits can be told before it is taken, so that it is never
         running without a heartbeat, by which alone Optuna finds out that it is lost."""
         if isinstance(self.backend, RDBStorage):
             self.backend.record_heartbeat(trial._trial_id)
+
+    def hand_back(self, trial: Trial | FrozenTrial) -> None:
+        """Let a running trial be the next that is asked for."""
+        with suppress(UpdateFinishedTrialError):  # others have taken it
+            self.backend.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
     def queue_again(self, study: Study, trial: Trial | FrozenTrial) -> bool:
         """End a trial as lost, and queue its values again unless they were queued MAX_RETRIES times.
@@ -95,14 +99,53 @@ class Storage:
                 return False
         except UpdateFinishedTrialError:
             return False
-        self.retry(study, self.backend.get_trial(trial._trial_id))
+        _retry(study, self.backend.get_trial(trial._trial_id))
         return True
 
     def fail_stale(self, study: Study) -> None:
-        """End trials whose worker has been silent for `grace_s` as lost, and queue them again as `queue_again` does."""
-        if self.finds_lost:
-            with _without_warnings():
-                optuna.storages.fail_stale_trials(study)
+        """End trials whose worker has been silent for `grace_s` as lost, and queue them again as `queue_again` does.
+
+        One that never had a heartbeat gets one now, and is lost when nobody gives it another.
+        """
+        if not isinstance(self.backend, RDBStorage):
+            return
+        with _without_warnings():
+            optuna.storages.fail_stale_trials(study)
+        for trial_id in _never_heard_of(self.backend, study):
+            self.backend.record_heartbeat(trial_id)
+
+    def queue_running(self, study: Study) -> int:
+        """As `queue_again`, for all that run, as far as anybody can tell; how many these are."""
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return sum(self.queue_again(study, trial) for trial in running)
+
+
+def _never_heard_of(backend: RDBStorage, study: Study) -> list[int]:
+    """Trials that run and have no heartbeat: their worker was killed before the first."""
+    import sqlalchemy
+
+    query = sqlalchemy.text(
+        "select trial_id from trials where state = 'RUNNING'"
+        " and study_id = (select study_id from studies where study_name = :name)"
+        " and trial_id not in (select trial_id from trial_heartbeats)"
+    )
+    with backend.engine.connect() as connection:
+        return list(connection.execute(query, {"name": study.study_name}).scalars())
+
+
+def _retry(study: Study, trial: FrozenTrial) -> None:
+    """Queue the values of a lost trial again, and nothing else of it, noted as Optuna's own retries are."""
+    history = [*trial.system_attrs.get("retry_history", []), trial.number]
+    if FAILURE in trial.user_attrs or len(history) > MAX_RETRIES:  # the first: it was killed as it told of its failure
+        return
+    study.add_trial(
+        optuna.create_trial(
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            system_attrs={"failed_trial": history[0], "retry_history": history},
+        )
+    )
 
 
 def open_storage(given: str, folder: Path, *, heartbeat_s: int, grace_s: int) -> Storage:
@@ -110,25 +153,24 @@ def open_storage(given: str, folder: Path, *, heartbeat_s: int, grace_s: int) ->
 
     A trial is lost when its last heartbeat is older than `grace_s`. Raises UserError when there is no such storage.
     """
-    retry = _retry()
     if given.startswith(_JOURNAL):
-        return _open_journal(given, retry)
-    lost = _callback(retry) | {"heartbeat_interval": heartbeat_s, "grace_period": grace_s}
+        return _open_journal(given)
+    lost = _callback() | {"heartbeat_interval": heartbeat_s, "grace_period": grace_s}
     if not given:
         path = folder / FILE_NAME
-        return _open_sqlite(path.absolute(), str(path), lost, retry, where=str(path))
+        return _open_sqlite(path.absolute(), str(path), lost, where=str(path))
     url, shown = _parsed(given), mask_password(given)
     if url.get_backend_name() == "sqlite":
         if url.database in (None, "", ":memory:"):
             raise UserError(f"{FLAG} {shown}: others cannot join a study in memory; name a file: sqlite:///study.db")
-        return _open_sqlite(Path(url.database).absolute(), shown, lost, retry, where=f"{FLAG} {shown}")
-    return _open_server(url, shown, lost, retry)
+        return _open_sqlite(Path(url.database).absolute(), shown, lost, where=f"{FLAG} {shown}")
+    return _open_server(url, shown, lost)
 
 
 # ------------------------------------------------------------------------------------------------------- relational
 
 
-def _open_sqlite(path: Path, shown: str, lost: dict[str, Any], retry: Retry, *, where: str) -> Storage:
+def _open_sqlite(path: Path, shown: str, lost: dict[str, Any], *, where: str) -> Storage:
     import sqlalchemy
 
     if not path.parent.is_dir():
@@ -143,7 +185,7 @@ def _open_sqlite(path: Path, shown: str, lost: dict[str, Any], retry: Retry, *, 
     sqlalchemy.event.listen(backend.engine, "connect", _leave_transactions_to_us)
     sqlalchemy.event.listen(backend.engine, "begin", _begin_as_writer)
     url = sqlalchemy.engine.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
-    return Storage(backend=backend, finds_lost=True, shown=shown, url=url, retry=retry)
+    return Storage(backend=backend, finds_lost=True, shown=shown, url=url)
 
 
 def _leave_transactions_to_us(connection: sqlite3.Connection, _: object) -> None:
@@ -186,13 +228,13 @@ def _installed_driver(dialect: str, given: str) -> str:
     raise UserError(f"{FLAG} {mask_password(given)}: no package that speaks to it is installed: pip install {package}")
 
 
-def _open_server(url: URL, shown: str, lost: dict[str, Any], retry: Retry) -> Storage:
+def _open_server(url: URL, shown: str, lost: dict[str, Any]) -> Storage:
     settings = _CONNECTION.get(url.get_driver_name(), {})
     connection = {name: value for name, value in settings.items() if name not in url.query}
     rendered = url.render_as_string(hide_password=False)
     braces_kept = rendered.replace("{", "{{").replace("}", "}}")  # Optuna fills in a {SCHEMA_VERSION}
     backend = _open(braces_kept, f"{FLAG} {shown}", {"pool_pre_ping": True, "connect_args": connection}, lost)
-    return Storage(backend=backend, finds_lost=True, shown=shown, url=rendered, retry=retry)
+    return Storage(backend=backend, finds_lost=True, shown=shown, url=rendered)
 
 
 def _open(url: str, where: str, engine: dict[str, Any], lost: dict[str, Any]) -> RDBStorage:
@@ -233,16 +275,10 @@ def _other_version(error: RuntimeError) -> str:
     )
 
 
-def _retry() -> Retry:
-    with _without_warnings():
-        kind = getattr(optuna.storages, "RetryHeartbeatStaleTrialCallback", None)  # so named from Optuna 4.9 on
-        return (kind or optuna.storages.RetryFailedTrialCallback)(max_retry=MAX_RETRIES)
-
-
-def _callback(retry: Retry) -> dict[str, Retry]:
+def _callback() -> dict[str, Any]:
     names = ("heartbeat_stale_trial_callback", "failed_trial_callback")  # the second before Optuna 4.9
     known = inspect.signature(RDBStorage).parameters
-    return {next(name for name in names if name in known): retry}
+    return {next(name for name in names if name in known): _retry}
 
 
 @contextmanager
@@ -256,7 +292,7 @@ def _without_warnings() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- journal
 
 
-def _open_journal(given: str, retry: Retry) -> Storage:
+def _open_journal(given: str) -> Storage:
     path = Path(given.removeprefix(_JOURNAL)).expanduser().absolute()
     if given == _JOURNAL or path.is_dir():
         raise UserError(f"{FLAG} {given}: expected a file, as in journal:/shared/study.log")
@@ -275,7 +311,7 @@ def _open_journal(given: str, retry: Retry) -> Storage:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{FLAG} {given}: the journal is damaged; name another to begin a new study") from None
-    return Storage(backend=backend, finds_lost=False, shown=given, url=f"{_JOURNAL}{path}", retry=retry)
+    return Storage(backend=backend, finds_lost=False, shown=given, url=f"{_JOURNAL}{path}")
 
 
 def _is_journal(path: Path) -> bool:

@@ -25,7 +25,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from utils.evolve.history import FAILURE, RESULTS, SECONDS, is_lost
+from utils.evolve.history import FAILURE, RESULTS, SECONDS, SURPLUS, is_lost
 from utils.evolve.storage import Storage, with_patience
 from utils.stopping import StopRequest
 from utils.structures import UserError
@@ -33,6 +33,7 @@ from utils.structures import UserError
 ID = "id"  # user attribute of a study: a name that no other has
 HEARTBEAT_S = 5
 _PATIENCE_S = 600.0  # with a storage that is away
+_SETTLING_S = 0.1
 _WAIT_S = 2.0  # between looks at whether other workers have done what is left
 _LOOK_S = 0.2  # between looks at whether a signal has come
 
@@ -67,8 +68,8 @@ class Watch:
     def started(self, number: int) -> None:
         """The trial of this number begins."""
 
-    def finished(self, number: int) -> None:
-        """It is over, and counts."""
+    def finished(self, number: int, trials: Sequence[FrozenTrial]) -> None:
+        """It is over, and counts; and these are all trials of the study."""
 
     def warn(self, text: str) -> None:
         """A line for the user."""
@@ -97,6 +98,7 @@ def agreed(study: Study, key: str, mine: Any) -> Any:
     """What the study says of itself under this key: `mine`, if nobody was faster."""
     if key not in study.user_attrs:
         study.set_user_attr(key, mine)
+        time.sleep(_SETTLING_S)  # of two that are as fast, the one that stays is the other's, too
     return study.user_attrs[key]
 
 
@@ -110,6 +112,9 @@ def quiet_optuna() -> Iterator[None]:
             warnings.simplefilter("ignore", ExperimentalWarning)
             # heartbeats are recorded here, without `Study.optimize`
             warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used")
+            warnings.filterwarnings(
+                "ignore", message="The reported value is ignored"
+            )  # of a trial that was handed back
             yield
     finally:
         optuna.logging.set_verbosity(before)
@@ -151,10 +156,12 @@ class Worker:
                 else:
                     return False
 
+    def _trials(self) -> Sequence[FrozenTrial]:
+        return sorted(self._patient(self.study.get_trials, deepcopy=False), key=lambda trial: trial.number)
+
     def _counted(self) -> Sequence[FrozenTrial]:
         """The first trials, up to the goal, that were not lost: once all of these have finished, all is done."""
-        trials = sorted(self._patient(self.study.get_trials, deepcopy=False), key=lambda trial: trial.number)
-        return [trial for trial in trials if not is_lost(trial)][: self.goal]
+        return [trial for trial in self._trials() if not is_lost(trial)][: self.goal]
 
     def _run_next(self) -> None:
         trial = self._patient(self._asked)
@@ -162,10 +169,11 @@ class Worker:
             if any(one.number == trial.number for one in self._counted()):
                 self._run(trial)
             else:  # several have asked for the last one
-                self._hand_back(trial)
+                self._note(trial, SURPLUS, True)
+                self._tell(trial, TrialState.FAIL)
 
     def _asked(self) -> Trial:
-        """The next trial, which shows a sign of life from the first: without one Optuna takes it for alive, always."""
+        """The next trial, which shows a sign of life before it is taken, in case this worker is lost right then."""
         if not self._waiting():
             self.study.add_trial(optuna.create_trial(state=TrialState.WAITING))
         for trial in self._waiting():
@@ -195,16 +203,22 @@ class Worker:
             return
         except UserError:
             with suppress(Exception):  # else it will be found lost
-                self._hand_back(trial)
+                self.storage.hand_back(trial)
             raise
         except KeyboardInterrupt:
             with suppress(Exception):
                 self.storage.queue_again(self.study, trial)
             raise
         self._note(trial, SECONDS, time.monotonic() - began)
-        told = self._patient(self.study.tell, trial, value, state=state, skip_if_finished=True)
-        if told.state == state:
-            self.watch.finished(trial.number)
+        if self._tell(trial, state, value):
+            self.watch.finished(trial.number, self._trials())
+
+    def _tell(self, trial: Trial, state: TrialState, value: float | None = None) -> bool:
+        """Whether that is how it has ended; else it was taken for lost."""
+        with suppress(UpdateFinishedTrialError):
+            told = self._patient(self.study.tell, trial, value, state=state, skip_if_finished=True)
+            return told.state == state and not is_lost(told)
+        return False
 
     def _reported(self, trial: Trial, epoch: int, fitness: float, results: Mapping[str, float]) -> None:
         self._note(trial, RESULTS, dict(results))
@@ -220,11 +234,6 @@ class Worker:
         with suppress(UpdateFinishedTrialError):
             self._patient(trial.set_user_attr, key, value)
 
-    def _hand_back(self, trial: Trial) -> None:
-        """Let it be the next that is asked for."""
-        with suppress(UpdateFinishedTrialError):
-            self.study._storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
-
     @contextmanager
     def _heartbeats(self, trial: Trial) -> Iterator[None]:
         over = threading.Event()
@@ -237,18 +246,24 @@ class Worker:
             thread.join()
 
     def _show_life(self, trial: Trial, over: threading.Event) -> None:
-        while not over.wait(self.heartbeat_s):
+        while True:
             with suppress(Exception):  # the next may reach the storage again
                 self.storage.record_heartbeat(trial)
+            if over.wait(self.heartbeat_s):
+                return
 
     def _patient(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """What a call of the storage gives, which may be away for a while."""
         return with_patience(
-            partial(call, *args, **kwargs), shown=self.storage.shown, patience_s=_PATIENCE_S, say=self.watch.warn
+            partial(call, *args, **kwargs),
+            shown=self.storage.shown,
+            patience_s=_PATIENCE_S,
+            say=self.watch.warn,
+            wait=self._wait,
         )
 
-    def _wait(self) -> None:
-        until = time.monotonic() + _WAIT_S
+    def _wait(self, seconds: float = _WAIT_S) -> None:
+        until = time.monotonic() + seconds
         while time.monotonic() < until:
             self.stop.check()
             time.sleep(_LOOK_S)
