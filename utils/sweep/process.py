@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from hashlib import blake2b
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _try_out(pipe: Connection, request: Request) -> None:
     from utils.runtime import share_of_machine
     from utils.train.build import build_trial
 
-    class Progress(RunReport):
+    class TellsEpochs(RunReport):
         """Tells of epochs where others draw a bar."""
 
         def training_bar(self, epoch: int, batches: int, *, start: int = 0) -> AbstractContextManager:
@@ -112,7 +113,7 @@ def _try_out(pipe: Connection, request: Request) -> None:
     )
     console = Console(quiet=options["quiet"]) if request.speaks else SilentConsole()
     trainer = build_trial(options, request.hyp, console=console)
-    trainer.report = Progress(trainer.run.path)
+    trainer.report = TellsEpochs(trainer.run.path)
 
     def goes_on(epoch: int, metrics: Metrics) -> bool:
         pipe.send(_evaluated(epoch, metrics))
@@ -120,8 +121,11 @@ def _try_out(pipe: Connection, request: Request) -> None:
 
     images = (trainer.stream.images, trainer.evaluator.batches.images)
     network = {name: value for name, value in trainer.step.model.network.items() if name != "anchors"}
+    weights = Path(options["weights"])
     work = {
         "the network": network,
+        "the weights": blake2b(weights.read_bytes(), digest_size=8).hexdigest() if options["weights"] else "",
+        "--batch-size": trainer.options.batch_size,
         "the classes": list(trainer.names),
         **{f"images or labels of '{split}'": digest for split, digest in trainer.data.items()},
     }

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from utils.evolve.history import Finished, best, finished
@@ -20,7 +19,6 @@ _RECENT = 20  # trials that the time left is told by
 class Progress(Watch):
     """The trials of one study, as they come."""
 
-    study: Study
     goal: int
     epochs: int
     console: Console
@@ -52,9 +50,8 @@ class Progress(Watch):
             self._bar.close()
             self._bar = None
 
-    def finished(self, number: int) -> None:
+    def finished(self, number: int, trials: Sequence[FrozenTrial]) -> None:
         self.over()
-        trials = self.study.get_trials(deepcopy=False)
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         counted = finished(trials)
         last = next(trial for trial in counted if trial.number == number)
@@ -79,7 +76,7 @@ class Progress(Watch):
 
 
 @dataclass
-class Pairs(Progress):
+class ConfirmProgress(Progress):
     """The runs that confirm: each of a candidate on a seed."""
 
     names: Sequence[str] = ()  # of the candidates

@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -72,10 +72,10 @@ class Trials:
         try:
             goes_on(message)
         except BaseException:
-            pipe.send(False)
+            _answer(pipe, False)
             process.join(_ENDING_S)
             raise
-        pipe.send(True)
+        _answer(pipe, True)
 
     def _messages(self, process: BaseProcess, pipe: Connection) -> Iterator[Message]:
         """Until the process ends."""
@@ -95,6 +95,11 @@ class Trials:
         if said:
             self.failures.mkdir(exist_ok=True)
             (self.failures / f"{name}.txt").write_text("\n".join(said[-_TRACEBACK_LINES:]) + "\n")
+
+
+def _answer(pipe: Connection, goes_on: bool) -> None:
+    with suppress(BrokenPipeError):  # it has died meanwhile, which is found next
+        pipe.send(goes_on)
 
 
 @contextmanager
