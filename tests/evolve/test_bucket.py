@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import fcntl
 import functools
+import multiprocessing
 import sqlite3
 import tempfile
 import threading
@@ -46,6 +48,11 @@ def finished_in(folder: Path) -> int:
     return finished
 
 
+def names_in(folder: Path) -> list[str]:
+    """But for the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".bucket.lock")
+
+
 @pytest.fixture(params=["file", "memory"])
 def url(request, tmp_path: Path):
     yield {"file": f"file://{tmp_path}/b/c", "memory": "memory://b/c"}[request.param]
@@ -54,8 +61,8 @@ def url(request, tmp_path: Path):
         memory.rm("/b", recursive=True)
 
 
-def refusal(action) -> str:
-    with pytest.raises(UserError) as caught:
+def refusal(action, kind: type[UserError] = UserError) -> str:
+    with pytest.raises(kind) as caught:
         action()
     line = str(caught.value)
     assert "\n" not in line
@@ -68,7 +75,7 @@ def test_results_come_back(url, tmp_path):
     assert Bucket(url).fetch(tmp_path / "two")
     assert finished_in(tmp_path / "two") == 3
     assert (tmp_path / "two" / "evolve.csv").read_text() == "a 3"
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["evolve.csv", "study.db"]
+    assert names_in(tmp_path / "two") == ["evolve.csv", "study.db"]
 
 
 def test_results_are_replaced(url, tmp_path):
@@ -78,7 +85,7 @@ def test_results_are_replaced(url, tmp_path):
     assert bucket.fetch(tmp_path / "two")
     assert finished_in(tmp_path / "two") == 2
     files, root = fsspec.core.url_to_fs(url)
-    assert sorted(Path(path).name for path in files.ls(root, detail=False)) == ["evolve.csv", "study.db"]
+    assert sorted(Path(path).name for path in files.ls(root, detail=False)) == ["evolve.csv", "study.db", "study.json"]
 
 
 def test_nothing_comes_of_nothing(url, tmp_path):
@@ -145,7 +152,7 @@ def test_fetch_is_all_or_nothing(tmp_path, monkeypatch):
         patch.setattr(type(bucket._system), "get_file", broken)
         line = refusal(lambda: bucket.fetch(tmp_path / "two"))
     assert line.endswith("cannot be read: Connection reset by peer")
-    assert not list((tmp_path / "two").iterdir())
+    assert not names_in(tmp_path / "two")
     assert bucket.fetch(tmp_path / "two")
 
 
@@ -162,26 +169,166 @@ def test_copy_that_is_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="cannot be written: No space left on device"):
         bucket.send(study_in(tmp_path / "one", finished=2))
     assert (tmp_path / "b" / "study.db").read_bytes() == old
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["evolve.csv", "study.db"]
+    assert names_in(tmp_path / "b") == ["evolve.csv", "study.db", "study.json"]
 
 
-def test_two_workers_fetch_at_once(tmp_path, monkeypatch):
+def begin(folder: Path, url: str, number: int) -> None:
+    """What each process of a sweep does at first, and after a trial."""
+    Bucket(url).fetch(folder)
+    study = optuna.load_study(study_name="a", storage=open_storage("", folder, heartbeat_s=1, grace_s=60).backend)
+    study.add_trial(optuna.create_trial(value=number / 10, params={"lr0": 0.1}, distributions=SPACE))
+    Bucket(url).send({"study.db": folder / "study.db"})
+
+
+def test_processes_that_begin_at_once_keep_the_history(tmp_path):
+    url, folder = f"file://{tmp_path}/b", tmp_path / "two"
+    Bucket(url).send(study_in(tmp_path / "one", finished=30))
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=begin, args=(folder, url, number), daemon=True) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert finished_in(folder) == finished_in(tmp_path / "b") == 34
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Sets what happens in the middle of the next fetch, as if there were no locks."""
+
+    def during(bucket: Bucket, action) -> None:
+        get_file = type(bucket._system).get_file
+
+        def slow(self, path, *args, **options):
+            result = get_file(self, path, *args, **options)
+            if path.endswith(".csv"):
+                monkeypatch.undo()
+                action()
+            return result
+
+        monkeypatch.setattr(type(bucket._system), "get_file", slow)
+
+    monkeypatch.setattr("utils.files.fcntl", None)
+    return during
+
+
+def test_without_locks_two_fetch_at_once(tmp_path, meanwhile):
     """The second may not put a copy in the place of the study that the first has begun to write to."""
     bucket = Bucket(f"file://{tmp_path}/b")
     bucket.send(study_in(tmp_path / "one", finished=1))
-    get_file = type(bucket._system).get_file
 
-    def slow(self, path, *args, **options):
-        result = get_file(self, path, *args, **options)
-        if path.endswith(".csv"):
-            monkeypatch.undo()
-            assert bucket.fetch(tmp_path / "two")
-            study_in(tmp_path / "two", finished=5)
-        return result
+    def other() -> None:
+        study_in(tmp_path / "two", finished=5)
 
-    monkeypatch.setattr(type(bucket._system), "get_file", slow)
+    meanwhile(bucket, other)
     assert not bucket.fetch(tmp_path / "two")
     assert finished_in(tmp_path / "two") == 5
+
+
+def test_study_that_another_command_began_meanwhile_is_refused(tmp_path, meanwhile):
+    bucket = Bucket(f"file://{tmp_path}/b")
+    bucket.send(study_in(tmp_path / "one", finished=3))
+    meanwhile(bucket, lambda: study_in(tmp_path / "two", name="b"))
+    assert "holds another study" in refusal(lambda: bucket.fetch(tmp_path / "two"))
+
+
+def test_worker_that_hangs_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.evolve.bucket._PATIENCE_S", 0.2)
+    files = study_in(tmp_path / "one")
+    (tmp_path / "one" / ".bucket.lock").touch()
+    with (tmp_path / "one" / ".bucket.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = refusal(lambda: Bucket(f"file://{tmp_path}/b").send(files), RunError)
+    assert f"another process has copied to or from {tmp_path / 'one'}" in line
+    Bucket(f"file://{tmp_path}/b").send(files)
+
+
+# ---- what is in a bucket is not lost
+
+
+@pytest.fixture(params=["study.json", "older version", "damaged"])
+def full(request, tmp_path: Path) -> Bucket:
+    """A bucket with a study of 4 trials, whatever the file beside it is."""
+    Bucket(f"file://{tmp_path}/b").send(study_in(tmp_path / "one", finished=4))
+    about = tmp_path / "b" / "study.json"
+    if request.param == "older version":
+        about.unlink()
+    elif request.param == "damaged":
+        about.write_text(about.read_text()[:9])
+    return Bucket(f"file://{tmp_path}/b")
+
+
+def test_another_study_is_not_replaced(full, tmp_path):
+    before = {path: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    line = refusal(lambda: full.send(study_in(tmp_path / "two", name="b", finished=9)), RunError)
+    assert f"it holds another study than {tmp_path / 'two'}; give another bucket" in line
+    assert {path: path.read_bytes() for path in (tmp_path / "b").iterdir()} == before
+
+
+def test_study_is_not_replaced_by_none(full, tmp_path):
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "evolve.csv").write_text("of a study on a server")
+    line = refusal(lambda: full.send({"evolve.csv": tmp_path / "two" / "evolve.csv"}), RunError)
+    assert "it holds another study" in line
+    assert (tmp_path / "b" / "evolve.csv").read_text() == "a 4"
+
+
+def test_copy_that_is_behind_is_not_sent(full, tmp_path):
+    line = refusal(lambda: full.send(study_in(tmp_path / "two", finished=3)), RunError)
+    assert f"its study has more finished trials than that in {tmp_path / 'two'}" in line
+    assert "end one of the two, and let machines share one study with --evolve-storage" in line
+    assert finished_in(tmp_path / "b") == 4 and (tmp_path / "b" / "evolve.csv").read_text() == "a 4"
+
+
+def test_copy_that_is_ahead_is_sent(full, tmp_path):
+    full.send(study_in(tmp_path / "two", finished=5))
+    assert finished_in(tmp_path / "b") == 5
+    refusal(lambda: full.send(study_in(tmp_path / "one", finished=4)), RunError)
+
+
+def test_lost_trials_put_no_copy_ahead(tmp_path):
+    lost, failed = ({}, {"failure": "the loss is not finite"})
+    for folder, attributes in (("one", failed), ("two", lost)):
+        study_in(tmp_path / folder, finished=2)
+        backend = open_storage("", tmp_path / folder, heartbeat_s=1, grace_s=60).backend
+        study = optuna.load_study(study_name="a", storage=backend)
+        study.add_trial(optuna.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs=attributes))
+    bucket = Bucket(f"file://{tmp_path}/b")
+    bucket.send(study_in(tmp_path / "one", finished=0))
+    assert "more finished trials" in refusal(lambda: bucket.send(study_in(tmp_path / "two", finished=0)), RunError)
+
+
+def test_send_does_not_read_the_study_that_is_there(tmp_path, monkeypatch):
+    bucket, files = Bucket(f"file://{tmp_path}/b"), study_in(tmp_path / "one")
+    bucket.send(files)
+    monkeypatch.setattr(type(bucket._system), "get_file", None)
+    bucket.send(files)
+
+
+# ---- a study on a server
+
+
+def test_results_without_a_study_can_be_resumed(url, tmp_path):
+    for name in ("opt.yaml", "hyp.yaml", "evolve.csv"):
+        (tmp_path / name).write_text(name)
+    Bucket(url).send({name: tmp_path / name for name in RESULT_FILES})
+    assert not Bucket(url).fetch(tmp_path / "two")
+    assert names_in(tmp_path / "two") == ["hyp.yaml", "opt.yaml"]
+
+
+@pytest.mark.parametrize("own", ["opt.yaml", "hyp.yaml", "study.db"])
+def test_folder_that_was_begun_keeps_its_own(url, tmp_path, own):
+    for name in ("opt.yaml", "hyp.yaml"):
+        (tmp_path / name).write_text("theirs")
+    Bucket(url).send({name: tmp_path / name for name in RESULT_FILES})
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / own).write_text("own")
+    assert not Bucket(url).fetch(tmp_path / "two")
+    assert names_in(tmp_path / "two") == [own] and (tmp_path / "two" / own).read_text() == "own"
+
+
+# ---- mistakes
 
 
 @pytest.mark.parametrize(
@@ -245,4 +392,6 @@ def test_damaged_study_is_refused(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "study.db").write_text("not a database" * 100)
     assert "is not the database of a study" in refusal(lambda: Bucket(f"file://{tmp_path}/b").fetch(tmp_path / "two"))
-    assert not list((tmp_path / "two").iterdir())
+    assert not names_in(tmp_path / "two")
+    with pytest.raises(RunError, match="is not the database of a study"):
+        Bucket(f"file://{tmp_path}/b").send(study_in(tmp_path / "one"))

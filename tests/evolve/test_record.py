@@ -19,9 +19,10 @@ from optuna.trial import TrialState
 
 from tests.evolve.studies import DISTRIBUTIONS, RANGES, add, new_study, searched
 from utils.evolve import record
-from utils.evolve.history import RESULT_NAMES, best, finished_of
+from utils.evolve.history import CONFIRMED, RESULT_NAMES, best, finished_of
 from utils.evolve.record import CSV_NAME, HYP_NAME, PICTURE_NAME, StudyRecord, draw, importances, write_hyp
 from utils.hyp import GENES, Hyperparameters, hyperparameters, plain_values, read_hyp
+from utils.report.loggers import on_one_line
 from utils.structures import PixelTransform
 
 HYP = plain_values(Hyperparameters())
@@ -119,6 +120,58 @@ def test_transforms_of_the_given_hyp_are_in_the_best(table, folder):
     assert read_hyp(folder / HYP_NAME).albumentations == given.albumentations
 
 
+def confirm(study, *, trial=None, values, comments=()):
+    name = "default" if trial is None else f"trial {trial}"
+    count = len(finished_of(study))
+    study.set_user_attr(
+        CONFIRMED, {"trials": count, "name": name, "trial": trial, "values": values, "comments": list(comments)}
+    )
+
+
+def test_a_confirmed_winner_stays_until_another_trial_has_finished(table, folder):
+    study = new_study()
+    add(study, fitness=0.25, values={"lr0": 0.02})
+    add(study, fitness=0.5, values={"lr0": 0.03}, results={"recall": 0.5})
+    add(study, fitness=0.75, values={"lr0": 0.04})  # by luck
+    add(study, TrialState.FAIL)  # lost
+    confirm(study, trial=1, values={"lr0": 0.03}, comments=["Trained again on seeds 1, 2:", "  trial 1  0.5"])
+    add(study, TrialState.RUNNING)
+    for _ in range(2):
+        assert table.write(study, HYP) and len(rows_of(folder)) == 3
+        assert read_hyp(folder / HYP_NAME) == Hyperparameters(lr0=0.03)
+        command, *comments = comments_of(folder / HYP_NAME)
+        assert shlex.split(command) == ["python", "train.py", "--hyp", str(folder / HYP_NAME)]
+        assert comments == [
+            "Of study exp; its trials: 3 complete, 0 pruned, 0 failed",
+            "The confirmed winner: trial 1, which gave in the sweep:",
+            "trial 1: fitness 0.5",
+            "recall 0.5",
+            "Trained again on seeds 1, 2:",
+            "  trial 1  0.5",
+        ]
+    add(study, fitness=0.3, values={"lr0": 0.05})
+    assert table.write(study, HYP)
+    assert read_hyp(folder / HYP_NAME).lr0 == 0.04
+    assert comments_of(folder / HYP_NAME)[1].startswith("The best so far of study exp; ")
+
+
+def test_a_confirmed_default_is_the_hyp_that_was_given(table, folder):
+    given = Hyperparameters(
+        lr0=1 / 3, anchors=None, albumentations=(PixelTransform(name="Blur", arguments=(("p", 0.01),)),)
+    )
+    study = new_study()
+    add(study, fitness=0.75, values={"lr0": 0.02, "anchors": 5.0})
+    confirm(study, values=plain_values(given), comments=["no candidate is ahead"])
+    assert table.write(study, plain_values(given))
+    assert read_hyp(folder / HYP_NAME) == given
+    assert comments_of(folder / HYP_NAME)[2:] == ["The confirmed winner: the default", "no candidate is ahead"]
+
+
+def test_one_line_stays_as_it_is_and_others_are_escaped():
+    assert on_one_line("lr0, 猫 ") == "lr0, 猫 "
+    assert on_one_line("a\nb\udc80\t") == "a\\nb\\udc80\\t"
+
+
 def one_of(distribution):
     if hasattr(distribution, "choices"):
         return st.sampled_from(distribution.choices)
@@ -142,11 +195,13 @@ TRIALS = st.lists(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(trials=TRIALS, name=st.text(), data=st.data())
-def test_whatever_the_trials_the_files_agree_with_the_study(tmp_path_factory, trials, name, data):
+@given(trials=TRIALS, name=st.text(), confirmed=st.none() | st.integers(0, 6), data=st.data())
+def test_whatever_the_trials_the_files_agree_with_the_study(tmp_path_factory, trials, name, confirmed, data):
     given = data.draw(st.fixed_dictionaries({}, optional={name: one_of(d) for name, d in DISTRIBUTIONS.items()}))
     folder, study, hyp = tmp_path_factory.mktemp("evolve"), new_study(name), {**HYP, **given}
     for trial in trials:
+        if len(study.trials) == confirmed:
+            confirm(study, values=hyp)
         add(study, **trial)
     assert StudyRecord(folder, names=list(GENES)).write(study, hyp)
     counted = finished_of(study)
@@ -157,8 +212,11 @@ def test_whatever_the_trials_the_files_agree_with_the_study(tmp_path_factory, tr
         assert hyperparameters(read, source="csv") == hyperparameters({**hyp, **trial.values}, source="study")
         assert {name: float(row[name]) for name in RESULT_NAMES if row[name]} == pytest.approx(trial.results, rel=1e-5)
     winner = best(counted)
-    assert (folder / HYP_NAME).exists() == (winner is not None)
-    if winner:
+    still = study.user_attrs.get(CONFIRMED, {}).get("trials") == len(counted)
+    assert (folder / HYP_NAME).exists() == (still or winner is not None)
+    if still:
+        assert read_hyp(folder / HYP_NAME) == hyperparameters(hyp, source="given")
+    elif winner:
         assert read_hyp(folder / HYP_NAME) == hyperparameters({**hyp, **winner.values}, source="study")
         assert f"trial {winner.number}: fitness {winner.fitness!r}" in comments_of(folder / HYP_NAME)
 
@@ -186,7 +244,8 @@ class Slow:
     """A study that is asked while another worker waits, with what it held at that time."""
 
     def __init__(self, study, asked, goes_on):
-        self._study, self._asked, self._goes_on, self.study_name = study, asked, goes_on, study.study_name
+        self._study, self._asked, self._goes_on = study, asked, goes_on
+        self.study_name, self.user_attrs = study.study_name, study.user_attrs
 
     def get_trials(self, **options):
         trials = self._study.get_trials(**options)

@@ -1,7 +1,8 @@
 """Results of a sweep in a bucket: sent as they come, and fetched where a machine has none.
 
 Any URL that fsspec knows is a bucket. The surprise: the study goes last, both ways, so that a folder with a study in it
-has all that belongs to it.
+has all that belongs to it. A small file in the bucket says which study it is and how far: it is read before a study
+is sent, and written after, as one that promised more than there is would refuse all that follow.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import secrets
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.evolve.history import FAILURE
+from utils.evolve.record import alone
 from utils.evolve.storage import FILE_NAME, mask_password
 from utils.files import nearest_name
 from utils.structures import RunError, UserError
@@ -28,7 +31,11 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 FLAG = "--bucket"
-RESULT_FILES = ("opt.yaml", "evolve.csv", "hyp_evolved.yaml", "evolve.png", "confirm.json", FILE_NAME)
+_BEGUN_WITH = ("opt.yaml", "hyp.yaml")  # all else can be made anew from the study
+RESULT_FILES = (*_BEGUN_WITH, "evolve.csv", "hyp_evolved.yaml", "evolve.png", "confirm.json", FILE_NAME)
+_ABOUT = "study.json"  # of the study in a bucket: its ids and how many finished trials it has
+_LOCK_NAME = ".bucket.lock"
+_PATIENCE_S = 120.0  # with another worker of this machine, whose network may be slow
 _BUSY_S = 120
 # Where a file is there when it is complete, and renaming is copying
 _OBJECT_STORES = {"gs", "gcs", "s3", "s3a", "abfs", "az", "oss", "oci", "tos", "hf"}
@@ -46,45 +53,84 @@ class Bucket:
     def send(self, files: Mapping[str, Path]) -> None:
         """Copy these, under these names; what is not there is left out. A study is copied as it is at one moment.
 
-        Where this is cut short, each file there is the complete old or new one, as far as its file system renames at
-        once. Raises RunError of one line.
+        The files are of one folder; its workers send one after another. Where this is cut short, each file there is the
+        complete old or new one, as far as its file system renames at once. Raises RunError of one line, also where the
+        study there is another one or has more finished trials; nothing is replaced then.
         """
-        with self._named(RunError, "cannot be written"), tempfile.TemporaryDirectory() as temporary:
-            if not self._is_object_store:
-                self._system.makedirs(self._root, exist_ok=True)
-            for name, path in sorted(files.items(), key=lambda item: item[0] == FILE_NAME):
-                if path.exists():
-                    self._send(name, _snapshot(path, Path(temporary)) if path.suffix == ".db" else path)
+        here = {name: path for name, path in files.items() if path.exists()}
+        if not here:
+            return
+        folder = next(iter(here.values())).parent
+        with (
+            self._alone(folder, RunError),
+            self._named(RunError, "cannot be written"),
+            tempfile.TemporaryDirectory() as temporary,
+        ):
+            self._send_all(here, folder, Path(temporary))
 
     def fetch(self, folder: Path) -> bool:
         """Bring RESULT_FILES where the bucket holds a study and the folder has none; whether it did. All or nothing.
 
-        Call it before the study is opened. Raises UserError where both have one, and that of the bucket is another one
-        or has more finished trials.
+        Call it in each process before it opens the study: the first brings it, the others wait for that. Raises
+        UserError where both have one, and that of the bucket is another one or has more finished trials. Where the
+        bucket and the folder have no study, as when it is on a server, opt.yaml and hyp.yaml are brought, if the folder
+        has neither, so that it can be resumed there; that gives False.
         """
         with self._named(UserError, "cannot be read"):
             self._system.invalidate_cache()
-            if not self._has(FILE_NAME):
+            if not any(map(self._has, (FILE_NAME, *_BEGUN_WITH))):
                 return False
         folder.mkdir(parents=True, exist_ok=True)
-        local = folder / FILE_NAME
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
-            study = Path(temporary) / FILE_NAME
-            with self._named(UserError, "cannot be read"):
-                self._system.get_file(self._path(FILE_NAME), str(study))
-            theirs = _contents(study, f"{FLAG} {self.shown}: {FILE_NAME}")
-            if local.exists():
-                self._compare(theirs, _contents(local, str(local)), folder)
-                return False
-            with self._named(UserError, "cannot be read"):
-                names = [name for name in RESULT_FILES if name != FILE_NAME and self._has(name)]
-                for name in names:
-                    self._system.get_file(self._path(name), str(study.with_name(name)))
-            for name in names:
-                study.with_name(name).replace(folder / name)
-            return _put_new(study, local)
+        with (
+            self._alone(folder, UserError),
+            tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary,
+        ):
+            return self._fetch(folder, Path(temporary))
 
-    def _compare(self, theirs: _Contents, ours: _Contents, folder: Path) -> None:
+    def _send_all(self, here: dict[str, Path], folder: Path, temporary: Path) -> None:
+        theirs = self._study_there(
+            temporary
+        )  # before ours is copied: a later look may find more in it than in the copy
+        study = here.get(FILE_NAME)
+        copy = None if study is None else _snapshot(study, temporary)
+        ours = None if copy is None else _contents(copy, str(study))
+        self._check_may_replace(theirs, ours, folder)
+        if not self._is_object_store:
+            self._system.makedirs(self._root, exist_ok=True)
+        for name, path in here.items():
+            if name != FILE_NAME:
+                self._send(name, path)
+        if ours is not None:
+            self._send(FILE_NAME, copy)
+            self._send(_ABOUT, _written(ours, temporary))
+
+    def _fetch(self, folder: Path, temporary: Path) -> bool:
+        local, study = folder / FILE_NAME, temporary / FILE_NAME
+        if not self._get(FILE_NAME, study):
+            if not any((folder / name).exists() for name in (FILE_NAME, *_BEGUN_WITH)):
+                self._bring(_BEGUN_WITH, folder, temporary)
+            return False
+        theirs = _contents(study, f"{FLAG} {self.shown}: {FILE_NAME}")
+        if not local.exists():
+            self._bring([name for name in RESULT_FILES if name != FILE_NAME], folder, temporary)
+            if _put_new(study, local):
+                return True
+        self._check_is_no_news(theirs, _contents(local, str(local)), folder)
+        return False
+
+    def _bring(self, names: Iterable[str], folder: Path, temporary: Path) -> None:
+        for name in [name for name in names if self._get(name, temporary / name)]:
+            (temporary / name).replace(folder / name)
+
+    def _get(self, name: str, target: Path) -> bool:
+        """Whether there is such a file, which is copied then."""
+        with self._named(UserError, "cannot be read"):
+            if not self._has(name):
+                return False
+            self._system.get_file(self._path(name), str(target))
+            return True
+
+    def _check_is_no_news(self, theirs: _Contents, ours: _Contents, folder: Path) -> None:
         if not theirs.ids & ours.ids:
             raise UserError(
                 f"{FLAG} {self.shown}: it holds another study than {folder}; "
@@ -95,6 +141,38 @@ class Bucket:
                 f"{FLAG} {self.shown}: its study has {theirs.finished} finished trials, that in {folder} "
                 f"{ours.finished}; move {folder} away to go on with that of the bucket, or give another bucket"
             )
+
+    def _check_may_replace(self, theirs: _Contents | None, ours: _Contents | None, folder: Path) -> None:
+        if theirs is not None and (ours is None or not theirs.ids & ours.ids):
+            raise RunError(f"{FLAG} {self.shown}: not sent: it holds another study than {folder}; give another bucket")
+        if theirs is not None and theirs.finished > ours.finished:
+            raise RunError(
+                f"{FLAG} {self.shown}: not sent: its study has more finished trials than that in {folder}, so another "
+                "machine works on a copy; end one of the two, and let machines share one study with --evolve-storage"
+            )
+
+    def _study_there(self, temporary: Path) -> _Contents | None:
+        """Of the study in the bucket; None where there is none."""
+        self._system.invalidate_cache()
+        if not self._has(FILE_NAME):
+            return None
+        with suppress(FileNotFoundError, ValueError, TypeError, KeyError):  # of an older version, or cut short
+            about = json.loads(self._system.cat_file(self._path(_ABOUT)))
+            return _Contents(frozenset(about["ids"]), int(about["finished"]))
+        study = temporary / f"theirs-{FILE_NAME}"
+        self._system.get_file(self._path(FILE_NAME), str(study))
+        return _contents(study, f"{FLAG} {self.shown}: {FILE_NAME}")
+
+    @contextmanager
+    def _alone(self, folder: Path, kind: type[UserError]) -> Iterator[None]:
+        """Without the other workers in this folder."""
+        with alone(folder / _LOCK_NAME, patience_s=_PATIENCE_S) as is_alone:
+            if not is_alone:
+                raise kind(
+                    f"{FLAG} {self.shown}: another process has copied to or from {folder} for {_PATIENCE_S:g} s; "
+                    "end it if it hangs, and start again"
+                )
+            yield
 
     @property
     def _is_object_store(self) -> bool:
@@ -146,6 +224,8 @@ class Bucket:
     def _named(self, kind: type[UserError], what: str) -> Iterator[None]:
         try:
             yield
+        except UserError as error:
+            raise kind(str(error)) from None
         except Exception as error:  # each file system has its own
             raise kind(f"{FLAG} {self.shown}: {what}: {self._reason(error)}") from None
 
@@ -202,7 +282,12 @@ class _Contents:
 
 
 _IDS = "SELECT value_json FROM study_user_attributes WHERE key = 'id'"
-_FINISHED = "SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED', 'FAIL')"
+# As history.finished: those that failed and do not say why were lost with their worker
+_FINISHED = f"""
+SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED') OR state = 'FAIL' AND EXISTS (
+    SELECT * FROM trial_user_attributes AS said WHERE said.trial_id = trials.trial_id AND said.key = '{FAILURE}'
+)
+"""
 
 
 def _contents(study: Path, shown: str) -> _Contents:
@@ -214,6 +299,12 @@ def _contents(study: Path, shown: str) -> _Contents:
     except (sqlite3.Error, ValueError):
         raise UserError(f"{shown} is not the database of a study, or damaged; remove it, or name another") from None
     return _Contents(ids, finished)
+
+
+def _written(contents: _Contents, folder: Path) -> Path:
+    path = folder / _ABOUT
+    path.write_text(json.dumps({"ids": sorted(contents.ids), "finished": contents.finished}) + "\n")
+    return path
 
 
 def _put_new(source: Path, target: Path) -> bool:

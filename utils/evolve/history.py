@@ -23,6 +23,11 @@ RESULTS = "results"  # the last that it gave, by RESULT_NAMES
 SECONDS = "seconds"  # that it took
 SURPLUS = "surplus"  # it was asked for when all had been given out, and never run
 
+# User attribute of a study, once its best trials were trained again: {"trials": how many had finished by then, "name":
+# of the winner, "default" or "trial 12", "trial": 12, or None for the default, "values": of its genes, or the whole
+# given hyp for the default, "comments": lines of evidence}. Trials that finish later make it void
+CONFIRMED = "confirmed"
+
 State = Literal["complete", "pruned", "failed"]
 _STATES: dict[TrialState, State] = {
     TrialState.COMPLETE: "complete",

@@ -21,7 +21,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from utils.evolve.history import RESULT_NAMES, Finished, best, finished_of
+from utils.evolve.history import CONFIRMED, RESULT_NAMES, Finished, best, finished_of
 from utils.files import from_here, locked, write_text, write_yaml
 from utils.report.evolution import Range, plot_evolution
 from utils.report.loggers import csv_text, on_one_line
@@ -45,46 +45,50 @@ class StudyRecord:
     def write(self, study: Study, hyp: Mapping[str, Any]) -> bool:
         """Make both files agree with the study; a trial has the plain values `hyp`, but for its own.
 
-        There is no hyp_evolved.yaml before a trial is complete. False, and nothing is written, where another worker
-        stays in the lock for half a minute, as one that was stopped does. An OSError names the file.
+        hyp_evolved.yaml is the confirmed winner (history.CONFIRMED) while no trial has finished since, else the best so
+        far; there is none before a trial is complete. False, and nothing is written, where another worker stays in the
+        lock for half a minute, as one that was stopped does. An OSError names the file.
         """
-        with _alone(self.folder) as alone:
-            if alone:
+        with alone(self.folder / _LOCK_NAME, patience_s=_PATIENCE_S) as is_alone:
+            if is_alone:
                 trials = finished_of(study)
                 write_text(self.folder / CSV_NAME, self._table(trials, hyp))
-                self._write_best(study.study_name, trials, hyp)
-        return alone
+                self._write_hyp(study, trials, hyp)
+        return is_alone
 
     def _table(self, trials: Sequence[Finished], hyp: Mapping[str, Any]) -> str:
         columns = ("trial", "state", "fitness", *RESULT_NAMES, *self._names, "seconds", "epochs", "failure")
-        return csv_text(columns, [self._row(trial, hyp) for trial in trials])
+        given = {name: _exact(hyp.get(name)) for name in self._names}
+        return csv_text(columns, [self._row(trial, given) for trial in trials])
 
-    def _row(self, trial: Finished, hyp: Mapping[str, Any]) -> dict[str, float | str]:
-        values = {**hyp, **trial.values}
+    def _row(self, trial: Finished, given: Mapping[str, str]) -> dict[str, float | str]:
         return {
+            **given,
+            **{name: _exact(value) for name, value in trial.values.items()},
             "trial": trial.number,
             "state": trial.state,
             "fitness": _exact(trial.fitness),
             **{name: trial.results[name] for name in RESULT_NAMES if name in trial.results},
-            **{name: _exact(values.get(name)) for name in self._names},
             "seconds": trial.seconds,
             "epochs": trial.epochs,
             "failure": trial.failure,
         }
 
-    def _write_best(self, study_name: str, trials: Sequence[Finished], hyp: Mapping[str, Any]) -> None:
-        winner = best(trials)
-        if winner is not None:
-            comments = [f"The best so far of study {study_name}; its trials: {_counts(trials)}", *_result_lines(winner)]
-            write_hyp(self.folder / HYP_NAME, {**hyp, **winner.values}, comments)
+    def _write_hyp(self, study: Study, trials: Sequence[Finished], hyp: Mapping[str, Any]) -> None:
+        confirmed, winner = study.user_attrs.get(CONFIRMED, {}), best(trials)
+        path, of = self.folder / HYP_NAME, f"study {study.study_name}; its trials: {_counts(trials)}"
+        if confirmed.get("trials") == len(trials):
+            comments = [f"Of {of}", *_confirmed_lines(confirmed, trials)]
+            write_hyp(path, {**hyp, **confirmed["values"]}, comments)
+        elif winner is not None:
+            write_hyp(path, {**hyp, **winner.values}, [f"The best so far of {of}", *_result_lines(winner)])
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Whether the folder is ours until the end of the block, or of this process."""
-    lock = folder / _LOCK_NAME  # not the folder itself: who claims a run's folder keeps it for long
-    lock.touch()
-    handle = locked(lock, patience_s=_PATIENCE_S)
+def alone(lock: Path, *, patience_s: float) -> Iterator[bool]:
+    """Whether this file, made where there is none, is ours until the end of the block, or of this process."""
+    lock.touch()  # not the folder itself: who claims a run's folder keeps it for long
+    handle = locked(lock, patience_s=patience_s)
     try:
         yield handle is not None
     finally:
@@ -102,6 +106,16 @@ def write_hyp(path: Path, values: Mapping[str, Any], comments: Sequence[str]) ->
 def _counts(trials: Sequence[Finished]) -> str:
     states = Counter(trial.state for trial in trials)
     return f"{states['complete']} complete, {states['pruned']} pruned, {states['failed']} failed"
+
+
+def _confirmed_lines(confirmed: Mapping[str, Any], trials: Sequence[Finished]) -> list[str]:
+    if confirmed["trial"] is None:
+        return [
+            f"The confirmed winner: the {confirmed['name']}",
+            *confirmed["comments"],
+        ]
+    results = [line for trial in trials if trial.number == confirmed["trial"] for line in _result_lines(trial)]
+    return [f"The confirmed winner: {confirmed['name']}, which gave in the sweep:", *results, *confirmed["comments"]]
 
 
 def _result_lines(trial: Finished) -> list[str]:

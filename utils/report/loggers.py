@@ -170,6 +170,8 @@ def _cell(value: float | str) -> str:
 
 def on_one_line(text: str) -> str:
     """With escapes for line breaks, and for bytes of a file name that are no text."""
+    if text.isprintable():  # a table of thousands of rows is nearly all numbers
+        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
