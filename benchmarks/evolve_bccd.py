@@ -103,7 +103,7 @@ def run(sweep: Sweep, base: Path, epochs: int, seconds: float) -> Sweep:
         time.sleep(_LOOK_S)
         used = max(used, processor_s(process.pid))
         sweep.done_at += [used] * (len(sweep.rows()) - len(sweep.done_at))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # Ctrl-C may be ignored, as in the background of a shell
     process.wait()
     return sweep
 
@@ -129,6 +129,7 @@ def hyp_of(row: dict[str, str], given: dict) -> dict:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="processor time of a sweep")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["default", "classic"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "evolve-bccd")
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = folder / "base" / "weights" / "best.pt"
     if not base.exists():
         train("--epochs", "40", "--project", str(folder), "--name", "base", "--exist-ok").wait()
-    sweeps = [Sweep(kind, seed, folder) for seed in args.seeds for kind in KINDS]
+    sweeps = [Sweep(kind, seed, folder) for seed in args.seeds for kind in args.kinds]
     with ThreadPoolExecutor(2) as pool:
         sweeps = list(pool.map(lambda sweep: run(sweep, base, args.epochs, seconds), sweeps))
         given = yaml.safe_load((ROOT / "data" / "hyps" / "hyp.scratch.yaml").read_text())
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trials, best = sum(done <= share * seconds for done in sweep.done_at), max(top, default=0)
             print(f"{sweep.name:>10} {share:4.2f} of the time: {trials:3} trials, best confirmed {best:.4f}")
         report["sweeps"].append(entry)
-    for kind in KINDS:
+    for kind in args.kinds:
         for share in SHARES:
             own = [
                 one[f"confirmed at {share:.2f}"] or report["given"] for one in report["sweeps"] if one["kind"] == kind

@@ -87,7 +87,7 @@ def test_a_sweep_leaves_what_the_best_trial_was_made_with_and_training_takes_it(
     assert {name: getattr(evolved, name) for name in winner.values} == winner.values
     assert {"evolve.png", "opt.yaml", "study.db", "tensorboard"} <= {path.name for path in EXP.iterdir()}
     assert not list(EXP.rglob("*.pt")) and not Path("runs/train").exists()  # nothing is saved of a trial
-    assert "--evolve-confirm 0" in output and str(EXP / "hyp_evolved.yaml") in output
+    assert "Not confirmed on other seeds" in output and str(EXP / "hyp_evolved.yaml") in output
     again = tiny.flags(hyp=str(EXP / "hyp_evolved.yaml"), epochs=1)
     assert cli(train, *again)[0] == 0
     assert read_hyp(Path("runs/train/exp/hyp.yaml")) == evolved
