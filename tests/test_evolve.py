@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import shlex
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 import yaml
 
 import train
+from utils.config import TrainOptions, parse_flags
 from utils.evolve.history import best, finished_of, is_lost
 from utils.evolve.study import Outcome, TrialFailed
 from utils.hyp import GENES, read_hyp
@@ -312,7 +315,7 @@ def refused(cli, *flags: str) -> str:
         (("--data", "nowhere.yaml"), "--data file not found: nowhere.yaml"),
         (("--noval",), "--evolve and --noval: trials are judged by their evaluations"),
         (("--bucket", "ghs://x"), "ghs"),
-        (("--resume",), "no sweep to continue in runs/evolve/exp"),
+        (("--resume",), "--resume: runs/evolve/exp has no opt.yaml of a sweep"),
     ],
 )
 def test_a_mistake_is_one_line_before_any_trial(tiny, cli, flags, says):
@@ -337,15 +340,80 @@ def test_bounds_that_exclude_the_start_are_named(tiny, cli):
         (("--imgsz", "96"), "--imgsz 64 there, 96 here"),
         (("--evolve-genes", "lr0,box"), "gene"),
         (("--cfg", "yolov5n.yaml", "--evolve", "4"), "the network there and here are not the same"),
-        (("--weights", "other.pt", "--evolve", "4"), "the weights there and here are not the same"),
+        (("--weights", "OTHER", "--evolve", "4"), "the weights there and here are not the same"),
     ],
 )
 def test_another_study_is_not_joined(tiny, cli, change, says, untrained):
     assert cli(train, *TRIALS, *tiny.flags())[0] == 0
     before = (EXP / "evolve.csv").read_bytes(), (EXP / "opt.yaml").read_bytes()
-    said = refused(cli, *TRIALS, *tiny.flags(), *change)
+    other = tiny.folder / "other.pt"
+    other.touch()
+    said = refused(cli, *TRIALS, *tiny.flags(), *(str(other) if word == "OTHER" else word for word in change))
     assert says in said and "--name" in said
     assert before == ((EXP / "evolve.csv").read_bytes(), (EXP / "opt.yaml").read_bytes())
+
+
+def test_a_mistake_spoils_no_name(tiny, cli, untrained):
+    """What was begun with a mistake, and never ran a trial, is no obstacle to the command that is right."""
+    (tiny.folder / "bad.yaml").write_text("lr0: 0.03\n")
+    (tiny.folder / "genes.yaml").write_text("box:\n")
+    wrong = (*TRIALS, *tiny.flags(hyp=str(tiny.folder / "bad.yaml")), "--evolve-genes", str(tiny.folder / "genes.yaml"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Untrained, "__call__", lambda *_: (_ for _ in ()).throw(UserError("--data: nothing there")))
+        assert "nothing there" in refused(cli, *wrong)
+    assert cli(train, *TRIALS, *tiny.flags(imgsz=96))[0] == 0
+    assert [trial.number for trial in finished_of(study_of())] == [0, 1, 2]
+    assert cli(train, "--evolve", "4", "--evolve-confirm", "0", "--resume")[0] == 0
+    assert yaml.safe_load((EXP / "opt.yaml").read_text())["imgsz"] == 96
+
+
+def test_a_study_that_was_lost_is_missed(tiny, cli, untrained):
+    assert cli(train, *TRIALS, *tiny.flags())[0] == 0
+    before = (EXP / "evolve.csv").read_bytes()
+    (EXP / "study.db").unlink()
+    said = refused(cli, *TRIALS, *tiny.flags())
+    assert "evolve.csv tells of trials" in said and (EXP / "evolve.csv").read_bytes() == before
+
+
+def test_a_folder_that_is_removed_is_named(tiny, cli, monkeypatch, untrained):
+    called = Untrained.__call__
+
+    def removes(self, *arguments):
+        shutil.rmtree(EXP)
+        return called(self, *arguments)
+
+    monkeypatch.setattr(Untrained, "__call__", removes)
+    code, _, errors = cli(train, *TRIALS, *tiny.flags())
+    assert code == 1 and errors == f"train.py: error: the folder of this sweep has been removed: {EXP}\n"
+
+
+def test_a_bucket_of_another_study_is_left_alone(tiny, cli, tmp_path, untrained):
+    bucket = tmp_path / "bucket"
+    assert cli(train, *TRIALS, "--bucket", str(bucket), *tiny.flags())[0] == 0
+    before = {path.name: path.read_bytes() for path in bucket.iterdir()}
+    said = refused(cli, *TRIALS, "--bucket", str(bucket), *tiny.flags(name="other"))
+    assert "it holds the study exp, not other" in said
+    assert before == {path.name: path.read_bytes() for path in bucket.iterdir()}
+
+
+def test_a_bucket_that_takes_nothing_is_known_at_once(tiny, cli, untrained):
+    (tiny.folder / "file").touch()
+    assert "--bucket" in refused(cli, *TRIALS, "--bucket", str(tiny.folder / "file"), *tiny.flags())
+
+
+def test_the_last_line_trains_as_the_trials_were_trained(tiny, cli, untrained):
+    code, output, _ = cli(train, *TRIALS, *tiny.flags(), "--single-cls")
+    line = next(line for line in output.splitlines() if line.startswith("Train with them: "))
+    given = parse_flags(TrainOptions, shlex.split(line)[5:], program="train.py")
+    expected = {
+        name: tiny.options()[name] for name in ("data", "cfg", "imgsz", "batch_size", "device", "workers", "amp")
+    }
+    assert code == 0 and given == {**expected, "single_cls": True, "hyp": str(EXP / "hyp_evolved.yaml")}
+
+
+def test_resume_of_a_sweep_without_evolve_says_so(tiny, cli, untrained):
+    assert cli(train, *TRIALS, *tiny.flags())[0] == 0
+    assert f"--resume {EXP}: is a sweep; add --evolve N" in refused(cli, "--resume", str(EXP))
 
 
 def test_other_data_under_the_same_name_are_noticed(tiny, cli):

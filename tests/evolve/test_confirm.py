@@ -46,7 +46,7 @@ def done(number: int, fitness: float | None, state="complete", **values) -> Fini
 
 def test_default_and_the_best_are_tried_again():
     trials = [done(0, 0.5, **START), done(1, 0.6), done(2, 0.9), done(3, 0.7), done(4, 0.8)]
-    chosen = candidates(trials, START, 3, start=START)
+    chosen = candidates(trials, START, 3)
     assert [one.name for one in chosen] == ["default", "trial 2", "trial 4", "trial 3"]
     assert [one.fitness for one in chosen] == [0.5, 0.9, 0.8, 0.7]
     assert chosen[0].values == START
@@ -62,12 +62,18 @@ def test_only_complete_and_distinct_trials_are_tried_again():
         done(4, 0.97, lr0=0.05, mosaic=1.0),
         done(5, 0.97, **twin),
     ]
-    assert [one.name for one in candidates(trials, START, 3, start=START)] == ["default", "trial 4"]
+    assert [one.name for one in candidates(trials, START, 3)] == ["default", "trial 4"]
+
+
+def test_trial_0_is_tried_again_where_it_has_more_than_the_default():
+    first = done(0, 0.9, **START, anchors=3.0)
+    chosen = candidates([first, done(1, 0.5)], {**START, "anchors": None}, 1)
+    assert [one.name for one in chosen] == ["default", "trial 0"] and chosen[0].fitness is None
 
 
 def test_nothing_complete_leaves_the_default():
-    assert [one.name for one in candidates([], START, 3, start=START)] == ["default"]
-    assert [one.name for one in candidates([done(1, 0.5)], START, 0, start=START)] == ["default"]
+    assert [one.name for one in candidates([], START, 3)] == ["default"]
+    assert [one.name for one in candidates([done(1, 0.5)], START, 0)] == ["default"]
 
 
 # ------------------------------------------------------------------------------------------------------------- pairs

@@ -68,13 +68,22 @@ class Bucket:
         ):
             self._send_all(here, folder, Path(temporary))
 
-    def fetch(self, folder: Path) -> bool:
+    def check_writable(self) -> None:
+        """Raises UserError where nothing can be written."""
+        path = self._path(f".check.{secrets.token_hex(4)}")
+        with self._named(UserError, "cannot be written"):
+            if not self._is_object_store:
+                self._system.makedirs(self._root, exist_ok=True)
+            self._system.pipe_file(path, b"-")
+            self._system.rm_file(path)
+
+    def fetch(self, folder: Path, study: str | None = None) -> bool:
         """Bring RESULT_FILES where the bucket holds a study and the folder has none; whether it did. All or nothing.
 
         Call it in each process before it opens the study: the first brings it, the others wait for that. Raises
-        UserError where both have one, and that of the bucket is another one or has more finished trials. Where the
-        bucket and the folder have no study, as when it is on a server, opt.yaml and hyp.yaml are brought, if the folder
-        has neither, so that it can be resumed there; that gives False.
+        UserError where the study there has another name than `study`, and where folder and bucket have one and that of
+        the bucket is another one, or has more finished trials. Where neither has one, as when it is on a server,
+        opt.yaml and hyp.yaml are brought if the folder lacks both, so that it can be resumed there; that gives False.
         """
         with self._named(UserError, "cannot be read"):
             self._system.invalidate_cache()
@@ -85,12 +94,10 @@ class Bucket:
             self._alone(folder, UserError),
             tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary,
         ):
-            return self._fetch(folder, Path(temporary))
+            return self._fetch(folder, Path(temporary), study)
 
     def _send_all(self, here: dict[str, Path], folder: Path, temporary: Path) -> None:
-        theirs = self._study_there(
-            temporary
-        )  # before ours is copied: a later look may find more in it than in the copy
+        theirs = self._study_there(temporary)  # before ours is copied: that may find more later than the copy has
         study = here.get(FILE_NAME)
         copy = None if study is None else _snapshot(study, temporary)
         ours = None if copy is None else _contents(copy, str(study))
@@ -104,13 +111,18 @@ class Bucket:
             self._send(FILE_NAME, copy)
             self._send(_ABOUT, _written(ours, temporary))
 
-    def _fetch(self, folder: Path, temporary: Path) -> bool:
+    def _fetch(self, folder: Path, temporary: Path, name: str | None) -> bool:
         local, study = folder / FILE_NAME, temporary / FILE_NAME
         if not self._get(FILE_NAME, study):
             if not any((folder / name).exists() for name in (FILE_NAME, *_BEGUN_WITH)):
                 self._bring(_BEGUN_WITH, folder, temporary)
             return False
         theirs = _contents(study, f"{FLAG} {self.shown}: {FILE_NAME}")
+        if name is not None and name not in theirs.names:
+            raise UserError(
+                f"{FLAG} {self.shown}: it holds the study {min(theirs.names, key=len, default='of nobody')}, not "
+                f"{name}; give another bucket, or go on with that by --name"
+            )
         if not local.exists():
             self._bring([name for name in RESULT_FILES if name != FILE_NAME], folder, temporary)
             if _put_new(study, local):
@@ -216,7 +228,9 @@ class Bucket:
         try:
             return fsspec.core.url_to_fs(url)
         except ImportError as error:
-            raise UserError(f"{FLAG} {self.shown}: {_missing(protocol, error)}") from None
+            bare = url == f"gs://{self.shown}"
+            hint = f" (a bare name means gs://{self.shown}; for a folder write ./{self.shown})" if bare else ""
+            raise UserError(f"{FLAG} {self.shown}: {_missing(protocol, error)}{hint}") from None
         except Exception as error:  # each file system has its own
             raise UserError(f"{FLAG} {self.shown}: {self._reason(error)}") from None
 
@@ -279,6 +293,7 @@ class _Contents:
 
     ids: frozenset[str]  # the user attributes "id" of its studies
     finished: int  # trials
+    names: frozenset[str] = frozenset()  # of the studies
 
 
 _IDS = "SELECT value_json FROM study_user_attributes WHERE key = 'id'"
@@ -296,9 +311,10 @@ def _contents(study: Path, shown: str) -> _Contents:
         with closing(sqlite3.connect(f"{study.absolute().as_uri()}?mode=rw", uri=True, timeout=_BUSY_S)) as database:
             ids = frozenset(str(json.loads(value)) for (value,) in database.execute(_IDS))
             ((finished,),) = database.execute(_FINISHED)
+            names = frozenset(name for (name,) in database.execute("SELECT study_name FROM studies"))
     except (sqlite3.Error, ValueError):
         raise UserError(f"{shown} is not the database of a study, or damaged; remove it, or name another") from None
-    return _Contents(ids, finished)
+    return _Contents(ids, finished, names)
 
 
 def _written(contents: _Contents, folder: Path) -> Path:

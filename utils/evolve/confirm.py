@@ -38,15 +38,13 @@ class Candidate:
     fitness: float | None  # that the sweep gave it
 
 
-def candidates(
-    trials: Sequence[Finished], given: Mapping[str, Any], k: int, *, start: Mapping[str, Any]
-) -> list[Candidate]:
+def candidates(trials: Sequence[Finished], given: Mapping[str, Any], k: int) -> list[Candidate]:
     """The default, which is `given`, and the best `k` complete trials whose values differ from it and one another.
 
-    A trial of the values of `start` is the default as well, though it may have had genes that the default leaves open.
+    Trial 0 is one of them where it has what the default leaves open: a number of anchors.
     """
-    chosen = [Candidate(name=DEFAULT, trial=None, values=given, fitness=_fitness_of(start, trials))]
-    complete = [trial for trial in trials if trial.state == "complete" and not _same(trial.values, start)]
+    chosen = [Candidate(name=DEFAULT, trial=None, values=given, fitness=_fitness_of(given, trials))]
+    complete = [trial for trial in trials if trial.state == "complete"]
     for trial in sorted(complete, key=lambda trial: (-trial.fitness, trial.number)):
         if len(chosen) > k:
             break
@@ -58,9 +56,9 @@ def candidates(
     return chosen
 
 
-def _fitness_of(values: Mapping[str, Any], trials: Sequence[Finished]) -> float | None:
-    """That the sweep gave these."""
-    same = (trial.fitness for trial in trials if trial.state == "complete" and _same(trial.values, values))
+def _fitness_of(given: Mapping[str, Any], trials: Sequence[Finished]) -> float | None:
+    """That the sweep gave it."""
+    same = (trial.fitness for trial in trials if trial.state == "complete" and _same(trial.values, given))
     return next(same, None)
 
 

@@ -418,7 +418,7 @@ def with_patience(
 def _is_away(error: Exception) -> bool:
     from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
-    if _is_full(error):
+    if _is_full(error) or re.search("unable to open database file|readonly database", str(_cause(error))):
         return False
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     if isinstance(cause, DBAPIError) and cause.connection_invalidated:

@@ -71,6 +71,9 @@ class Watch:
     def finished(self, number: int, trials: Sequence[FrozenTrial]) -> None:
         """It is over, and counts; and these are all trials of the study."""
 
+    def waits(self, numbers: Sequence[int]) -> None:
+        """There is nothing left but trials that other workers are at."""
+
     def warn(self, text: str) -> None:
         """A line for the user."""
 
@@ -142,6 +145,7 @@ class Worker:
         Raises Interrupted when a signal asks to stop, and UserError for a mistake that all trials would meet with; the
         trial under way is for others then.
         """
+        told = False
         with quiet_optuna():
             while True:
                 self.stop.check()
@@ -152,6 +156,9 @@ class Worker:
                 if len(counted) < self.goal or any(trial.state == TrialState.WAITING for trial in counted):
                     self._run_next()
                 elif self.storage.finds_lost:
+                    if not told:
+                        self.watch.waits([trial.number for trial in counted if not trial.state.is_finished()])
+                        told = True
                     self._wait()
                 else:
                     return False

@@ -182,9 +182,9 @@ def _limits(trials: Sequence[Trial], *, room_below: float = 0.0) -> tuple[float,
     if not trials:
         return 0.0, 1.0
     values = [trial.fitness for trial in trials]
-    low, high = min(*values, max(values) - _LEAST_SPAN), max(values)
-    span = high - low
-    return low - (0.08 + room_below) * span, high + 0.1 * span
+    low = max(min(*values, max(values) - _LEAST_SPAN), min(0.0, *values))
+    span = max(max(values) - low, _LEAST_SPAN)
+    return low - (0.08 + room_below) * span, low + 1.1 * span
 
 
 # ---------------------------------------------------------------------------------------------------- importances

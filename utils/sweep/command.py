@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.distributions import BaseDistribution
 from optuna.pruners import NopPruner
 from optuna.study import Study
+from optuna.trial import TrialState
 
 from utils.config import PROJECT_ROOT
 from utils.evolve import confirm
 from utils.evolve.confirm import Candidate, PairSampler, Verdict
-from utils.evolve.history import CONFIRMED, Finished, best, finished_of
+from utils.evolve.history import CONFIRMED, Finished, best, finished_of, is_lost
 from utils.evolve.pruners import make_pruner, rungs
-from utils.evolve.record import HYP_NAME
+from utils.evolve.record import CSV_NAME, HYP_NAME
 from utils.evolve.samplers import distributions, make_sampler
 from utils.evolve.storage import Storage, errors_named, open_storage
 from utils.evolve.study import Worker, agreed, open_study
@@ -29,11 +33,11 @@ from utils.files import from_here, this_python, write_text
 from utils.launch import place
 from utils.report.loggers import Console, SilentConsole
 from utils.stopping import Interrupted, StopRequest
-from utils.structures import UserError
+from utils.structures import RunError, UserError
 from utils.sweep.files import CONFIRM_NAME, SweepFiles
-from utils.sweep.identity import Work, refuse_other_study
+from utils.sweep.identity import Work, differences, refuse
 from utils.sweep.objective import Caches, TrainingObjective
-from utils.sweep.options import Sweep, prepared, secrets_to_name, write_options
+from utils.sweep.options import OPTIONS_FILE, Sweep, flags_of_training, prepared, secrets_to_name, write_options
 from utils.sweep.process import Request
 from utils.sweep.progress import ConfirmProgress, Progress
 
@@ -52,10 +56,21 @@ def evolve(values: Mapping[str, Any], stop: StopRequest) -> Path:
     sweep = prepared(dict(values), stop, console.note)
     try:
         storage = _storage(sweep, console)
-        with errors_named(storage.shown):
+        with errors_named(storage.shown), _removal_named(sweep.folder):
             return _Work(sweep, storage, console).done()
     except Interrupted as interrupted:
         raise Interrupted(interrupted.signum, _how_to_continue(sweep)) from None
+
+
+@contextmanager
+def _removal_named(folder: Path) -> Iterator[None]:
+    """What goes wrong while the folder is no longer there, goes wrong for that."""
+    try:
+        yield
+    except Exception:
+        if not folder.is_dir():
+            raise RunError(f"the folder of this sweep has been removed: {folder}") from None
+        raise
 
 
 def _storage(sweep: Sweep, console: Console) -> Storage:
@@ -82,7 +97,9 @@ class _Work:
 
     def __init__(self, sweep: Sweep, storage: Storage, console: Console) -> None:
         self._sweep, self._storage, self._console = sweep, storage, console
-        self._study = _study(sweep, storage)
+        self._study, is_new = _study(sweep, storage)
+        if sweep.speaks:
+            write_options(sweep, anew=is_new)
         self._work = Work(sweep, self._study)
         self._caches = Caches()
         self._trial_console = Console(quiet=sweep.options.quiet or not sweep.speaks)  # each tells of its own trials
@@ -91,8 +108,6 @@ class _Work:
     def done(self) -> Path:
         """The file of the best hyperparameters, when there is nothing left to do."""
         sweep = self._sweep
-        if sweep.speaks:
-            write_options(sweep)
         if sweep.options.resume is not None and not self._storage.finds_lost:
             self._storage.queue_running(self._study)
         try:
@@ -114,7 +129,11 @@ class _Work:
         options, hyp = self._sweep.options, self._sweep.plain_hyp
         judged_at = rungs(options.epochs, options.evolve_pruner)
         progress = Progress(
-            goal=self._sweep.goal, epochs=options.epochs, console=self._trial_console, wrote=self._files.write
+            goal=self._sweep.goal,
+            epochs=options.epochs,
+            grace_s=options.evolve_grace,
+            console=self._trial_console,
+            wrote=self._files.write,
         )
 
         def request(values: Mapping[str, Any]) -> Request:
@@ -139,11 +158,15 @@ class _Work:
         epochs, goal = options.evolve_confirm_epochs or options.epochs, len(tried) * len(seeds)
         study, tried = _confirming_study(self._sweep, self._storage, tried, seeds, epochs)
         self._console.line(
-            f"\nThe default and the best {len(tried) - 1}, on {len(seeds)} fresh seed{'s' * (len(seeds) > 1)} each, "
-            f"for {epochs} epoch{'s' * (epochs > 1)}:"
+            f"\nThe default and the best {_trials(len(tried) - 1)}, on {len(seeds)} fresh seed{'s' * (len(seeds) > 1)} "
+            f"each, for {epochs} epoch{'s' * (epochs > 1)}:"
         )
         progress = ConfirmProgress(
-            goal=goal, epochs=epochs, console=self._trial_console, names=[one.name for one in tried]
+            goal=goal,
+            epochs=epochs,
+            grace_s=options.evolve_grace,
+            console=self._trial_console,
+            names=[one.name for one in tried],
         )
 
         def request(pair: Mapping[str, int]) -> Request:
@@ -213,35 +236,56 @@ class _Work:
 # ---- studies ------------------------------------------------------------------------------------------------------
 
 
-def _study(sweep: Sweep, storage: Storage) -> Study:
-    """New or joined. Raises UserError where it is another than this worker's."""
-    options = sweep.options
-    study = open_study(
-        options.name,
-        storage,
-        sampler=make_sampler(options.evolve_sampler, sweep.space, seed=options.seed, parents=options.evolve_parents),
-        pruner=make_pruner(options.evolve_pruner, options.epochs),
-    )
-    refuse_other_study(sweep, study)
-    done = len(finished_of(study))
+def _study(sweep: Sweep, storage: Storage) -> tuple[Study, bool]:
+    """New or joined, and whether it is new. Raises UserError where it is another than this worker's.
+
+    One that was never begun, for a mistake, is no obstacle.
+    """
+    study = _opened(sweep, storage)
+    differ, begun = differences(sweep, study), _is_begun(study)
+    if differ and not begun:
+        optuna.delete_study(study_name=study.study_name, storage=storage.backend)
+        study = _opened(sweep, storage)
+        differ = differences(sweep, study)
+    refuse(sweep, differ)
+    done, table = len(finished_of(study)), sweep.folder / CSV_NAME
+    if not begun and table.exists() and len(table.read_text().splitlines()) > 1:
+        raise UserError(
+            f"{table} tells of trials that the study in {storage.shown} does not have; bring that back, or begin "
+            "another study with --name"
+        )
     if done > sweep.goal:
         raise UserError(f"--evolve {sweep.goal}: {done} trials are done already; name that many or more")
-    return study
+    return study, not begun
+
+
+def _opened(sweep: Sweep, storage: Storage) -> Study:
+    options = sweep.options
+    sampler = make_sampler(options.evolve_sampler, sweep.space, seed=options.seed, parents=options.evolve_parents)
+    return open_study(options.name, storage, sampler=sampler, pruner=make_pruner(options.evolve_pruner, options.epochs))
+
+
+def _is_begun(study: Study) -> bool:
+    """Whether a trial was run, or is now."""
+    trials = study.get_trials(deepcopy=False)
+    return any(trial.state != TrialState.WAITING and not is_lost(trial) for trial in trials)
 
 
 def _candidates(sweep: Sweep, study: Study) -> list[Candidate]:
     most = sweep.options.evolve_confirm
     trials = finished_of(study)[: sweep.goal]
-    return confirm.candidates(trials, sweep.plain_hyp, most, start=sweep.space.start)
+    return confirm.candidates(trials, sweep.plain_hyp, most)
 
 
 def _confirming_study(
     sweep: Sweep, storage: Storage, tried: Sequence[Candidate], seeds: Sequence[int], epochs: int
 ) -> tuple[Study, list[Candidate]]:
-    """With the candidates as all workers have them."""
-    name = f"{sweep.options.name}: {len(tried)} of {sweep.goal} on {len(seeds)} seeds for {epochs} epochs"
+    """The same for all that are to try the same; with the candidates as it has them."""
+    plain = [vars(one) for one in tried]
+    content = blake2b(json.dumps([plain, seeds, epochs]).encode(), digest_size=6).hexdigest()
+    name = f"{sweep.options.name}: confirmation {content}"
     study = open_study(name, storage, sampler=PairSampler(len(tried), seeds), pruner=NopPruner())
-    return study, [Candidate(**one) for one in agreed(study, "candidates", [vars(one) for one in tried])]
+    return study, [Candidate(**one) for one in agreed(study, "candidates", plain)]
 
 
 # ---- last words ---------------------------------------------------------------------------------------------------
@@ -252,25 +296,32 @@ def _last_words(sweep: Sweep, study: Study, verdict: Verdict | None) -> list[str
     winner = best(trials)
     if winner is None:
         failures = sweep.folder / _FAILURES
-        return [f"\nNo trial is complete{f'; what they said: {failures}' if failures.is_dir() else ''}"]
-    hyp, data = (shlex.quote(str(path)) for path in (sweep.folder / HYP_NAME, sweep.options.data))
+        said = f"{sweep.folder / CSV_NAME} says why{f', {failures} at length' if failures.is_dir() else ''}"
+        return [f"\nNo trial is complete, so there are no hyperparameters to recommend; {said}"]
+    words = [*flags_of_training(sweep.options), "--hyp", str(sweep.folder / HYP_NAME)]
     script = shlex.quote(str(from_here(PROJECT_ROOT / "train.py")))
     return [
         "",
         *(confirm.table(verdict) if verdict is not None else _unconfirmed(winner, len(trials))),
         f"Hyperparameters, tables and pictures: {sweep.folder}",
-        f"Train with them: {this_python()} {script} --data {data} --hyp {hyp}",
+        f"Train with them: {this_python()} {script} {shlex.join(words)}",
     ]
 
 
 def _unconfirmed(winner: Finished, trials: int) -> list[str]:
-    told = [f"Best of {trials} trials: trial {winner.number}, fitness {winner.fitness:.4f}"]
+    told = [f"Best of {_trials(trials)}: trial {winner.number}, fitness {winner.fitness:.4f}"]
     if trials > 1:
         told.append("Not confirmed on other seeds: a part of that is luck")
     return told
 
 
+def _trials(count: int) -> str:
+    return f"{count} trial{'s' * (count != 1)}"
+
+
 def _how_to_continue(sweep: Sweep) -> str:
+    if not (sweep.folder / OPTIONS_FILE).exists():
+        return "no trial was begun: the same command starts anew"
     script = shlex.quote(str(from_here(PROJECT_ROOT / "train.py")))
     folder = shlex.quote(str(sweep.folder))
     command = f"{this_python()} {script} --evolve {sweep.goal} --resume {folder}{secrets_to_name(sweep.options)}"

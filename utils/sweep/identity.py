@@ -15,8 +15,8 @@ from utils.sweep.options import Sweep
 _WORK = "work"  # user attribute of a study: what its trials train, as the first one found it
 
 
-def refuse_other_study(sweep: Sweep, study: Study) -> None:
-    """Raises UserError where it was begun with other options, genes or hyperparameters."""
+def differences(sweep: Sweep, study: Study) -> list[str]:
+    """What it was begun with that this worker has otherwise, in words: options, genes, hyperparameters."""
     mine, hyp, genes = sweep.alike, sweep.plain_hyp, sweep.space.plain()
     theirs = agreed(study, "options", mine)
     differ = [
@@ -31,7 +31,7 @@ def refuse_other_study(sweep: Sweep, study: Study) -> None:
         for name, value in hyp.items()
         if their_hyp.get(name) != value and name not in sweep.space.names
     ]
-    _refuse(sweep, differ)
+    return differ
 
 
 class Work:
@@ -52,10 +52,11 @@ class Work:
         if not self._agreed:
             self._agreed = agreed(self._study, _WORK, dict(mine))
         differ = [name for name, value in mine.items() if self._agreed.get(name) != value]
-        _refuse(self._sweep, [f"{name} there and here are not the same" for name in differ])
+        refuse(self._sweep, [f"{name} there and here are not the same" for name in differ])
 
 
-def _refuse(sweep: Sweep, differ: list[str]) -> None:
+def refuse(sweep: Sweep, differ: list[str]) -> None:
+    """Raises UserError where there is any difference."""
     if differ:
         more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
         raise UserError(

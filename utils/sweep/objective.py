@@ -35,7 +35,7 @@ class TrainingObjective:
     caches: Caches
     check: Callable[[Mapping[str, Any]], None]  # raises UserError for what a trial would train that it should not
     failures: Path
-    speaks: bool  # the first trial shows what a training run shows of its data and network
+    speaks: bool  # the first trial of the study shows what a training run shows of its data and network
     stop: StopRequest
     _run: Trials = field(init=False)
 
@@ -43,8 +43,7 @@ class TrainingObjective:
         self._run = Trials(stop=self.stop, failures=self.failures, on_ready=self._ready, on_epoch=self.progress.epoch)
 
     def __call__(self, values: Mapping[str, Any], report: Report) -> Outcome:
-        request = replace(self.request(values), speaks=self.speaks)
-        self.speaks = False
+        request = replace(self.request(values), speaks=self.speaks and self.progress.number == 0)
 
         def judged(message: Evaluated) -> None:
             report(message.epoch, message.fitness, message.results)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ _DEFAULT_EPOCHS = 300
 _DEFAULT_PRUNER = "asha"
 _MASK = "***"
 _SECRETS = ("evolve_storage", "bucket")  # may hold passwords
+# Not of how a run trains
+_ELSEWHERE = (
+    *("hyp", "epochs", "project", "name", "exist_ok", "resume", "quiet", "noplots", "nproc", "bucket", "local_rank"),
+    *("patience", "save_every", "save_period", "dist_timeout"),
+)
 # May accompany --resume
 _WITH_RESUME = (
     *("resume", "evolve", "device", "workers", "nproc", "quiet", "noplots", "bucket", "project", "name"),
@@ -83,11 +88,14 @@ def prepared(values: dict[str, Any], stop: StopRequest, note: Callable[[str], ob
     """What options by name ask for. Raises UserError before anything is written but what a bucket holds."""
     given = validated(TrainOptions, values)
     folder, bucket = _folder(values, given), Bucket(given.bucket) if given.bucket else None
-    if bucket is not None and bucket.fetch(folder):
-        note(f"going on with the study of {bucket.shown}")
+    if bucket is not None:
+        bucket.check_writable()
+        if bucket.fetch(folder, _study_name(given)):
+            note(f"going on with the study of {bucket.shown}")
     options = given if given.resume is None else _resumed(values, given, folder)
     if bucket is None and options.bucket:
         bucket = Bucket(options.bucket)
+    _check_weights(options.weights)
     hyp = read_hyp(find_file(options.hyp, "data/hyps"))
     spec, _ = read_dataset(options.data)
     options = replace(options, epochs=options.epochs or spec.epochs or _DEFAULT_EPOCHS)
@@ -102,12 +110,38 @@ def prepared(values: dict[str, Any], stop: StopRequest, note: Callable[[str], ob
     )
 
 
-def write_options(sweep: Sweep) -> None:
-    """What --resume reads, if it is not there."""
-    if not (sweep.folder / OPTIONS_FILE).exists():
+def write_options(sweep: Sweep, *, anew: bool) -> None:
+    """What --resume reads, if it is not there or has to be made `anew`."""
+    if anew or not (sweep.folder / OPTIONS_FILE).exists():
         masked = {name: mask_password(getattr(sweep.options, name)) for name in _SECRETS}
         write_yaml(sweep.folder / HYP_FILE, sweep.plain_hyp)
-        write_yaml(sweep.folder / OPTIONS_FILE, {**asdict(sweep.options), **masked})
+        write_yaml(
+            sweep.folder / OPTIONS_FILE, {**asdict(sweep.options), **masked, "project": str(sweep.folder.parent)}
+        )
+
+
+def flags_of_training(options: TrainOptions) -> list[str]:
+    """Of a command that trains as the trials were trained, but for how long and with which hyperparameters."""
+    words = []
+    for item in fields(TrainOptions):
+        value = getattr(options, item.name)
+        if item.name in _ELSEWHERE or item.name.startswith("evolve") or value == item.default:
+            continue
+        shown = value if isinstance(value, tuple) else [] if value is True else [value]
+        words += [spelling(item.name), *map(str, shown)]
+    return words
+
+
+def _study_name(given: TrainOptions) -> str:
+    if given.resume in (None, LATEST):
+        return given.name
+    return Path(given.resume).name
+
+
+def _check_weights(weights: str) -> None:
+    """Before anything is written; the same is said where they are read."""
+    if weights and not Path(weights).is_file():
+        raise UserError(f"checkpoint not found: {weights}; weights are never downloaded")
 
 
 def secrets_to_name(options: TrainOptions) -> str:
@@ -131,7 +165,10 @@ def _folder(values: dict[str, Any], given: TrainOptions) -> Path:
 def _resumed(values: dict[str, Any], given: TrainOptions, folder: Path) -> TrainOptions:
     saved, hyp = folder / OPTIONS_FILE, folder / HYP_FILE
     if not saved.is_file():
-        raise UserError(f"--resume: no sweep to continue in {folder}; leave out --resume to begin one")
+        raise UserError(
+            f"--resume: {folder} has no {OPTIONS_FILE} of a sweep; name its folder (--resume {DEFAULT_PROJECT}/NAME), "
+            "or type its whole command without --resume, which begins a sweep or goes on with it"
+        )
     begun = validated(TrainOptions, {**read_yaml(saved, what=str(saved)), "resume": None})
     changed = [name for name, value in values.items() if value is not None]
     for name in changed:

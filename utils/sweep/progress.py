@@ -21,6 +21,7 @@ class Progress(Watch):
 
     goal: int
     epochs: int
+    grace_s: int
     console: Console
     wrote: Callable[[], object] = lambda: None  # is called when there is something new to tell of the study
     headed: bool = False  # the titles of the lines are there
@@ -70,6 +71,12 @@ class Progress(Watch):
     def _left(self, counted: Sequence[Finished], workers: int) -> str:
         recent = [trial.seconds for trial in counted[-_RECENT:]]
         return format_duration(max(self.goal - len(counted), 0) * sum(recent) / len(recent) / workers)
+
+    def waits(self, numbers: Sequence[int]) -> None:
+        which = f"trial {numbers[0]}" if len(numbers) == 1 else f"trials {', '.join(map(str, numbers))}"
+        self.console.note(
+            f"waiting for {which} of other workers; what is not heard of for {self.grace_s} s is run again"
+        )
 
     def warn(self, text: str) -> None:
         self.console.warn(text)

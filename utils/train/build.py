@@ -156,8 +156,9 @@ def build_trial(values: Mapping[str, Any], hyp: Mapping[str, Any], *, console: C
 
     It writes nothing, and knows nothing of ranks. Raises UserError as `build_trainer` does.
     """
-    given = validated(TrainOptions, {**values, "resume": None, "save_every": 0, "noplots": True})
-    trial = _checked_hyperparameters(hyperparameters(dict(hyp), source="this trial"), given)
+    named = {"hyp": "these hyperparameters", "resume": None, "save_every": 0, "noplots": True}
+    given = validated(TrainOptions, {**values, **named})
+    trial = _checked_hyperparameters(hyperparameters(dict(hyp), source=given.hyp), given)
     parts, _, lines = _parts_of_new(given, trial, Ranks(), console, StopRequest())
     for line in lines:
         console.line(line)
@@ -300,6 +301,8 @@ def _saved_run(given: str, console: Console) -> tuple[Path, Path, Checkpoint]:
     """The last.pt that `--resume` means, the file that stands for it, and what that holds. Its folder is held now."""
     path = newest_checkpoint(Path("runs")) if given == LATEST else Path(given)
     if path.is_dir():
+        if (path / "evolve.csv").exists():
+            raise UserError(f"--resume {path}: is a sweep; add --evolve N, the number of its trials")
         path = RunFolder(path).last
     _hold_run_of(path)
     checkpoint, source = load_last(path, console.warn)
