@@ -30,6 +30,7 @@ from utils.sweep.trials import Trials
 ROOT = Path(__file__).resolve().parent.parent
 EXP = Path("runs/evolve/exp")
 TRIALS = ("--evolve", "3", "--evolve-confirm", "0")
+TWO = ("--evolve", "2", "--evolve-confirm", "0")
 
 
 class Untrained:
@@ -74,13 +75,12 @@ def sees(process, text: str) -> None:
 
 
 def test_a_sweep_leaves_what_the_best_trial_was_made_with_and_training_takes_it(tiny, cli):
-    code, output, errors = cli(train, *TRIALS, *tiny.flags(epochs=2, noplots=None))
+    code, output, errors = cli(train, *TWO, *tiny.flags(epochs=2, noplots=None))
     assert code == 0 and errors == ""
     table = lines_of_trials(output)
-    assert [cells[0] for cells in table] == ["0", "1", "2"]
-    assert [cells[7] for cells in table] == ["1/3", "2/3", "3/3"]
+    assert [cells[0] for cells in table] == ["0", "1"] and [cells[7] for cells in table] == ["1/2", "2/2"]
     trials = finished_of(study_of())
-    assert [int(row["trial"]) for row in rows()] == [trial.number for trial in trials] == [0, 1, 2]
+    assert [int(row["trial"]) for row in rows()] == [trial.number for trial in trials] == [0, 1]
     given, start = read_hyp(tiny.hyp), read_hyp(tiny.hyp).__dict__
     for name, value in trials[0].values.items():  # trial 0 is what was given
         assert value == pytest.approx(3.0 if name == "anchors" else start[name])
@@ -151,14 +151,14 @@ def test_a_trial_is_the_run_with_its_values(tiny, cli):
 def test_bad_trials_end_early_and_the_others_go_on(tiny, cli):
     genes = tiny.folder / "genes.yaml"
     genes.write_text("lr0: {low: 0.00001, high: 0.1, scale: log}\nbox:\n")
-    flags = ("--evolve", "5", "--evolve-confirm", "0", "--evolve-sampler", "random", "--evolve-genes", str(genes))
-    code, output, _ = cli(train, *flags, "--evolve-pruner", "asha", *tiny.flags(epochs=30, nominal_batch="4"))
+    flags = ("--evolve", "4", "--evolve-confirm", "0", "--evolve-sampler", "random", "--evolve-genes", str(genes))
+    code, output, _ = cli(train, *flags, "--evolve-pruner", "asha", *tiny.flags(epochs=20, nominal_batch="4"))
     assert code == 0
     trials = finished_of(study_of())
     states = [trial.state for trial in trials]
     assert states.count("complete") >= 1 and states.count("pruned") >= 1
-    assert {trial.epochs for trial in trials if trial.state == "pruned"} <= {6, 12}
-    assert {trial.epochs for trial in trials if trial.state == "complete"} == {30}
+    assert {trial.epochs for trial in trials if trial.state == "pruned"} <= {4, 8}
+    assert {trial.epochs for trial in trials if trial.state == "complete"} == {20}
     assert set(trials[0].values) == {"lr0", "box"}
     assert output.count("pruned") == states.count("pruned") + 1  # and the title
 
@@ -166,7 +166,7 @@ def test_bad_trials_end_early_and_the_others_go_on(tiny, cli):
 def test_a_trial_that_fails_is_one_line_and_evolution_goes_on(tiny, cli):
     genes = tiny.folder / "genes.yaml"
     genes.write_text("lr0: {low: 0.01, high: 1.0e+30, scale: log}\n")
-    flags = ("--evolve", "4", "--evolve-confirm", "0", "--evolve-genes", str(genes), "--evolve-sampler", "random")
+    flags = ("--evolve", "3", "--evolve-confirm", "0", "--evolve-genes", str(genes), "--evolve-sampler", "random")
     code, output, _ = cli(train, *flags, *tiny.flags(epochs=12, nominal_batch="4"))
     assert code == 0
     failed = [trial for trial in finished_of(study_of()) if trial.state == "failed"]
@@ -224,12 +224,12 @@ def test_a_killed_worker_leaves_nothing_behind_and_its_trial_is_run_again(tiny, 
     begun = study_of().trials[0].params
     options = yaml.safe_load((EXP / "opt.yaml").read_text()) | {"epochs": 2}
     (EXP / "opt.yaml").write_text(yaml.safe_dump(options))
-    done = start("train.py", *TRIALS, "--resume")
+    done = start("train.py", *TWO, "--resume")
     assert done.wait(120) == 0
     study = study_of()
-    assert len(finished_of(study)) == 3 and sum(map(is_lost, study.trials)) == 1
+    assert len(finished_of(study)) == 2 and sum(map(is_lost, study.trials)) == 1
     assert begun in [trial.values for trial in finished_of(study)]
-    assert len(rows()) == 3
+    assert len(rows()) == 2
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_trial_is_run_again(tiny, start):
@@ -245,12 +245,12 @@ def test_ctrl_c_says_how_to_go_on_and_the_trial_is_run_again(tiny, start):
 
 
 def test_ranks_are_workers_of_their_own(tiny, start):
-    process = start("train.py", "--nproc", "2", "--evolve", "4", "--evolve-confirm", "0", *tiny.flags())
+    process = start("train.py", "--nproc", "2", *TRIALS, *tiny.flags())
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors.decode()
-    assert len(finished_of(study_of())) == 4 and len(rows()) == 4
+    assert len(finished_of(study_of())) == 3 and len(rows()) == 3
     table = [line.split() for line in output.decode().splitlines()]
-    assert sorted(cells[0] for cells in table if len(cells) > 7 and "/4" in cells[7]) == ["0", "1", "2", "3"]
+    assert sorted(cells[0] for cells in table if len(cells) > 7 and "/3" in cells[7]) == ["0", "1", "2"]
     assert output.decode().count("finished  pruned") == 1 and output.decode().count("Train with them") == 1
 
 
@@ -417,10 +417,10 @@ def test_resume_of_a_sweep_without_evolve_says_so(tiny, cli, untrained):
 
 
 def test_other_data_under_the_same_name_are_noticed(tiny, cli):
-    assert cli(train, *TRIALS, *tiny.flags())[0] == 0
+    assert cli(train, "--evolve", "1", "--evolve-confirm", "0", *tiny.flags())[0] == 0
     tiny.label("train", 0).write_text("1 0.5 0.5 0.3 0.3\n")
-    said = refused(cli, "--evolve", "4", "--evolve-confirm", "0", *tiny.flags())
-    assert "images or labels of 'train'" in said and len(finished_of(study_of())) == 3
+    said = refused(cli, *TWO, *tiny.flags())
+    assert "images or labels of 'train'" in said and len(finished_of(study_of())) == 1
 
 
 def test_another_hyp_is_noticed(tiny, cli, untrained):
