@@ -28,7 +28,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from utils.evolve.history import FAILURE
+from utils.evolve.history import FAILURE, SURPLUS
 from utils.files import nearest_name
 from utils.structures import RunError, UserError
 
@@ -136,7 +136,8 @@ def _never_heard_of(backend: RDBStorage, study: Study) -> list[int]:
 def _retry(study: Study, trial: FrozenTrial) -> None:
     """Queue the values of a lost trial again, and nothing else of it, noted as Optuna's own retries are."""
     history = [*trial.system_attrs.get("retry_history", []), trial.number]
-    if FAILURE in trial.user_attrs or len(history) > MAX_RETRIES:  # the first: it was killed as it told of its failure
+    told = {FAILURE, SURPLUS} & trial.user_attrs.keys()  # what ended it; its worker was killed as it said so
+    if told or len(history) > MAX_RETRIES:
         return
     study.add_trial(
         optuna.create_trial(
@@ -377,12 +378,14 @@ def mask_password(url: str) -> str:
 
 @contextmanager
 def errors_named(shown: str) -> Iterator[None]:
-    """Turn what calls of a storage raise when it is gone into a RunError of one line."""
+    """Turn what calls of a storage raise when it is gone into a RunError of one line; but errors of other files."""
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
     except (StorageInternalError, SQLAlchemyError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None and Path(error.filename).name not in shown:
+            raise
         away = "" if _is_full(error) else "cannot be reached: "
         raise RunError(f"the storage {shown} {away}{_said(error)}") from None
 

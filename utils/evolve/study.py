@@ -115,9 +115,8 @@ def quiet_optuna() -> Iterator[None]:
             warnings.simplefilter("ignore", ExperimentalWarning)
             # heartbeats are recorded here, without `Study.optimize`
             warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used")
-            warnings.filterwarnings(
-                "ignore", message="The reported value is ignored"
-            )  # of a trial that was handed back
+            # of a trial that was handed back
+            warnings.filterwarnings("ignore", message="The reported value is ignored")
             yield
     finally:
         optuna.logging.set_verbosity(before)

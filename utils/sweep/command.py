@@ -25,7 +25,7 @@ from utils.evolve import confirm
 from utils.evolve.confirm import Candidate, PairSampler, Verdict
 from utils.evolve.history import CONFIRMED, Finished, best, finished_of, is_lost
 from utils.evolve.pruners import make_pruner, rungs
-from utils.evolve.record import CSV_NAME, HYP_NAME
+from utils.evolve.record import CSV_NAME, HYP_NAME, alone
 from utils.evolve.samplers import distributions, make_sampler
 from utils.evolve.storage import Storage, errors_named, open_storage
 from utils.evolve.study import Worker, agreed, open_study
@@ -42,6 +42,7 @@ from utils.sweep.process import Request
 from utils.sweep.progress import ConfirmProgress, Progress
 
 _FAILURES = "failures"  # a folder
+_LOCK, _PATIENCE_S = ".study.lock", 30.0
 _SLOWEST_HEARTBEAT_S = 5
 
 
@@ -241,12 +242,13 @@ def _study(sweep: Sweep, storage: Storage) -> tuple[Study, bool]:
 
     One that was never begun, for a mistake, is no obstacle.
     """
-    study = _opened(sweep, storage)
-    differ, begun = differences(sweep, study), _is_begun(study)
-    if differ and not begun:
-        optuna.delete_study(study_name=study.study_name, storage=storage.backend)
+    with alone(sweep.folder / _LOCK, patience_s=_PATIENCE_S):  # several may begin it at once
         study = _opened(sweep, storage)
-        differ = differences(sweep, study)
+        differ, begun = differences(sweep, study), _is_begun(study)
+        if differ and not begun:
+            optuna.delete_study(study_name=study.study_name, storage=storage.backend)
+            study = _opened(sweep, storage)
+            differ = differences(sweep, study)
     refuse(sweep, differ)
     done, table = len(finished_of(study)), sweep.folder / CSV_NAME
     if not begun and table.exists() and len(table.read_text().splitlines()) > 1:
