@@ -5,7 +5,7 @@ Without any flag it trains on the embedded data set. `python train.py --help` li
 
 from __future__ import annotations
 
-import importlib.util
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from utils.structures import UserError
 
 if TYPE_CHECKING:
     from utils.structures import Metrics
+
+_OPTUNA = "optuna>=4.8,<6"  # as in requirements.txt; training does without
 
 
 def run(**options: Any) -> Metrics | Path:
@@ -42,8 +44,12 @@ def _run(options: dict[str, Any], *, ends_process: bool = False) -> Metrics | Pa
 
 
 def _evolve(options: dict[str, Any], stop: StopRequest) -> Path:
-    if importlib.util.find_spec("optuna") is None:
-        raise UserError("--evolve: is built on Optuna, which is not installed: pip install optuna")
+    try:
+        installed = metadata.version("optuna")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"--evolve: is built on Optuna, which is not installed: pip install '{_OPTUNA}'") from None
+    if tuple(map(int, installed.split(".")[:2])) < (4, 8):
+        raise UserError(f"--evolve: Optuna {installed} is too old: pip install '{_OPTUNA}'")
     from utils.sweep.command import evolve
 
     return evolve(options, stop)

@@ -48,6 +48,11 @@ def test_every_module_has_its_layer():
         assert any(".".join(parts[:depth]) in listed for depth in range(1, len(parts) + 1)), module
 
 
+def test_training_does_without_optuna():
+    code = "import sys, train, utils.train.build; print('optuna' in sys.modules, 'sqlalchemy' in sys.modules)"
+    assert run_python(code).split() == ["False", "False"]
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_imports_a_script(path):
     assert not imported(path) & set(SCRIPTS)
@@ -118,6 +123,11 @@ def is_flag(kind, flag: str) -> bool:
     except UserError as error:
         return "unknown" not in str(error)  # a known one may lack its value
     return True
+
+
+def test_training_does_without_optuna():
+    code = "import sys, train, utils.train.build; print('optuna' in sys.modules, 'sqlalchemy' in sys.modules)"
+    assert run_python(code).split() == ["False", "False"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import optuna
@@ -438,6 +439,20 @@ def test_resume_of_a_training_run_is_none_of_a_sweep(tiny, cli):
 def test_resume_refuses_what_would_make_it_another_sweep(tiny, cli, untrained):
     assert cli(train, *TRIALS, *tiny.flags())[0] == 0
     assert "--imgsz cannot change" in refused(cli, "--evolve", "4", "--resume", "--imgsz", "96")
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [(None, "which is not installed: pip install 'optuna>=4.8,<6'"), ("4.7.1", "Optuna 4.7.1 is too old")],
+)
+def test_without_optuna_it_is_one_line(tiny, cli, monkeypatch, found, says):
+    def version(_):
+        if found is None:
+            raise metadata.PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert says in refused(cli, *TRIALS, *tiny.flags())
 
 
 def test_flags_of_evolution_want_evolution(tiny):
