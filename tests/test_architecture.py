@@ -125,11 +125,6 @@ def is_flag(kind, flag: str) -> bool:
     return True
 
 
-def test_training_does_without_optuna():
-    code = "import sys, train, utils.train.build; print('optuna' in sys.modules, 'sqlalchemy' in sys.modules)"
-    assert run_python(code).split() == ["False", "False"]
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_opens_with_what_it_owns(path):
     if path.name != "__init__.py":
