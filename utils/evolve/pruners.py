@@ -13,26 +13,24 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 from utils.structures import UserError
 
 FACTOR = 2  # between rungs; about one in so many of those that reach one goes on: with fewer, parents run short
-_FIRST = 0.2  # of the epochs, the first rung
-_LATEST = 0.5  # of the epochs: a later rung would save little
+_FEW = 5  # epochs tell little of the end: on bccd their fitness hardly goes with it (docs/benchmarks.md)
 LEAST_EPOCHS = 2
 
 
 def rungs(epochs: int, pruner: str) -> tuple[int, ...]:
-    """The epochs, from 1, after which a trial of so many is judged, the second FACTOR times the first.
+    """The epochs, from 1, after which a trial of so many is judged: half of them, and a quarter where that is not few.
 
     Raises UserError where there is none and `pruner` needs one.
     """
     if pruner == "none":
         return ()
-    first = max(round(_FIRST * epochs), 1)
-    kept = tuple(step for step in (first, first * FACTOR) if step <= epochs * _LATEST)
-    if not kept:
+    if epochs < LEAST_EPOCHS:
         raise UserError(
-            f"--evolve-pruner {pruner}: a trial of {epochs} epoch{'s' * (epochs > 1)} has none to be judged at early; "
-            f"use --epochs {LEAST_EPOCHS} or more, or --evolve-pruner none"
+            f"--evolve-pruner {pruner}: a trial of {epochs} epoch has none to be judged at early; use --epochs "
+            f"{LEAST_EPOCHS} or more, or --evolve-pruner none"
         )
-    return kept
+    quarter = epochs // (2 * FACTOR)
+    return (quarter, FACTOR * quarter) if quarter >= _FEW else (epochs // 2,)
 
 
 def make_pruner(name: str, epochs: int) -> BasePruner:
