@@ -18,10 +18,10 @@ import pytest
 import yaml
 
 import train
-from utils.config import TrainOptions, parse_flags
+from utils.config import TrainOptions, parse_flags, validated
 from utils.evolve.history import best, finished_of, is_lost
 from utils.evolve.study import Outcome, TrialFailed
-from utils.hyp import GENES, read_hyp
+from utils.hyp import GENES, plain_values, read_hyp
 from utils.stopping import StopRequest
 from utils.structures import UserError
 from utils.sweep import objective
@@ -143,25 +143,49 @@ def test_a_trial_is_the_run_with_its_values(tiny, cli):
     with Path("runs/train/exp/results.csv").open(newline="") as file:
         last = {name.strip(): cell.strip() for name, cell in list(csv.DictReader(file))[-1].items()}
     (trial,) = finished_of(study_of())
-    assert trial.epochs == 40 and trial.results["mAP_0.5"] > 0.1
+    assert trial.epochs == 40 and len(trial.results) == 7
     for name, value in trial.results.items():
         column = name if name.startswith("val/") else f"metrics/{name}"
         assert f"{value:.6g}" == last[column]
 
 
-def test_bad_trials_end_early_and_the_others_go_on(tiny, cli):
+def test_bad_trials_end_early_and_the_others_go_on(tiny, cli, untrained, monkeypatch):
+    called = Untrained.__call__
+
+    def judged(self, name, request, goes_on):
+        outcome = called(self, name, request, goes_on)
+        for epoch in request.rungs:
+            goes_on(Evaluated(epoch=epoch, fitness=outcome.fitness, results=outcome.results))
+        return outcome
+
+    monkeypatch.setattr(Untrained, "__call__", judged)
     genes = tiny.folder / "genes.yaml"
     genes.write_text("lr0: {low: 0.00001, high: 0.1, scale: log}\nbox:\n")
-    flags = ("--evolve", "4", "--evolve-confirm", "0", "--evolve-sampler", "random", "--evolve-genes", str(genes))
-    code, output, _ = cli(train, *flags, "--evolve-pruner", "asha", *tiny.flags(epochs=20, nominal_batch="4"))
+    flags = ("--evolve", "12", "--evolve-confirm", "0", "--evolve-sampler", "random", "--evolve-genes", str(genes))
+    code, output, _ = cli(train, *flags, *tiny.flags(epochs=30))
     assert code == 0
     trials = finished_of(study_of())
-    states = [trial.state for trial in trials]
-    assert states.count("complete") >= 1 and states.count("pruned") >= 1
-    assert {trial.epochs for trial in trials if trial.state == "pruned"} <= {5, 10}
-    assert {trial.epochs for trial in trials if trial.state == "complete"} == {20}
+    pruned, complete = ([trial for trial in trials if trial.state == state] for state in ("pruned", "complete"))
+    assert len(pruned) >= 4 and len(complete) >= 2 and len(pruned) + len(complete) == 12
+    assert {trial.epochs for trial in pruned} <= {7, 14} and {trial.epochs for trial in complete} == {30}
     assert set(trials[0].values) == {"lr0", "box"}
-    assert output.count("pruned") == states.count("pruned") + 1  # and the title
+    assert output.count("pruned") == len(pruned) + 1  # and the title
+
+
+def test_the_process_of_a_trial_ends_when_it_is_to_go_on_no_further(tiny, tmp_path):
+    begun, judged = [], []
+    trials = Trials(stop=StopRequest(), failures=tmp_path, on_ready=lambda _: None, on_epoch=begun.append)
+
+    def goes_on(message):
+        judged.append(message.epoch)
+        if message.epoch == 2:
+            raise optuna.TrialPruned
+
+    hyp = read_hyp(tiny.hyp)
+    options = vars(validated(TrainOptions, tiny.options(epochs=50)))
+    with pytest.raises(optuna.TrialPruned):
+        trials("trial", Request(options=options, hyp=plain_values(hyp), rungs=(1, 2, 3), place=None), goes_on)
+    assert judged == [1, 2] and begun == [1, 2] and not list(tmp_path.glob("*.txt"))
 
 
 def test_a_trial_that_fails_is_one_line_and_evolution_goes_on(tiny, cli):
