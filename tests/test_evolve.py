@@ -245,7 +245,9 @@ def test_a_killed_worker_leaves_nothing_behind_and_its_trial_is_run_again(tiny, 
         time.sleep(0.05)
     assert not Path(f"/proc/{child}").exists()
     with sqlite3.connect(EXP / "study.db") as base:  # the sweep of short trials that it was meant to be
-        base.execute("update study_user_attributes set value_json = replace(value_json, '5000', '2')")
+        base.execute(
+            "update study_user_attributes set value_json = replace(value_json, '5000', '2') where key = 'options'"
+        )
     begun = study_of().trials[0].params
     options = yaml.safe_load((EXP / "opt.yaml").read_text()) | {"epochs": 2}
     (EXP / "opt.yaml").write_text(yaml.safe_dump(options))
