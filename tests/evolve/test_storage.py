@@ -42,14 +42,19 @@ def refusal(given: str, folder: Path) -> str:
 
 
 @pytest.fixture(params=["", "sqlite", "journal"])
-def storage(request, tmp_path: Path) -> Storage:
-    given = {"": "", "sqlite": f"sqlite:///{tmp_path}/other.db", "journal": f"journal:{tmp_path}/study.log"}
-    return opened(given[request.param], tmp_path)
+def given_storage(request, tmp_path: Path) -> str:
+    known = {"": "", "sqlite": f"sqlite:///{tmp_path}/other.db", "journal": f"journal:{tmp_path}/study.log"}
+    return known[request.param]
 
 
-def test_study_is_found_again(storage, tmp_path):
+@pytest.fixture
+def storage(given_storage, tmp_path: Path) -> Storage:
+    return opened(given_storage, tmp_path)
+
+
+def test_study_is_found_again(given_storage, storage, tmp_path):
     study_in(storage).add_trial(optuna.create_trial(value=0.5, params={"lr0": 0.1}, distributions=SPACE))
-    again = study_in(opened(storage.url, tmp_path / "elsewhere"))
+    again = study_in(opened(given_storage, tmp_path))
     assert [trial.value for trial in again.trials] == [0.5]
 
 
@@ -269,7 +274,8 @@ def test_journal_mends_half_a_line(tmp_path):
 def test_journal_of_a_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     storage = opened("journal:study.log", tmp_path)
-    assert storage.url == f"journal:{tmp_path}/study.log"
+    study_in(storage)
+    assert (tmp_path / "study.log").exists()
     assert not storage.finds_lost
 
 

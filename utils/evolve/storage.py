@@ -71,12 +71,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """An open storage. `url` opens it again, and may hold a password; `shown` is for people."""
+    """An open storage; `shown` is what to call it."""
 
     backend: BaseStorage = field(repr=False)
     finds_lost: bool  # whether trials whose worker was lost are recognised
     shown: str
-    url: str = field(repr=False)
 
     def record_heartbeat(self, trial: Trial | FrozenTrial) -> None:
         """Say that its worker lives. Of any state: one that waits can be told before it is taken, so that it is never
@@ -185,8 +184,7 @@ def _open_sqlite(path: Path, shown: str, lost: dict[str, Any], *, where: str) ->
     backend.engine.dispose()
     sqlalchemy.event.listen(backend.engine, "connect", _leave_transactions_to_us)
     sqlalchemy.event.listen(backend.engine, "begin", _begin_as_writer)
-    url = sqlalchemy.engine.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
-    return Storage(backend=backend, finds_lost=True, shown=shown, url=url)
+    return Storage(backend=backend, finds_lost=True, shown=shown)
 
 
 def _leave_transactions_to_us(connection: sqlite3.Connection, _: object) -> None:
@@ -235,7 +233,7 @@ def _open_server(url: URL, shown: str, lost: dict[str, Any]) -> Storage:
     rendered = url.render_as_string(hide_password=False)
     braces_kept = rendered.replace("{", "{{").replace("}", "}}")  # Optuna fills in a {SCHEMA_VERSION}
     backend = _open(braces_kept, f"{FLAG} {shown}", {"pool_pre_ping": True, "connect_args": connection}, lost)
-    return Storage(backend=backend, finds_lost=True, shown=shown, url=rendered)
+    return Storage(backend=backend, finds_lost=True, shown=shown)
 
 
 def _open(url: str, where: str, engine: dict[str, Any], lost: dict[str, Any]) -> RDBStorage:
@@ -312,7 +310,7 @@ def _open_journal(given: str) -> Storage:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{FLAG} {given}: the journal is damaged; name another to begin a new study") from None
-    return Storage(backend=backend, finds_lost=False, shown=given, url=f"{_JOURNAL}{path}")
+    return Storage(backend=backend, finds_lost=False, shown=given)
 
 
 def _is_journal(path: Path) -> bool:
