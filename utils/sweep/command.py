@@ -159,8 +159,8 @@ class _Work:
         epochs, goal = options.evolve_confirm_epochs or options.epochs, len(tried) * len(seeds)
         study, tried = _confirming_study(self._sweep, self._storage, tried, seeds, epochs)
         self._console.line(
-            f"\nThe default and the best {_trials(len(tried) - 1).removeprefix('1 ')}, on {len(seeds)} fresh seed{'s' * (len(seeds) > 1)} "
-            f"each, for {epochs} epoch{'s' * (epochs > 1)}:"
+            f"\nThe default and the best {_trials(len(tried) - 1).removeprefix('1 ')}, "
+            f"on {len(seeds)} fresh seed{'s' * (len(seeds) > 1)} each, for {epochs} epoch{'s' * (epochs > 1)}:"
         )
         progress = ConfirmProgress(
             goal=goal,
