@@ -26,6 +26,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 SINGLE_CLASS = ("item",)  # the names under --single-cls
 LARGEST_IMGSZ = 16_384  # px; the system kills a process that tries what nobody means
+DEFAULT_EPOCHS = 300  # where neither the user nor the data set says otherwise
 LATEST = "latest"  # what `--resume` without a path means
 
 Amp = Literal["auto", "bf16", "fp16", "off"]
@@ -140,7 +141,7 @@ class TrainOptions:
     evolve_sampler: Sampler = _flag("genetic", "what proposes the next hyperparameters")
     evolve_parents: Parents = _flag("single", "of the classic sampler: one of the best trials, or their weighted mean")
     evolve_genes: str = _flag(
-        "", "the hyperparameters to vary, such as lr0,momentum,mosaic, or a YAML of them with bounds; default: 28"
+        "", "the hyperparameters to vary, such as lr0,momentum,mosaic, or a YAML of them with bounds; default: most"
     )
     evolve_pruner: Pruner | None = _flag(
         None, "what ends bad trials early (default: asha, where there are epochs enough)"

@@ -274,7 +274,7 @@ def slow_writer(folder):
 
 def test_a_worker_that_read_less_never_overwrites_more(table, folder, slow_writer, monkeypatch):
     writer, goes_on = slow_writer
-    monkeypatch.setattr(record, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(record, "PATIENCE_S", 0.2)
     study = searched(5, ["lr0"])
     assert not table.write(study, HYP) and not (folder / CSV_NAME).exists()
     goes_on.set()

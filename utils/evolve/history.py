@@ -15,8 +15,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 RESULT_NAMES = ("precision", "recall", "mAP_0.5", "mAP_0.5:0.95", "val/box_loss", "val/obj_loss", "val/cls_loss")
 
-CONFIRMED = "confirmed"  # user attribute of a study: what was found on fresh seeds, for hyp_evolved.yaml
-
 # User attributes of a trial
 FAILURE = "failure"  # one line: why it failed by its own doing
 RESULTS = "results"  # the last that it gave, by RESULT_NAMES

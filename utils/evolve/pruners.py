@@ -12,9 +12,9 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 
 from utils.structures import UserError
 
-FACTOR = 2  # between rungs; about one in so many of those that reach one goes on: with fewer, parents run short
+_FACTOR = 2  # between rungs; about one in so many of those that reach one goes on: with fewer, parents run short
 _FEW = 5  # epochs tell little of the end: on bccd their fitness hardly goes with it (docs/benchmarks.md)
-LEAST_EPOCHS = 2
+_LEAST_EPOCHS = 2
 
 
 def rungs(epochs: int, pruner: str) -> tuple[int, ...]:
@@ -24,13 +24,13 @@ def rungs(epochs: int, pruner: str) -> tuple[int, ...]:
     """
     if pruner == "none":
         return ()
-    if epochs < LEAST_EPOCHS:
+    if epochs < _LEAST_EPOCHS:
         raise UserError(
             f"--evolve-pruner {pruner}: a trial of {epochs} epoch has none to be judged at early; use --epochs "
-            f"{LEAST_EPOCHS} or more, or --evolve-pruner none"
+            f"{_LEAST_EPOCHS} or more, or --evolve-pruner none"
         )
-    quarter = epochs // (2 * FACTOR)
-    return (quarter, FACTOR * quarter) if quarter >= _FEW else (epochs // 2,)
+    quarter = epochs // (2 * _FACTOR)
+    return (quarter, _FACTOR * quarter) if quarter >= _FEW else (epochs // 2,)
 
 
 def make_pruner(name: str, epochs: int) -> BasePruner:
@@ -40,9 +40,9 @@ def make_pruner(name: str, epochs: int) -> BasePruner:
 
 
 PRUNERS: dict[str, Callable[[int, int], BasePruner]] = {  # of the first rung and the epochs
-    "asha": lambda first, _: SuccessiveHalvingPruner(min_resource=first, reduction_factor=FACTOR),
+    "asha": lambda first, _: SuccessiveHalvingPruner(min_resource=first, reduction_factor=_FACTOR),
     "hyperband": lambda first, epochs: HyperbandPruner(
-        min_resource=first, max_resource=epochs, reduction_factor=FACTOR
+        min_resource=first, max_resource=epochs, reduction_factor=_FACTOR
     ),
     "median": lambda *_: MedianPruner(n_startup_trials=5),
     "none": lambda *_: NopPruner(),

@@ -28,8 +28,8 @@ from utils.report.loggers import csv_text, on_one_line
 
 CSV_NAME, HYP_NAME, PICTURE_NAME = "evolve.csv", "hyp_evolved.yaml", "evolve.png"
 
-_LOCK_NAME = ".evolve.lock"
-_PATIENCE_S = 30.0  # writing takes well under a second
+LOCK_NAME = ".evolve.lock"
+PATIENCE_S = 30.0  # with who holds it: writing takes well under a second
 _FEW_TRIALS = 8  # complete; importances of so few would be noise
 _TOP, _LEAST_TOP = 0.1, 5  # PED-ANOVA asks what sets the best tenth apart, which should be five trials at least
 
@@ -49,7 +49,7 @@ class StudyRecord:
         far; there is none before a trial is complete. False, and nothing is written, where another worker stays in the
         lock for half a minute, as one that was stopped does. An OSError names the file.
         """
-        with alone(self.folder / _LOCK_NAME, patience_s=_PATIENCE_S) as is_alone:
+        with alone(self.folder / LOCK_NAME, patience_s=PATIENCE_S) as is_alone:
             if is_alone:
                 trials = finished_of(study)
                 write_text(self.folder / CSV_NAME, self._table(trials, hyp))

@@ -113,10 +113,10 @@ class Storage:
         for trial_id in _never_heard_of(self.backend, study):
             self.backend.record_heartbeat(trial_id)
 
-    def queue_running(self, study: Study) -> int:
-        """As `queue_again`, for all that run, as far as anybody can tell; how many these are."""
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return sum(self.queue_again(study, trial) for trial in running)
+    def queue_running(self, study: Study) -> None:
+        """As `queue_again`, for all that run, as far as anybody can tell."""
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self.queue_again(study, trial)
 
 
 def _never_heard_of(backend: RDBStorage, study: Study) -> list[int]:

@@ -25,10 +25,10 @@ from utils.evolve import confirm
 from utils.evolve.confirm import Candidate, PairSampler, Verdict
 from utils.evolve.history import CONFIRMED, Finished, best, finished_of, is_lost
 from utils.evolve.pruners import make_pruner, rungs
-from utils.evolve.record import CSV_NAME, HYP_NAME, alone
+from utils.evolve.record import CSV_NAME, HYP_NAME, LOCK_NAME, PATIENCE_S, alone
 from utils.evolve.samplers import distributions, make_sampler
 from utils.evolve.storage import Storage, errors_named, open_storage
-from utils.evolve.study import Worker, agreed, open_study
+from utils.evolve.study import HEARTBEAT_S, Worker, agreed, open_study
 from utils.files import from_here, this_python, write_text
 from utils.launch import place
 from utils.report.loggers import Console, SilentConsole
@@ -42,8 +42,6 @@ from utils.sweep.process import Request
 from utils.sweep.progress import ConfirmProgress, Progress
 
 _FAILURES = "failures"  # a folder
-_LOCK, _PATIENCE_S = ".study.lock", 30.0
-_SLOWEST_HEARTBEAT_S = 5
 
 
 def evolve(values: Mapping[str, Any], stop: StopRequest) -> Path:
@@ -90,7 +88,7 @@ def _storage(sweep: Sweep, console: Console) -> Storage:
 
 
 def _heartbeat_s(sweep: Sweep) -> int:
-    return min(max(sweep.options.evolve_grace // 3, 1), _SLOWEST_HEARTBEAT_S)
+    return min(max(sweep.options.evolve_grace // 3, 1), HEARTBEAT_S)
 
 
 class _Work:
@@ -242,7 +240,7 @@ def _study(sweep: Sweep, storage: Storage) -> tuple[Study, bool]:
 
     One that was never begun, for a mistake, is no obstacle.
     """
-    with alone(sweep.folder / _LOCK, patience_s=_PATIENCE_S):  # several may begin it at once
+    with alone(sweep.folder / LOCK_NAME, patience_s=PATIENCE_S):  # several may begin it at once
         study = _opened(sweep, storage)
         differ, begun = differences(sweep, study), _is_begun(study)
         if differ and not begun:

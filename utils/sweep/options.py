@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from utils.config import LATEST, TrainOptions, by_flag, find_file, read_dataset, spelling, validated
+from utils.config import DEFAULT_EPOCHS, LATEST, TrainOptions, by_flag, find_file, read_dataset, spelling, validated
 from utils.evolve.bucket import Bucket
 from utils.evolve.pruners import rungs
 from utils.evolve.space import Space, search_space
@@ -20,7 +20,6 @@ from utils.structures import UserError
 
 DEFAULT_PROJECT = "runs/evolve"
 OPTIONS_FILE, HYP_FILE = "opt.yaml", "hyp.yaml"
-_DEFAULT_EPOCHS = 300
 _DEFAULT_PRUNER = "asha"
 _MASK = "***"
 _SECRETS = ("evolve_storage", "bucket")  # may hold passwords
@@ -98,7 +97,7 @@ def prepared(values: dict[str, Any], stop: StopRequest, note: Callable[[str], ob
     _check_weights(options.weights)
     hyp = read_hyp(find_file(options.hyp, "data/hyps"))
     spec, _ = read_dataset(options.data)
-    options = replace(options, epochs=options.epochs or spec.epochs or _DEFAULT_EPOCHS)
+    options = replace(options, epochs=options.epochs or spec.epochs or DEFAULT_EPOCHS)
     return Sweep(
         options=replace(options, evolve_pruner=_pruner(options, note)),
         hyp=hyp,

@@ -23,7 +23,17 @@ from models.yolo import DetectionModel, count_parameters, gflops, read_network
 from utils import __version__
 from utils.archive import DamagedFile
 from utils.checkpoint import Checkpoint, for_inference, load_checkpoint, load_weights, save_checkpoint
-from utils.config import LATEST, SINGLE_CLASS, TrainOptions, by_flag, find_file, spelling, validated, whole_strides
+from utils.config import (
+    DEFAULT_EPOCHS,
+    LATEST,
+    SINGLE_CLASS,
+    TrainOptions,
+    by_flag,
+    find_file,
+    spelling,
+    validated,
+    whole_strides,
+)
 from utils.data import colours
 from utils.data.cache import NoRoom, cached_images, remove_abandoned, summary
 from utils.data.findings import write_findings
@@ -59,7 +69,6 @@ from utils.train.step import TrainStep
 from utils.train.trainer import RunState, Trainer
 from utils.transfer import Transfer, transfer
 
-_DEFAULT_EPOCHS = 300
 _DEFAULT_IMGSZ = 640
 _DEFAULT_CFG = "yolov5n.yaml"
 _HIGH_LR0 = 1.0
@@ -558,7 +567,7 @@ def _resolved(options: TrainOptions, spec: DatasetSpec, model: DetectionModel, c
     return replace(
         options,
         data=str(spec.source),
-        epochs=options.epochs or spec.epochs or _DEFAULT_EPOCHS,
+        epochs=options.epochs or spec.epochs or DEFAULT_EPOCHS,
         imgsz=whole_strides(options.imgsz or spec.imgsz or _DEFAULT_IMGSZ, max(model.head.strides), note=console.note),
     )
 
