@@ -248,10 +248,10 @@ def verdict(tried: Sequence[Candidate], fitnesses: Sequence[Mapping[int, float]]
     the best of k was picked, with the noise of all runs together (residuals of candidates and seeds), as three seeds
     of one candidate alone say next to nothing of it. Else the default wins.
 
-    benchmarks/evolve_confirm.py: 4,000 times, 3 candidates, 3 seeds, normal noise of sd 1. Nothing differs: 5 % of the defaults are
-    replaced (by the largest mean 74 %, by the best of three paired t tests 13 %). One candidate better by 1 sd:
-    something wins in 16 %, by 2 sd 51 %; all three better by 1 sd: 28 %, by 2 sd: 71 %. With 5 seeds and one better:
-    28 and 81 %.
+    4,000 times 3 candidates, 3 seeds, normal noise of sd 1 (benchmarks/evolve_confirm.py). Nothing differs: 5 % of the
+    defaults are replaced (by the largest mean 74 %, by the best of three paired t tests 13 %). One candidate better by
+    1 sd: something wins in 16 %, by 2 sd 51 %; all three better by 1 sd: 28 %, by 2 sd: 71 %. With 5 seeds and one
+    better: 28 and 81 %.
 
     A candidate with a failed run is out. Where a run of the default failed, the largest mean of the others wins.
     """
