@@ -40,7 +40,7 @@ def overhead(trials: int) -> None:
 def _training_and_evaluation(trials: int) -> float:
     from utils.config import TrainOptions, validated
     from utils.hyp import Hyperparameters, plain_values
-    from utils.report.loggers import SilentConsole
+    from utils.report.console import SilentConsole
     from utils.train.build import build_trial
 
     options = vars(validated(TrainOptions, _OVERHEAD))

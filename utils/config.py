@@ -162,6 +162,15 @@ class TrainOptions:
     bucket: str = _flag(
         "", "where --evolve copies its results, and finds them again: any URL of fsspec; a bare name means gs://NAME"
     )
+    tb_histograms: bool = _flag(False, "show histograms of weights and gradients in TensorBoard, an epoch each")
+    entity: str = _flag("", "Weights & Biases: the user or team that the run is for")
+    upload_dataset: bool = _flag(False, "Weights & Biases: upload the images and labels as an artifact")
+    bbox_interval: int = _flag(
+        -1,
+        "epochs between pictures of predictions, in TensorBoard and Weights & Biases; -1: a tenth of --epochs; 0: none",
+        low=-1,
+    )
+    artifact_alias: str = _flag("latest", "Weights & Biases: a further name for this version of the weights")
     local_rank: int = _flag(-1, "accepted for old launchers and ignored; the environment decides")
 
 
@@ -266,19 +275,6 @@ class ScanOptions:
 
 Options = TypeVar("Options", TrainOptions, ValOptions, DetectOptions, ScanOptions)
 
-# Options that users of this family know and that are still to be built: a guess at a misspelling would mislead
-_NOT_YET = {
-    TrainOptions: ("tb_histograms", "entity", "upload_dataset", "bbox_interval", "artifact_alias"),
-    ValOptions: (),
-    DetectOptions: (),
-    ScanOptions: (),
-}
-
-
-def _is_to_come(kind: type[Options], name: str) -> bool:
-    """Whether an option of this name is planned."""
-    return name in _NOT_YET[kind]
-
 
 # ---- command line -------------------------------------------------------------------------------------------------
 
@@ -316,8 +312,6 @@ def parse_flags(kind: type[Options], argv: Sequence[str], *, program: str) -> di
     values, unknown = parser.parse_known_args(_underscores_to_dashes(kind, argv))
     if unknown:
         head = unknown[0].split("=")[0]
-        if head.startswith("--") and _is_to_come(kind, head[2:].replace("-", "_")):
-            raise UserError(f"{unknown[0]}: not available yet; leave it out")
         flags = [option for action in parser._actions for option in action.option_strings]
         hint = _meant(kind, unknown[0], vars(values)) or nearest_name(head, flags)
         raise UserError(f"unknown {'flag' if unknown[0].startswith('-') else 'argument'} '{unknown[0]}'{hint}")
@@ -470,8 +464,6 @@ def validated(kind: type[Options], values: dict[str, Any]) -> Options:
     checked = {}
     for given_name, value in _without_shorts(values, typed).items():
         name = aliases.get(given_name, given_name)
-        if _is_to_come(kind, name):
-            raise UserError(f"{spelling(name)}: not available yet; leave it out")
         if name not in typed:
             raise UserError(f"unknown option '{given_name}'{nearest_name(given_name, [*typed, *aliases])}")
         item, base = typed[name]

@@ -10,7 +10,7 @@ from tests.coco_tool import coco_content, coco_results, tool_figures
 from tests.slow_coco import slow_figures
 from utils.evaluate.matching import IOU_THRESHOLDS, Labels
 from utils.evaluate.metrics import CONFIDENCES, Evidence, collect, compute_metrics, merge
-from utils.report.loggers import table
+from utils.report.console import table
 from utils.structures import CocoFigures, Detections
 
 NAMES = ("cat", "dog", "owl")

@@ -22,7 +22,7 @@ from utils.evolve import record
 from utils.evolve.history import CONFIRMED, RESULT_NAMES, best, finished_of
 from utils.evolve.record import CSV_NAME, HYP_NAME, PICTURE_NAME, StudyRecord, draw, importances, write_hyp
 from utils.hyp import GENES, Hyperparameters, hyperparameters, plain_values, read_hyp
-from utils.report.loggers import on_one_line
+from utils.report.csv_table import on_one_line
 from utils.structures import PixelTransform
 
 HYP = plain_values(Hyperparameters())

@@ -8,11 +8,15 @@ import pytest
 from tests.stores import ImageLabels, build_store
 from utils.data.store import plain_store
 from utils.report import mosaics
-from utils.report.annotate import class_colour
-from utils.report.mosaics import plot_batch, plot_worst
+from utils.report.annotate import class_colour, write_image
+from utils.report.mosaics import draw_batch, plot_worst
 from utils.structures import FALSE_ALARM, HIT, MISSED, JudgedImage, LabelStore
 
 pytestmark = pytest.mark.filterwarnings("error")
+
+
+def plot_batch(*batch, path, **options):
+    write_image(draw_batch(*batch, **options), path)
 
 
 def read(path) -> np.ndarray:
@@ -46,7 +50,7 @@ def test_a_batch_fits_the_screen_and_small_images_grow(tmp_path, size):
 def test_a_box_lies_where_it_belongs_in_the_colour_of_its_class(tmp_path):
     image = np.zeros((1, 3, 400, 400), np.uint8)
     box = np.array([[100, 150, 300, 350]], np.float32)
-    plot_batch(image, box, np.array([1]), np.array([0]), ("cat", "dog"), tmp_path / "batch.png")
+    plot_batch(image, box, np.array([1]), np.array([0]), ("cat", "dog"), path=tmp_path / "batch.png")
     picture = read(tmp_path / "batch.png").astype(int)
     scale = (picture.shape[1] - 16) // 400
     coloured = np.abs(picture - np.multiply(class_colour(1), 255)).max(-1) < 40
@@ -67,7 +71,7 @@ def test_nothing_is_drawn_beside_a_tile(tmp_path):
 def test_pixels_arrive_as_they_are(tmp_path, width):
     image = np.random.default_rng(0).integers(0, 256, (1, 3, 1000, width)).astype(np.uint8)
     nothing = np.zeros(0, int)
-    plot_batch(image, np.zeros((0, 4)), nothing, nothing, (), tmp_path / "batch.png")
+    plot_batch(image, np.zeros((0, 4)), nothing, nothing, (), path=tmp_path / "batch.png")
     assert np.array_equal(read(tmp_path / "batch.png")[30:-8, 8:-8], image[0].transpose(1, 2, 0))
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.report.logged import logged_run
 from tests.stores import ImageLabels, build_store
 from utils.clock import PARTS, TimeSplit
 from utils.data.store import plain_store
 from utils.report import mosaics, plots
-from utils.report.loggers import Console
+from utils.report.console import Console
 from utils.report.run_report import PictureFiles, Pictures, WrittenReport, write_metrics
 from utils.structures import (
     MISSED,
@@ -81,13 +82,11 @@ def report(folder: Path, *, pictures=None, start=(0, 0), epochs=3) -> tuple[Writ
     stream = io.StringIO()
     return (
         WrittenReport(
-            folder,
+            logged_run(folder, start_epoch=start[0], epochs=epochs),
             console=Console(stream=stream),
             pictures=pictures or Pictures(),
-            epochs=epochs,
-            batch_size=4,
             train=plain_store(np.array([[8, 8]] * 4)),
-            start=start,
+            start_batch=start[1],
         ),
         stream,
     )
@@ -206,17 +205,18 @@ def test_a_run_that_goes_on_is_not_finished(tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_metrics_are_written_when_all_else_is(tmp_path):
-    """Their file says that the run is finished, so a failing picture must not leave it behind."""
-
+def test_pictures_that_fail_are_a_warning_and_the_run_ends_well(tmp_path):
     class Failing(Pictures):
-        def finished(self, metrics):
+        def labels(self):
             raise OSError("disk full")
 
-    reporter, _ = report(tmp_path, pictures=Failing())
-    with pytest.raises(OSError):
-        finish(reporter, best_epoch=0, epochs=1)
-    assert not (tmp_path / "metrics.json").exists()
+        finished = train_batch = labels
+
+    reporter, stream = report(tmp_path, pictures=Failing())
+    reporter.train_batch(0, 0, None)
+    finish(reporter, best_epoch=0, epochs=1)
+    assert stream.getvalue().count("warning: no more pictures of this run, which goes on: disk full") == 1
+    assert (tmp_path / "metrics.json").exists()
 
 
 def test_epochs_without_evaluation(tmp_path, store):
@@ -313,7 +313,12 @@ def test_a_batch_without_any_detection(tmp_path, store):
 def test_boxes_end_where_their_image_does(tmp_path, store, monkeypatch):
     """The padding of a letterbox is no part of the image: boxes are cut there, and go where they lie there alone."""
     drawn = {}
-    monkeypatch.setattr(mosaics, "plot_batch", lambda images, boxes, *_, **__: drawn.update(boxes=boxes.tolist()))
+
+    def draw(images, boxes, *_, **__):
+        drawn.update(boxes=boxes.tolist())
+        return np.zeros((4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(mosaics, "draw_batch", draw)
     placement = torch.tensor([[0.5, 0, 4], [0, 0.5, 10], [0, 0, 1]], dtype=torch.float64)  # (4, 10) to (36, 42)
     letterboxed = replace(batch_of(store), placements=placement.repeat(2, 1, 1))
     found = [

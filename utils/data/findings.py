@@ -263,7 +263,7 @@ class _Chain(Sequence[Finding]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Kind:
+class Kind:
     """Findings of one kind in one split."""
 
     rank: int  # into SEVERITIES
@@ -274,15 +274,20 @@ class _Kind:
 
 def finding_lines(reports: Iterable[ScanReport]) -> list[str]:
     """Kinds of findings, leaks, then the most severe, then the most frequent first, with an example each."""
-    kinds = [kind for report in reports for kind in _kinds(report)]
-    kinds.sort(key=lambda kind: (not kind.leak, kind.rank, -kind.count))  # stable: splits in their order
+    kinds = kinds_of(reports)
     lines = [_example(kind) for kind in kinds[:MOST_KINDS]]
     if len(kinds) > MOST_KINDS:
         lines.append(f"  {sum(kind.count for kind in kinds[MOST_KINDS:]):,} other findings")
     return lines
 
 
-def _example(kind: _Kind) -> str:
+def kinds_of(reports: Iterable[ScanReport]) -> list[Kind]:
+    """In the order of `finding_lines`."""
+    kinds = [kind for report in reports for kind in _kinds(report)]
+    return sorted(kinds, key=lambda kind: (not kind.leak, kind.rank, -kind.count))  # stable: splits in their order
+
+
+def _example(kind: Kind) -> str:
     more = f" (and {kind.count - 1:,} more like it)" if kind.count > 1 else ""
     return f"  {where(kind.first)}: {kind.first.problem}{more}"
 
@@ -291,14 +296,14 @@ def where(finding: Finding) -> str:
     return f"{finding.file}:{finding.line}" if finding.line else finding.file
 
 
-def _kinds(report: ScanReport) -> list[_Kind]:
-    found: dict[str, _Kind] = {}
+def _kinds(report: ScanReport) -> list[Kind]:
+    found: dict[str, Kind] = {}
     for first, count in chain(_first_copies(report.copies), _first_defects(report.defects)):
         name = kind_of(first.problem)
         if name in found:
             found[name] = replace(found[name], count=found[name].count + count)
         else:
-            found[name] = _Kind(
+            found[name] = Kind(
                 rank=severity(first.problem, report.split),
                 leak=is_leak(first.problem, report.split),
                 count=count,

@@ -21,7 +21,7 @@ from utils.config import FlagParser, run_command
 from utils.evaluate.figures import coco_figures
 from utils.evaluate.matching import DetectionTable, LabelTable
 from utils.files import json_kind, read_json
-from utils.report.loggers import Console
+from utils.report.console import Console
 from utils.structures import CocoFigures, UserError
 
 _PROGRAM = "python -m utils.evaluate.coco"

@@ -25,7 +25,7 @@ from utils.files import new_run_folder
 from utils.hyp import hyperparameters
 from utils.loss import LossGains
 from utils.ranks import Ranks
-from utils.report.loggers import Console, SilentConsole, result, strange_outputs
+from utils.report.console import Console, SilentConsole, result, strange_outputs
 from utils.report.run_report import PictureFiles, Pictures, write_metrics
 from utils.run_folder import METRICS_FILE
 from utils.runtime import Runtime, choose_runtime, join_ranks, mendable_errors

@@ -24,7 +24,7 @@ from utils.evaluate.detector import NON_FINITE, Detector, Found, detector_of
 from utils.evaluate.nms import NmsRules
 from utils.evaluate.saving import LABELS_FOLDER
 from utils.files import new_run_folder
-from utils.report.loggers import Console
+from utils.report.console import Console
 from utils.runtime import choose_runtime, mendable_errors
 from utils.stopping import Interrupted
 from utils.structures import RunError, UserError

@@ -28,7 +28,7 @@ from utils.evaluate.saving import LABELS_FOLDER, write_txt
 from utils.files import write_atomic
 from utils.machine import usable_cores
 from utils.report.annotate import annotated, class_colour
-from utils.report.loggers import Console
+from utils.report.console import Console
 from utils.structures import Detections, RunError
 
 CROPS_FOLDER = "crops"

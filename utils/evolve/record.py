@@ -23,8 +23,8 @@ from optuna.trial import TrialState
 
 from utils.evolve.history import CONFIRMED, RESULT_NAMES, Finished, best, finished_of
 from utils.files import from_here, locked, write_text, write_yaml
+from utils.report.csv_table import csv_text, on_one_line
 from utils.report.evolution import Range, plot_evolution
-from utils.report.loggers import csv_text, on_one_line
 
 CSV_NAME, HYP_NAME, PICTURE_NAME = "evolve.csv", "hyp_evolved.yaml", "evolve.png"
 

@@ -26,20 +26,19 @@ _TEXT_PX, _STRIP_PX, _GAP_PX = 13, 22, 8  # label text, caption strip, space bet
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
-def plot_batch(
+def draw_batch(
     images: np.ndarray,
     boxes: np.ndarray,
     classes: np.ndarray,
     image_of: np.ndarray,
     names: Sequence[str],
-    path: Path,
     *,
     scores: np.ndarray | None = None,
     captions: Sequence[str] | None = None,
     max_images: int = 16,
     confidence: float = 0.25,
-) -> None:
-    """A mosaic of the first `max_images` images with their boxes, names and, where given, scores.
+) -> np.ndarray:
+    """A mosaic (H, W, 3) u8 RGB of the first `max_images` images with their boxes, names and, where given, scores.
 
     images (B, 3, H, W) u8 RGB; boxes (T, 4) xyxy px of those images; classes, image_of, scores (T,); captions (B,), of
     which the last path part is shown. Boxes that score below `confidence` are left out. Small images are enlarged so
@@ -60,7 +59,7 @@ def plot_batch(
         draw_boxes(tile.pixels, boxes[mine] * scale, texts, colours, line_px=line_px, text_px=_TEXT_PX)
         if captions is not None:
             tile.caption(Path(captions[index]).name)
-    write_image(mosaic, path)
+    return mosaic
 
 
 @dataclass(frozen=True)

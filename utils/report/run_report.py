@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -17,36 +17,32 @@ import numpy as np
 import torch
 
 from utils.clock import TimeSplit
+from utils.config import spelling
 from utils.data.loader import Stream, UnpaintedBatch
 from utils.files import this_python, write_text
 from utils.report import mosaics, plots
-from utils.report.loggers import (
-    LOGGERS,
-    Console,
-    EpochSummary,
-    Logger,
-    NonFiniteTable,
-    SilentConsole,
-    coco_names,
-    format_duration,
-    result,
-    result_row,
-)
+from utils.report.annotate import write_image
+from utils.report.console import Console, EpochSummary, SilentConsole, coco_names, format_duration, result
+from utils.report.logger import LoggedEpoch, LoggedRun, Logger, first_line
+from utils.report.loggers import NonFiniteTable, loggers_of, result_row
 from utils.report.timing import bottleneck, time_table, timing_row
 from utils.run_folder import METRICS_FILE
 from utils.structures import BadUpdate, Batch, ClassMetrics, Detections, LabelStore, LossMeans, Metrics
 
 
 class Pictures:
-    """The picture files of a run. This class draws none: it is the null object of `--noplots`."""
+    """The pictures of a run. This class draws none: it is the null object of `--noplots`."""
 
     batches: ClassVar[int] = 0  # so many from the first are drawn
 
     def labels(self) -> None:
         """The label statistics of the training split."""
 
-    def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> None:
-        """A training batch as the network sees it."""
+    def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> np.ndarray | None:
+        """A training batch as the network sees it: a file, and the same (H, W, 3) u8 RGB for loggers."""
+
+    def progress(self, batch: Batch, detections: Sequence[Detections]) -> np.ndarray | None:
+        """Some images of a batch with their labels and, beside these, with what is detected; for loggers alone."""
 
     def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
         """A batch of the final evaluation: labels, and detections in network px."""
@@ -71,22 +67,34 @@ class PictureFiles(Pictures):
     def labels(self) -> None:
         plots.plot_labels(self.train, self.names, self.folder)
 
-    def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> None:
-        if index < self.batches:
-            self._batch(f"train_batch{index}.jpg", batch.to(torch.device("cpu")), self.train)
+    def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> np.ndarray | None:
+        if index >= self.batches:
+            return None
+        picture = self._drawn(batch.to(torch.device("cpu")), self.train)
+        write_image(picture, self.folder / f"train_batch{index}.jpg")
+        return picture
+
+    def progress(self, batch: Batch, detections: Sequence[Detections]) -> np.ndarray | None:
+        found, scores = self._found(batch, detections)
+        sides = (self._drawn(batch, self.val, max_images=4), self._drawn(found, self.val, scores, max_images=4))
+        return np.concatenate(sides, 1)
 
     def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
         if index >= self.batches:
             return
-        self._batch(f"val_batch{index}_labels.jpg", batch, self.val)
+        write_image(self._drawn(batch, self.val), self.folder / f"val_batch{index}_labels.jpg")
+        found, scores = self._found(batch, detections)
+        write_image(self._drawn(found, self.val, scores), self.folder / f"val_batch{index}_pred.jpg")
+
+    def _found(self, batch: Batch, detections: Sequence[Detections]) -> tuple[Batch, np.ndarray]:
+        """The batch with detections in place of labels, and their scores."""
         found = replace(
             batch,
             boxes=torch.cat([one.boxes.cpu() for one in detections]),
             classes=torch.cat([one.classes.cpu() for one in detections]),
             image_of=torch.cat([torch.full((len(one.scores),), image) for image, one in enumerate(detections)]),
         )
-        scores = torch.cat([one.scores.cpu() for one in detections]).numpy()
-        self._batch(f"val_batch{index}_pred.jpg", _cut_to_images(found, self.val), self.val, scores)
+        return _cut_to_images(found, self.val), torch.cat([one.scores.cpu() for one in detections]).numpy()
 
     def finished(self, metrics: Metrics) -> None:
         if metrics.labels:  # else there is nothing to judge by
@@ -105,17 +113,53 @@ class PictureFiles(Pictures):
             confidence=metrics.best_confidence if metrics.f1 else None,
         )
 
-    def _batch(self, name: str, batch: Batch, store: LabelStore, scores: np.ndarray | None = None) -> None:
-        mosaics.plot_batch(
+    def _drawn(
+        self, batch: Batch, store: LabelStore, scores: np.ndarray | None = None, *, max_images: int = 16
+    ) -> np.ndarray:
+        return mosaics.draw_batch(
             batch.images.numpy(),
             batch.boxes.numpy(),
             batch.classes.numpy(),
             batch.image_of.numpy(),
             self.names,
-            self.folder / name,
             scores=scores,
             captions=None if batch.placements is None else [store.path(image) for image in batch.indices.tolist()],
+            max_images=max_images,
         )
+
+
+class GuardedPictures(Pictures):
+    """Pictures that may fail, as on a full disk: the first failure is a warning, and there are no more."""
+
+    def __init__(self, pictures: Pictures, warn: Callable[[str], object]) -> None:
+        self._pictures, self._warn = pictures, warn
+
+    @property
+    def batches(self) -> int:
+        return self._pictures.batches
+
+    def labels(self) -> None:
+        self._safely(self._pictures.labels)
+
+    def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> np.ndarray | None:
+        return self._safely(self._pictures.train_batch, index, batch)
+
+    def progress(self, batch: Batch, detections: Sequence[Detections]) -> np.ndarray | None:
+        return self._safely(self._pictures.progress, batch, detections)
+
+    def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
+        self._safely(self._pictures.evaluated_batch, index, batch, detections)
+
+    def finished(self, metrics: Metrics) -> None:
+        self._safely(self._pictures.finished, metrics)
+
+    def _safely(self, draw: Callable[..., Any], *what: Any) -> Any:
+        try:
+            return draw(*what)
+        except Exception as error:
+            self._pictures = Pictures()
+            self._warn(f"no more pictures of this run, which goes on: {first_line(error)}")
+            return None
 
 
 def _cut_to_images(batch: Batch, store: LabelStore) -> Batch:
@@ -160,6 +204,18 @@ class RunReport:
     def train_batch(self, epoch: int, index: int, batch: Batch | UnpaintedBatch) -> None:
         """A batch has been trained on. Pictures are drawn after it, so that no run waits for them to start."""
 
+    def watches(self, epoch: int) -> bool:
+        """Whether `predictions` of the evaluation after this epoch are wanted."""
+        return False
+
+    def predictions(self, epoch: int, batch: Batch, detections: Sequence[Detections]) -> None:
+        """The first batch of an evaluation, the same images each time, and what was detected, in network px."""
+
+    @property
+    def wants_tensors(self) -> bool:
+        """Whether `epoch` is to be told weights and gradients."""
+        return False
+
     def epoch(
         self,
         epoch: int,
@@ -169,6 +225,7 @@ class RunReport:
         times: TimeSplit,
         *,
         skipped: int = 0,
+        tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """An epoch is over, evaluated or not: its line, its rows, its scalars. So many updates were skipped.
 
@@ -195,45 +252,32 @@ class WrittenReport(RunReport):
     """The reporter that shows and writes."""
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        console: Console,
-        pictures: Pictures,
-        epochs: int,
-        batch_size: int,
-        train: LabelStore,
-        start: tuple[int, int] = (0, 0),
-        flags: Container[str] = (),
+        self, run: LoggedRun, *, console: Console, pictures: Pictures, train: LabelStore, start_batch: int = 0
     ):
-        """The run goes on at `start`, an epoch and a batch of it, on the images of `train`.
-
-        `flags` are those that were given, which the last words then do not advise.
-        """
-        super().__init__(folder)
-        self.console, self.pictures, self._flags = console, pictures, flags
-        self._epochs, self._batch_size, self._start_epoch, self._train = epochs, batch_size, start[0], train
-        self._loggers = self._loggers_from(start[0])
-        self._nonfinite = NonFiniteTable(folder)
-        self._nonfinite.keep(*start)
+        """The run goes on at `run.start_epoch` and a batch of it, on the images of `train`."""
+        super().__init__(run.folder)
+        self.console, self._run, self._train = console, run, train
+        self.pictures = GuardedPictures(pictures, console.warn)
+        self._flags = [spelling(name) for name, value in asdict(run.options).items() if value is True]
+        self._loggers: list[Logger] = loggers_of(run, warn=console.warn)
+        self._nonfinite = NonFiniteTable(run.folder)
+        self._nonfinite.keep(run.start_epoch, start_batch)
         self._times: list[TimeSplit] = []  # of the epochs
         self._started = time.perf_counter()
-        (folder / METRICS_FILE).unlink(missing_ok=True)  # a run that goes on is not finished
-
-    def _loggers_from(self, epoch: int) -> list[Logger]:
-        return [make(self.folder, start_epoch=epoch, note=self.console.note) for make in LOGGERS.values()]
+        (run.folder / METRICS_FILE).unlink(missing_ok=True)  # a run that goes on is not finished
 
     def go_back(self, epoch: int) -> None:
         for logger in self._loggers:
             logger.close()
-        self._loggers = self._loggers_from(epoch)
+        self._run = replace(self._run, start_epoch=epoch)
+        self._loggers = loggers_of(self._run, warn=self.console.warn)
 
     def skipped(self, bad: Sequence[BadUpdate]) -> None:
         self._nonfinite.append(bad, self._train)
 
     def training_bar(self, epoch: int, batches: int, *, start: int = 0) -> AbstractContextManager:
-        title = f"Epoch {epoch + 1}/{self._epochs}"
-        return self.console.bar(batches, title, images_each=self._batch_size, start=start)
+        title = f"Epoch {epoch + 1}/{self._run.options.epochs}"
+        return self.console.bar(batches, title, images_each=self._run.options.batch_size, start=start)
 
     def evaluation_bar(self, batches: Stream) -> Iterable[Batch]:
         return self.console.bar(batches, "Evaluating", images_each=batches.batch_size)
@@ -243,7 +287,22 @@ class WrittenReport(RunReport):
             return
         if index == 0:
             self.pictures.labels()
-        self.pictures.train_batch(index, batch)
+        self._show(f"train/batch{index}", self.pictures.train_batch(index, batch), 0)
+
+    def watches(self, epoch: int) -> bool:
+        return self._run.is_pictured(epoch + 1)
+
+    def predictions(self, epoch: int, batch: Batch, detections: Sequence[Detections]) -> None:
+        self._show("val/labels_and_predictions", self.pictures.progress(batch, detections), epoch + 1)
+
+    def _show(self, tag: str, picture: np.ndarray | None, step: int) -> None:
+        if picture is not None:
+            for logger in self._loggers:
+                logger.images({tag: picture}, step)
+
+    @property
+    def wants_tensors(self) -> bool:
+        return self._run.options.tb_histograms
 
     def epoch(
         self,
@@ -254,19 +313,27 @@ class WrittenReport(RunReport):
         times: TimeSplit,
         *,
         skipped: int = 0,
+        tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self._times.append(times)
+        told = LoggedEpoch(
+            number=epoch + 1,
+            results=result_row(epoch, losses, metrics, learning_rates, skipped=skipped),
+            timing=timing_row(epoch, times),
+            metrics=metrics,
+            tensors=tensors or {},
+        )
         for logger in self._loggers:
-            logger.epoch(result_row(epoch, losses, metrics, learning_rates, skipped=skipped), timing_row(epoch, times))
+            logger.epoch(told)
         recent = [one.wall - one.rest for one in self._times[-5:]]  # pictures are drawn once
         self.console.epoch(
             EpochSummary(
                 epoch=epoch,
-                epochs=self._epochs,
+                epochs=self._run.options.epochs,
                 losses=losses,
                 metrics=metrics,
                 images_per_s=times.images_per_s,
-                seconds_left=sum(recent) / len(recent) * (self._epochs - epoch - 1),
+                seconds_left=sum(recent) / len(recent) * (self._run.options.epochs - epoch - 1),
             )
         )
         if skipped:
@@ -284,12 +351,12 @@ class WrittenReport(RunReport):
         digests: Callable[[], Mapping[str, str]],
         last_times: Callable[[], TimeSplit],
     ) -> None:
-        for logger in self._loggers:
-            logger.close()
         self.pictures.finished(metrics)
+        for logger in self._loggers:
+            logger.close(metrics)
         write_metrics(self.folder / METRICS_FILE, metrics)  # last, as it marks the run as finished
         took = format_duration(time.perf_counter() - self._started)
-        first = self._start_epoch + 1
+        first = self._run.start_epoch + 1
         trained = f"Epochs {first} to {epochs}" if epochs > first else f"Epoch {epochs}"
         self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
         self.console.line(result(metrics, verbose=True))

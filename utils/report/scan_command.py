@@ -11,7 +11,7 @@ from utils.config import ScanOptions, parse_flags, run_command, validated
 from utils.data.findings import write_findings
 from utils.data.scan import DatasetScan, open_dataset, refuse_findings, refuse_no_label, scan_dataset
 from utils.files import new_run_folder
-from utils.report.loggers import Console
+from utils.report.console import Console
 from utils.report.plots import plot_scan
 from utils.structures import DatasetSpec
 

@@ -31,7 +31,7 @@ from utils.evolve.storage import Storage, errors_named, open_storage
 from utils.evolve.study import HEARTBEAT_S, Worker, agreed, open_study
 from utils.files import from_here, this_python, write_text
 from utils.launch import place
-from utils.report.loggers import Console, SilentConsole
+from utils.report.console import Console, SilentConsole
 from utils.stopping import Interrupted, StopRequest
 from utils.structures import RunError, UserError
 from utils.sweep.files import CONFIRM_NAME, SweepFiles

@@ -13,7 +13,7 @@ from utils.evolve.hparams import HParamsLog
 from utils.evolve.record import CSV_NAME, StudyRecord, draw
 from utils.evolve.storage import errors_named
 from utils.hyp import GENES
-from utils.report.loggers import Console
+from utils.report.console import Console
 from utils.structures import RunError
 from utils.sweep.options import Sweep
 

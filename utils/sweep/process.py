@@ -95,7 +95,7 @@ def main(pipe: Connection, request: Request) -> None:
 
 def _try_out(pipe: Connection, request: Request) -> None:
     from utils.data.cache import CachedImages
-    from utils.report.loggers import Console, SilentConsole
+    from utils.report.console import Console, SilentConsole
     from utils.report.run_report import RunReport
     from utils.runtime import share_of_machine
     from utils.train.build import build_trial

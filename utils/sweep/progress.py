@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from utils.evolve.history import Finished, best, finished
 from utils.evolve.study import Watch
-from utils.report.loggers import Console, format_duration
+from utils.report.console import Console, format_duration
 
 _RECENT = 20  # trials that the time left is told by
 

@@ -36,7 +36,7 @@ from utils.config import (
 )
 from utils.data import colours
 from utils.data.cache import NoRoom, cached_images, remove_abandoned, summary
-from utils.data.findings import write_findings
+from utils.data.findings import ScanReport, write_findings
 from utils.data.images import BaseImages, ImageSource
 from utils.data.loader import EvalBatches, TrainBatches, TrainStream, part_of
 from utils.data.pixels import check_transforms
@@ -48,7 +48,9 @@ from utils.files import from_here, new_run_folder, write_yaml
 from utils.hyp import Hyperparameters, hyperparameters, plain_values, read_hyp
 from utils.loss import LossGains
 from utils.ranks import Ranks
-from utils.report.loggers import Console, SilentConsole
+from utils.report.about import ABOUT_FILE, About, SplitSummary, read_about, this_start, write_about
+from utils.report.console import Console, SilentConsole
+from utils.report.logger import LoggedRun
 from utils.report.run_report import PictureFiles, Pictures, RunReport, WrittenReport
 from utils.run_folder import FollowedRunFolder, LateRunFolder, RunFolder, load_last, newest_checkpoint
 from utils.runtime import Note, Runtime, choose_runtime, join_ranks, mendable_errors, raise_or_note
@@ -92,6 +94,7 @@ class _Parts:
     train: LabelStore
     val: LabelStore
     data: dict[str, str]  # by split, a digest of its images and labels
+    reports: Mapping[str, ScanReport]  # by split, what the scan saw
     images: Mapping[str, ImageSource]  # of train and val
     run: RunFolder
     console: Console
@@ -211,6 +214,7 @@ def _parts_of_new(
         train=train,
         val=val,
         data=data,
+        reports=scan.reports,
         images=images,
         run=FollowedRunFolder(Path()),
         console=console,
@@ -257,7 +261,8 @@ def _resumed(
     model = DetectionModel(checkpoint["network"], seed=options.seed)
     model.freeze(options.freeze)
     runtime = _accelerated(model, runtime, note=console.note)
-    train, val = _stores(options, ranks.host_first(lambda: _scan(options, spec, console)))
+    scan = ranks.host_first(lambda: _scan(options, spec, console))
+    train, val = _stores(options, scan)
     data = _digests(train, val)
     ranks.check_alike(partial(_work, options, names, runtime, data))
     images = ranks.host_first(
@@ -272,6 +277,7 @@ def _resumed(
         train=train,
         val=val,
         data=data,
+        reports=scan.reports,
         images=images,
         run=run,
         console=console,
@@ -848,12 +854,34 @@ def _report(parts: _Parts, schedule: Schedule, *, start: tuple[int, int]) -> Run
         parts.console.line(f"No mosaics from epoch {first} of {options.epochs} on (close_mosaic)")
     files = PictureFiles(folder, parts.names, val=parts.val, train=parts.train)
     return WrittenReport(
-        folder,
+        LoggedRun(
+            folder=folder,
+            options=options,
+            hyp=parts.hyp,
+            about=_about(parts, network, start_epoch=start[0]),
+            model=model,
+            start_epoch=start[0],
+            note=parts.console.note,
+        ),
         console=parts.console,
         pictures=Pictures() if options.noplots else files,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
         train=parts.train,
-        start=start,
-        flags=[spelling(name) for name, value in asdict(options).items() if value is True],
+        start_batch=start[1],
     )
+
+
+def _about(parts: _Parts, network: str, *, start_epoch: int) -> About:
+    """What is written of the run for those who look at it later."""
+    options, model, runtime = parts.options, parts.model, parts.runtime
+    about = About(
+        network=network,
+        parameters=count_parameters(model),
+        gflops=gflops(model, options.imgsz),
+        data=options.data,
+        names=parts.names,
+        splits={split: SplitSummary.of(report) for split, report in parts.reports.items()},
+        starts=(this_start(first_epoch=start_epoch + 1, device=runtime.description, ranks=runtime.ranks.count),),
+    )
+    about = about.after(read_about(parts.run.path) if start_epoch else None)
+    parts.run.put(ABOUT_FILE, partial(write_about, content=about))
+    return about

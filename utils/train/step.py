@@ -41,6 +41,8 @@ class TrainStep:
     model: DetectionModel
     optimizer: torch.optim.Optimizer
     gains: LossGains
+    keeps_gradients: bool = False  # those of the next update
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # the kept ones, clipped, by parameter
     average: WeightAverage = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     health: StepHealth = field(init=False)
@@ -92,6 +94,11 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
         skip = ~norm.isfinite()
+        if self.keeps_gradients:
+            self.keeps_gradients = False
+            self.gradients = {
+                name: one.grad.clone() for name, one in self.model.named_parameters() if one.grad is not None
+            }
         self._statistics.agree(self._ranks)  # before anything moves: should another rank be gone, nothing has
         guarded_step(self.optimizer, skip)  # not scaler.step: one verdict holds for all that an update moves
         self._update_scale()

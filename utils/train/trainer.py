@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from torch import Tensor
+
 from utils.checkpoint import averaged_model, load_checkpoint, weights_digest
 from utils.config import PROJECT_ROOT, TrainOptions
 from utils.data.loader import TrainStream, faults_named
@@ -20,7 +22,7 @@ from utils.evaluate.saving import coco_ids, write_predictions
 from utils.files import from_here, this_python
 from utils.hyp import Hyperparameters, plain_values
 from utils.ranks import LostRank
-from utils.report.loggers import format_losses, strange_outputs
+from utils.report.console import format_losses, strange_outputs
 from utils.report.run_report import RunReport
 from utils.run_folder import RunFolder
 from utils.runtime import Runtime, mendable_errors
@@ -169,6 +171,7 @@ class Trainer:
             self._last_settings().lrs,
             self.clock.split(),
             skipped=self.step.health.poll().skipped,
+            tensors=self._tensors() if self.report.wants_tensors else None,
         )
         self._save(final=self.finished, keep=self._keeps)
 
@@ -194,6 +197,7 @@ class Trainer:
         batches = self.stream.epoch(epoch, self.state.class_maps, start=start)
         if start == 0:
             self.step.health.start_epoch()
+        self.step.keeps_gradients, self.step.gradients = self.report.wants_tensors, {}
         with self.report.training_bar(epoch, per_epoch, start=start) as bar:
             for index in range(start, per_epoch):
                 batch = self._next(batches)
@@ -214,6 +218,11 @@ class Trainer:
                 )
             )
         return self.step.health.means()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The weights, and the gradients of the first update of the epoch, by kind and name."""
+        weights = {f"weights/{name}": weight.detach() for name, weight in self.step.model.named_parameters()}
+        return weights | {f"gradients/{name}": gradient for name, gradient in self.step.gradients.items()}
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, for which no signal waits."""
@@ -253,7 +262,12 @@ class Trainer:
 
     def evaluate(self) -> Metrics:
         """The averaged model on the val split."""
-        mine = self.evaluator(self.step.average.model, gains=self.step.gains, watch=self.report.evaluation_bar)
+        mine = self.evaluator(
+            self.step.average.model,
+            gains=self.step.gains,
+            on_batch=self._show if self.report.watches(self.state.epoch) else None,
+            watch=self.report.evaluation_bar,
+        )
         return self.ranks.from_first(lambda: mine)  # another processor may differ in the last bit, and all are to agree
 
     def finish(self) -> Metrics:
@@ -293,6 +307,13 @@ class Trainer:
         if metrics is not None and metrics.non_finite and not self._warned:
             self.report.console.warn(strange_outputs(metrics))
             self._warned = True
+
+    def _show(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
+        """As `_picture`, after an epoch."""
+        if index == 0:
+            self.clock.lap("evaluate")
+            self.report.predictions(self.state.epoch, batch, detections)
+            self.clock.skip()
 
     def _picture(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
         """Drawn in the midst of an evaluation, but no part of what that takes."""

@@ -1,0 +1,100 @@
+"""The contract of a logger: what it is told, and when.
+
+A new one is a class here below `report/` and a line in `loggers.LOGGERS`; docs/loggers.md has an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from utils.config import TrainOptions
+from utils.hyp import Hyperparameters
+from utils.report.about import About
+from utils.structures import Metrics
+
+Row = Mapping[str, float]  # by column; a column may be missing, and `epoch` counts from 1 as people do
+Note = Callable[[str], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedRun:
+    """What a logger may know of its run from the start."""
+
+    folder: Path
+    options: TrainOptions
+    hyp: Hyperparameters
+    about: About
+    model: nn.Module  # that is trained, on its device
+    start_epoch: int = 0  # a resumed run starts above 0; what was logged from there on is withdrawn
+    note: Note = print  # takes a line for the user
+
+    def is_pictured(self, epoch: int) -> bool:
+        """Whether predictions of this epoch, from 1, are shown: the first, the last, and at intervals."""
+        every = self.options.bbox_interval
+        every = max(self.options.epochs // 10, 1) if every == -1 else every
+        return every > 0 and (epoch in (1, self.options.epochs) or epoch % every == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedEpoch:
+    """An epoch that is over."""
+
+    number: int  # from 1
+    results: Row  # by RESULT_COLUMNS
+    timing: Row  # by TIMING_COLUMNS
+    metrics: Metrics | None = None  # None: not evaluated
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # weights/NAME and gradients/NAME, --tb-histograms
+
+
+class Logger:
+    """The contract, and at once the null object: each method may be called and does nothing.
+
+    One is made with a LoggedRun, on rank 0 alone. Whatever it raises ends this logger with a warning, never the run,
+    unless it is `essential`.
+    """
+
+    essential: ClassVar[bool] = False
+
+    def epoch(self, epoch: LoggedEpoch) -> None:
+        """An epoch is over."""
+
+    def images(self, pictures: Mapping[str, np.ndarray], step: int) -> None:
+        """Pictures (H, W, 3) u8 RGB by tag, after so many epochs."""
+
+    def close(self, result: Metrics | None = None) -> None:
+        """Nothing is told afterwards. A run that came to its end has a result, and all its files but metrics.json."""
+
+
+class Guarded(Logger):
+    """A logger that may fail: the first failure is a warning, and the last that is heard of it."""
+
+    def __init__(self, name: str, make: Callable[[], Logger], warn: Note) -> None:
+        self._name, self._warn, self._logger = name, warn, Logger()
+        self._safely(lambda: setattr(self, "_logger", make()))
+
+    def epoch(self, epoch: LoggedEpoch) -> None:
+        self._safely(lambda: self._logger.epoch(epoch))
+
+    def images(self, pictures: Mapping[str, np.ndarray], step: int) -> None:
+        self._safely(lambda: self._logger.images(pictures, step))
+
+    def close(self, result: Metrics | None = None) -> None:
+        self._safely(lambda: self._logger.close(result))
+
+    def _safely(self, tell: Callable[[], object]) -> None:
+        try:
+            tell()
+        except Exception as error:
+            self._logger = Logger()
+            self._warn(f"no more of {self._name} in this run, which goes on: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, for a line that people read."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
