@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 
 from utils.clock import PARTS, EventClock, StepClock
 from utils.launch import Place, place
-from utils.machine import usable_cores
+from utils.machine import resident_bytes, usable_cores
 from utils.ranks import Group, Ranks
 from utils.structures import RunError, UserError
 
@@ -99,6 +99,14 @@ class Runtime:
             return None
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
+
+    def memory_used(self) -> int | None:
+        """Bytes that training holds on the device, by torch's own count; on the CPU those of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.device)
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory()
+        return resident_bytes()
 
     @contextlib.contextmanager
     def memory_peak(self) -> Iterator[MemoryPeak]:
