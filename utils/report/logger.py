@@ -97,4 +97,6 @@ class Guarded(Logger):
 
 def first_line(error: Exception) -> str:
     """What went wrong, for a line that people read."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     return next(iter(str(error).splitlines()), "") or type(error).__name__
