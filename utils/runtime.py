@@ -384,6 +384,16 @@ def keep_albumentations_offline() -> None:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 
+def wandb_mode() -> str | None:
+    """How Weights & Biases is to work: offline, disabled, ...; None where the environment does not say."""
+    return os.environ.get("WANDB_MODE", "").strip().lower() or None
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """That of this process with changes, for one that it starts."""
+    return {**os.environ, **changes}
+
+
 def _available_devices() -> list[str]:
     cuda = [str(index) for index in range(torch.cuda.device_count())]
     mps = ["mps"] if torch.backends.mps.is_available() else []
