@@ -894,6 +894,6 @@ def _about(parts: _Parts, network: str, *, start_epoch: int) -> About:
         splits={split: SplitSummary.of(report) for split, report in parts.reports.items()},
         starts=(this_start(first_epoch=start_epoch + 1, device=runtime.description, ranks=runtime.ranks.count),),
     )
-    about = about.after(read_about(parts.run.path) if start_epoch else None)
+    about = about.after(read_about(parts.run.path) if parts.run.saved else None)
     parts.run.put(ABOUT_FILE, partial(write_about, content=about))
     return about
