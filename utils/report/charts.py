@@ -48,7 +48,8 @@ class Chart:
     y_ticks: tuple[Tick, ...]
     x_span: tuple[float, float]  # epochs at LEFT and RIGHT
     y_span: tuple[float, float]  # values at BOTTOM and TOP
-    best_px: float | None
+    best_px: float | None  # of the only run
+    file: str  # the table that the columns are of: results or timing
 
 
 @dataclass(frozen=True)
@@ -63,25 +64,17 @@ class Source:
     colour: int = 0
 
 
-def chart(
-    title: str, unit: str, sources: Sequence[Source], *, from_zero: bool = False, mark_best: bool = True
-) -> Chart:
+def chart(title: str, unit: str, sources: Sequence[Source], *, from_zero: bool = False, file: str = "results") -> Chart:
     """`from_zero`: the axis begins there. Sources without any finite value are left out, which may leave no line."""
     known = [source for source in sources if any(map(math.isfinite, source.table.numbers(source.column)))]
-    values = [value for source in known for value in source.table.numbers(source.column) if math.isfinite(value)]
     epochs = [epoch for source in known for epoch in source.table.epochs]
-    x_span = _wide(min(epochs, default=0), max(epochs, default=1))
-    y_span = _wide(
-        *(
-            [min(0.0, *values), max(values)]
-            if values and from_zero
-            else [min(values, default=0.0), max(values, default=1.0)]
-        )
-    )
+    values = [value for source in known for value in source.table.numbers(source.column) if math.isfinite(value)]
+    values += [0.0] if from_zero or not values else []
+    x_span, y_span = _wide(min(epochs, default=0), max(epochs, default=1)), _wide(min(values), max(values))
     y_ticks = _ticks(*y_span, 5)
-    y_span = (min(y_span[0], y_ticks[0]), max(y_span[1], y_ticks[-1]))
+    y_span = (y_ticks[0], y_ticks[-1])
     scale = _Scale(x_span, y_span)
-    best = next((source.table.epochs[source.best_row] for source in known if source.best_row is not None), None)
+    best = {source.table.epochs[source.best_row] for source in known if source.best_row is not None}
     return Chart(
         title=title,
         unit=unit,
@@ -90,7 +83,8 @@ def chart(
         y_ticks=tuple(Tick(scale.y(tick), f"{tick:.6g}") for tick in y_ticks),
         x_span=x_span,
         y_span=y_span,
-        best_px=scale.x(best) if mark_best and best is not None else None,
+        best_px=scale.x(*best) if len(best) == 1 and len({source.run for source in known}) == 1 else None,
+        file=file,
     )
 
 
@@ -112,8 +106,8 @@ class _Scale:
 
 
 def _wide(low: float, high: float) -> tuple[float, float]:
-    """The span, or one around it where it is a single value."""
-    if low < high:
+    """The span, or one around it where it is as good as a single value."""
+    if high - low > 1e-9 * max(abs(low), abs(high)):
         return low, high
     around = abs(low) / 2 or 0.5
     return low - around, high + around
@@ -151,7 +145,7 @@ def _line(source: Source, scale: _Scale) -> Line:
 
 
 def _unbroken(points: Sequence[tuple[float, float]]) -> Iterable[list[tuple[float, float]]]:
-    """Runs of points with finite values."""
+    """Stretches of points with finite values."""
     part: list[tuple[float, float]] = []
     for point in [*points, (0, math.nan)]:
         if math.isfinite(point[1]):

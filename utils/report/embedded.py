@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-_SIDES = (1600, 1280, 1024, 800, 640, 480)  # px, of the longer side
+_LONGEST_SIDE = 1600  # px
 _JPEG_QUALITY = 82
+_SHARE_OF_BYTES = 0.62  # of a picture as OpenCV writes it, at this quality
 _KINDS = {".jpg": "jpeg", ".png": "png"}
 
 
@@ -33,18 +35,18 @@ def embedded(path: Path, *, most_bytes: int) -> EmbeddedPicture | None:
     height, width = image.shape[:2]
     kind = _KINDS[path.suffix]
     if len(content) > most_bytes:
-        content, kind = _shrunk(image, most_bytes), "jpeg"
+        guess = math.sqrt(most_bytes / (_SHARE_OF_BYTES * len(content)))  # bytes go with the area
+        content, kind = _shrunk(image, most_bytes, min(guess, _LONGEST_SIDE / max(height, width), 1.0)), "jpeg"
     return EmbeddedPicture(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", width, height)
 
 
-def _shrunk(image: np.ndarray, most_bytes: int) -> bytes:
+def _shrunk(image: np.ndarray, most_bytes: int, scale: float) -> bytes:
+    """A JPEG of so many bytes at most, of the image at this scale or, where that takes more, a smaller one."""
     height, width = image.shape[:2]
-    content = b""
-    for side in _SIDES:
-        scale = min(side / max(height, width), 1.0)
+    while True:
         size = (max(round(width * scale), 1), max(round(height * scale), 1))
         smaller = image if scale == 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         content = cv2.imencode(".jpg", smaller, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()
-        if len(content) <= most_bytes:
-            break
-    return content
+        if len(content) <= most_bytes or max(size) == 1:
+            return content
+        scale *= min(0.96 * math.sqrt(most_bytes / len(content)), 0.9)

@@ -67,9 +67,10 @@ _PICTURES = {  # file: title, and what it shows
     "confusion_matrix.png": ("Confusion matrix", "Which class was taken for which, and what was missed."),
     "PR_curve.png": ("Precision over recall", "At IoU .5, for each class and their mean."),
     "F1_curve.png": ("F1 over confidence", "Its peak is the confidence that suits precision and recall alike."),
-    "train_batch0.jpg": ("A training batch", "As the network saw it, augmented."),
     "labels.jpg": ("Labels of the training split", "Counts by class, shapes, places and sizes of boxes."),
+    "train_batch0.jpg": ("A training batch", "As the network saw it, augmented."),
 }
+_NOT_COMPARED = ("labels.jpg", "train_batch0.jpg")  # they tell of the data
 _PART_NAMES = {"data_wait": "waiting for data", "transfer": "to the device", "evaluate": "evaluation", "save": "saving"}
 
 
@@ -230,8 +231,6 @@ def _text_of(path: Path | str) -> str:
 
 
 def _report(run: RunFiles) -> dict[str, Any]:
-    pictures = _pictures(run, _PICTURE_BYTES)
-    hyp, options = _hyp_settings(run.hyp), _option_settings(run.options)
     time = _time(run)
     return {
         "run": run,
@@ -242,13 +241,13 @@ def _report(run: RunFiles) -> dict[str, Any]:
         "coco": _coco(run.metrics),
         "classes": _classes(run),
         "charts": _charts([run]),
-        "speed": chart("Speed", "training images per second", [Source("images/s", "images_per_s", run.timing)]),
+        "speed": chart("Speed", _SPEED, [Source("images/s", "images_per_s", run.timing)], file="timing"),
         "data": _chart_data([run]),
-        "pictures": pictures,
+        "pictures": _pictures(run, _PICTURES, _PICTURE_BYTES),
         "splits": _splits(run.about),
         "label_counts": _label_counts(run.about),
-        "hyp": hyp,
-        "options": options,
+        "hyp": _hyp_settings(run.hyp),
+        "options": _option_settings(run.options),
         "time": time,
         "parts_of_time": _parts(time),
         "verdict": bottleneck(time, _flags_in_use(run)) if time and time.wall else "",
@@ -259,15 +258,20 @@ def _report(run: RunFiles) -> dict[str, Any]:
 
 
 def _status(run: RunFiles) -> Status:
-    done, planned = len(run.results.epochs), run.epochs_planned
-    last = run.results.epochs[-1] if done else 0
-    of = f"{last:,} of {planned:,} epochs" if planned else f"{last:,} epochs"
-    if run.is_finished:
-        early = planned is not None and last < planned
-        return Status("done", "Finished", f"{of}: it ended early" if early else f"{last:,} epoch{'s' * (last != 1)}")
-    if run.is_locked:
+    epochs, planned = run.results.epochs, run.epochs_planned
+    last = epochs[-1] if epochs else 0
+    of = f"{last:,} of {planned:,} epochs" if planned else f"{last:,} epoch{'s' * (last != 1)}"
+    if run.is_locked and not run.is_finished:
         return Status("busy", "Under way", f"{of} so far")
-    return Status("stopped", "Not finished", f"{of}: it ended early, or is under way on another machine")
+    if not run.is_finished:
+        return Status("stopped", "Not finished", f"{of}: it ended early, or is under way on another machine")
+    if not epochs:
+        return Status("done", "Finished", "how many is not known")
+    return Status(
+        "done",
+        "Finished",
+        f"{of}: it ended early" if planned and last < planned else f"{last:,} epoch{'s' * (last != 1)}",
+    )
 
 
 def _facts(run: RunFiles, time: TimeSplit | None) -> dict[str, str]:
@@ -294,9 +298,8 @@ def _facts(run: RunFiles, time: TimeSplit | None) -> dict[str, str]:
 
 def _cell(value: Any, shown: Callable[[float], str] = "{:.3f}".format) -> Cell:
     """Of a value of a JSON file."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return Cell()
-    return Cell(shown(value) if math.isfinite(value) else str(value), str(value))
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return _csv_cell(str(value), shown) if is_number else Cell()
 
 
 def _csv_cell(cell: str, shown: Callable[[float], str] = "{:.3f}".format) -> Cell:
@@ -356,7 +359,7 @@ def _class_cells(one: Mapping[str, Any]) -> tuple[Cell, ...]:
 
 
 def _percent(share: float) -> float:
-    return round(100 * min(max(share, 0.0), 1.0), 1) if math.isfinite(share) else 0.0
+    return round(100 * min(max(0.0, share), 1.0), 1)  # of NaN 0
 
 
 # ---------------------------------------------------------------------------------------------------------- curves
@@ -365,7 +368,8 @@ def _percent(share: float) -> float:
 def _charts(runs: Sequence[RunFiles], names: Sequence[str] = ("",)) -> list[Chart]:
     """Of one run its figures beside one another; of several, each run a line."""
     if len(runs) > 1:
-        return [_overlaid(title, unit, column, runs, names) for title, unit, column in _OVERLAID]
+        curves = [_overlaid(title, unit, column, runs, names) for title, unit, column in _OVERLAID]
+        return [*curves, _overlaid("Speed", _SPEED, "images_per_s", runs, names, file="timing")]
     (run,) = runs
     return [
         chart(
@@ -381,15 +385,18 @@ def _charts(runs: Sequence[RunFiles], names: Sequence[str] = ("",)) -> list[Char
     ]
 
 
-def _overlaid(title: str, unit: str, column: str, runs: Sequence[RunFiles], names: Sequence[str]) -> Chart:
+def _overlaid(
+    title: str, unit: str, column: str, runs: Sequence[RunFiles], names: Sequence[str], file: str = "results"
+) -> Chart:
     sources = [
-        Source(name, column, run.results, run.best_row, index, index)
+        Source(name, column, getattr(run, file), run.best_row if file == "results" else None, index, index)
         for index, (run, name) in enumerate(zip(runs, names))
     ]
-    return chart(title, unit, sources, from_zero=column.startswith("metrics/"), mark_best=False)
+    return chart(title, unit, sources, from_zero=column.startswith("metrics/"), file=file)
 
 
 _LOSS_UNIT = "mean over batches, times its gain"
+_SPEED = "training images per second"
 _SHARE = "a share, 0 to 1, on validation images"
 _RATES = (("lr0 norms", "x/lr0"), ("lr1 weights", "x/lr1"), ("lr2 biases", "x/lr2"))
 _CHARTS = (
@@ -407,9 +414,10 @@ _OVERLAID = (
     ("Recall", _SHARE, "metrics/recall"),
     *(
         (f"{title} loss, {split}", _LOSS_UNIT, f"{split}/{key}_loss")
-        for split in ("train", "val")
+        for split in ("val", "train")
         for title, key in (("Box", "box"), ("Objectness", "obj"), ("Class", "cls"))
     ),
+    ("Learning rate", "of weights, at the end of each epoch", "x/lr1"),
 )
 
 
@@ -430,11 +438,11 @@ def _chart_data(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
 # -------------------------------------------------------------------------------------------------------- pictures
 
 
-def _pictures(run: RunFiles, most_bytes: int) -> dict[str, Picture]:
+def _pictures(run: RunFiles, files: Iterable[str], most_bytes: int) -> dict[str, Picture]:
     """Those that are there, by file."""
     return {
-        file: Picture(file, title, caption, embedded(run.folder / file, most_bytes=most_bytes))
-        for file, (title, caption) in _PICTURES.items()
+        file: Picture(file, *_PICTURES[file], embedded(run.folder / file, most_bytes=most_bytes))
+        for file in files
         if (run.folder / file).is_file()
     }
 
@@ -452,7 +460,7 @@ def _splits(about: About | None) -> Grid | None:
         "labels": "Labels",
     }
     rows = [
-        Row(name, tuple(_cell(getattr(split, key), "{:,}".format) for key in columns))
+        Row(name, tuple(_cell(getattr(split, key), "{:,.0f}".format) for key in columns))
         for name, split in about.splits.items()
     ]
     return Grid("split", columns, tuple(rows))
@@ -473,7 +481,7 @@ def _label_counts(about: About | None) -> Grid | None:
 def _count_cell(counts: Sequence[int], index: int, most: int) -> Cell:
     if index >= len(counts):
         return Cell()
-    return replace(_cell(counts[index], "{:,}".format), bar=_percent(counts[index] / max(most, 1)))
+    return replace(_cell(counts[index], "{:,.0f}".format), bar=_percent(counts[index] / max(most, 1)))
 
 
 # -------------------------------------------------------------------------------------------------------- settings
@@ -510,7 +518,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value)) or _DASH
+        return ", ".join(map(str, value)) or _DASH  # str knows lists that hold themselves
     return _DASH if value in (None, "") else str(value)
 
 
@@ -568,7 +576,7 @@ def _commands(run: RunFiles) -> list[Command]:
     commands = []
     if last.is_file():
         more = f" --epochs {2 * (run.epochs_planned or DEFAULT_EPOCHS)}" if run.is_finished else ""
-        commands.append(Command("Train on" if more else "Resume", f"python train.py --resume {quoted[last]}{more}"))
+        commands.append(Command("Train longer" if more else "Resume", f"python train.py --resume {quoted[last]}{more}"))
     if best.is_file():
         commands += [
             Command("Evaluate", f"python val.py --weights {quoted[best]}"),
@@ -583,9 +591,9 @@ def _commands(run: RunFiles) -> list[Command]:
 
 def _comparison(runs: Sequence[RunFiles]) -> dict[str, Any]:
     names = _told_apart(runs)
-    kinds = [file for file in _PICTURES if any((run.folder / file).is_file() for run in runs)]
-    most_bytes = max(8 * _PICTURE_BYTES // max(len(kinds) * len(runs), 1), _LEAST_PICTURE_BYTES)
-    pictures = [_pictures(run, most_bytes) for run in runs]
+    kinds = [file for file in _PICTURES if file not in _NOT_COMPARED]
+    most_bytes = max(len(_PICTURES) * _PICTURE_BYTES // (len(kinds) * len(runs)), _LEAST_PICTURE_BYTES)
+    pictures = [_pictures(run, kinds, min(most_bytes, _PICTURE_BYTES)) for run in runs]
     return {
         "title": f"{len(runs)} runs",
         "names": names,
@@ -597,7 +605,9 @@ def _comparison(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "hyp": _differing([_hyp_settings(run.hyp) for run in runs]),
         "options": _differing([_option_settings(run.options) for run in runs]),
         "pictures": {
-            file: (_PICTURES[file], [one.get(file) for one in pictures]) for file in kinds if file != "labels.jpg"
+            file: (_PICTURES[file][0], [one.get(file) for one in pictures])
+            for file in kinds
+            if any(file in one for one in pictures)
         },
     }
 
@@ -619,8 +629,6 @@ def _overview(runs: Sequence[RunFiles], names: Sequence[str]) -> Grid:
         "images_per_s": "Images/s",
         "wall": "Time",
         "parameters": "Parameters",
-        "gflops": "GFLOPs",
-        "epochs": "Epochs",
         "status": "Status",
     }
     rows = [_overview_cells(run) for run in runs]
@@ -639,15 +647,17 @@ def _overview_cells(run: RunFiles) -> dict[str, Cell]:
     speeds = [speed for speed in run.timing.numbers("images_per_s") if math.isfinite(speed)]
     status = _status(run)
     return {
-        "epoch": Cell() if best is None else _cell(run.results.epochs[best], "{:,}".format),
+        "epoch": Cell() if best is None else _epoch_cell(run.results.epochs[best], run.results.epochs[-1]),
         **{key: figures.get(title, Cell()) for key, (title, _) in HEADLINE.items()},
         "images_per_s": _cell(statistics.median(speeds), "{:.1f}".format) if speeds else Cell(),
         "wall": Cell(_shown_seconds(time.wall), f"{time.wall:.6g}") if time else Cell(),
-        "parameters": _cell(about.parameters, "{:,}".format) if about else Cell(),
-        "gflops": _cell(about.gflops, "{:.1f}".format) if about else Cell(),
-        "epochs": _cell(run.results.epochs[-1], "{:,}".format) if run.results.epochs else Cell(),
+        "parameters": _cell(about.parameters / 1e6, "{:.2f} M".format) if about else Cell(),
         "status": Cell(status.word, status.word),
     }
+
+
+def _epoch_cell(epoch: int, last: int) -> Cell:
+    return Cell(f"{epoch:,} of {last:,}", str(epoch))
 
 
 def _mark_best(rows: Sequence[dict[str, Cell]], key: str) -> None:

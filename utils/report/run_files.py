@@ -26,6 +26,7 @@ FILES = (RESULTS, TIMING, METRICS, HYP, OPTIONS, ABOUT_FILE, NONFINITE, SCAN)
 
 Trouble = Callable[[str, str], None]  # told the name of a file and a sentence
 
+_LARGEST = 1e30
 _SCAN_ROWS = 20  # of scan.csv, which may list a million
 _UNWRITTEN = {
     RESULTS: "There is no results.csv yet: it gets its first row when the first epoch is over.",
@@ -142,10 +143,12 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def number_of(cell: str) -> float:
+    """NaN where a text is no number, or one that no figure of a run can be."""
     try:
-        return float(cell)
+        number = float(cell)
     except ValueError:
         return math.nan
+    return number if abs(number) < _LARGEST else math.nan
 
 
 def _is_count(value: Any) -> bool:
