@@ -35,8 +35,8 @@ from utils.structures import UserError
 REPORT_FILE, COMPARISON_FILE = "report.html", "comparison.html"
 _PROGRAM = "python -m utils.report.html"
 _PAGES = Path(__file__).resolve().parent / "pages"
-_PICTURE_BYTES = 220_000  # each, so that a report stays below 3 MB
-_LEAST_PICTURE_BYTES = 40_000
+_PICTURE_BYTES = 1_950_000  # of all together, so that a page stays below 3 MB
+_LEAST_PICTURE_BYTES = 40_000  # of each, however many there are
 _NONFINITE_SHOWN = 100  # rows
 _DASH = "–"
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # HTML has no such characters
@@ -243,7 +243,7 @@ def _report(run: RunFiles) -> dict[str, Any]:
         "charts": _charts([run]),
         "speed": chart("Speed", _SPEED, [Source("images/s", "images_per_s", run.timing)], file="timing"),
         "data": _chart_data([run]),
-        "pictures": _pictures(run, _PICTURES, _PICTURE_BYTES),
+        "pictures": _pictures([run], list(_PICTURES))[0],
         "splits": _splits(run.about),
         "label_counts": _label_counts(run.about),
         "hyp": _hyp_settings(run.hyp),
@@ -438,13 +438,28 @@ def _chart_data(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
 # -------------------------------------------------------------------------------------------------------- pictures
 
 
-def _pictures(run: RunFiles, files: Iterable[str], most_bytes: int) -> dict[str, Picture]:
-    """Those that are there, by file."""
-    return {
-        file: Picture(file, *_PICTURES[file], embedded(run.folder / file, most_bytes=most_bytes))
-        for file in files
-        if (run.folder / file).is_file()
-    }
+def _pictures(runs: Sequence[RunFiles], files: Sequence[str]) -> list[dict[str, Picture]]:
+    """Those that are there, by file, for each run."""
+    sizes = [path.stat().st_size for run in runs for path in map(run.folder.joinpath, files) if path.is_file()]
+    most_bytes = max(_fair_share(sizes, _PICTURE_BYTES), _LEAST_PICTURE_BYTES)
+    return [
+        {
+            file: Picture(file, *_PICTURES[file], embedded(run.folder / file, most_bytes=most_bytes))
+            for file in files
+            if (run.folder / file).is_file()
+        }
+        for run in runs
+    ]
+
+
+def _fair_share(sizes: Sequence[int], total: int) -> int:
+    """The most that each may have of `total`, when what the small ones leave goes to the large ones."""
+    for place, size in enumerate(sorted(sizes)):
+        share = total // (len(sizes) - place)
+        if size > share:
+            return share
+        total -= size
+    return max(sizes, default=0)
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -592,8 +607,7 @@ def _commands(run: RunFiles) -> list[Command]:
 def _comparison(runs: Sequence[RunFiles]) -> dict[str, Any]:
     names = _told_apart(runs)
     kinds = [file for file in _PICTURES if file not in _NOT_COMPARED]
-    most_bytes = max(len(_PICTURES) * _PICTURE_BYTES // (len(kinds) * len(runs)), _LEAST_PICTURE_BYTES)
-    pictures = [_pictures(run, kinds, min(most_bytes, _PICTURE_BYTES)) for run in runs]
+    pictures = _pictures(runs, kinds)
     return {
         "title": f"{len(runs)} runs",
         "names": names,

@@ -70,7 +70,7 @@ function fillEpochs(details) {
 
 // ---- charts ----
 
-const LEFT = 46, RIGHT = 350, TOP = 14, BOTTOM = 158;
+const WIDTH = 360, LEFT = 46, RIGHT = 350, TOP = 14, BOTTOM = 158;
 const charts = all(".chart").filter((figure) => figure.querySelector("svg[role]")).map(readChart);
 
 function readChart(figure) {
@@ -99,17 +99,27 @@ function nearest(sorted, wanted) {
   return sorted.reduce((best, one) => (Math.abs(one - wanted) < Math.abs(best - wanted) ? one : best), sorted[0]);
 }
 
-function drawCursor(chart, epoch) {
+function eraseCursor(chart) {
   chart.svg.querySelector(".cursor")?.remove();
+  chart.svg.classList.remove("read");
+}
+
+function drawCursor(chart, epoch) {
+  eraseCursor(chart);
+  const x = chart.x(epoch);
+  const [gap, anchor] = x < WIDTH / 2 ? [-2, "start"] : [2, "end"];
+  const word = svgElement("text", { x: x + gap, y: 10, "text-anchor": anchor });
+  word.textContent = `epoch ${epoch}`;
   const cursor = svgElement("g", { class: "cursor" });
-  cursor.append(svgElement("path", { d: `M${chart.x(epoch)} ${TOP}V${BOTTOM}` }));
+  cursor.append(svgElement("path", { d: `M${x} ${TOP}V${BOTTOM}` }), word);
   for (const line of chart.lines) {
     const cell = line.cells[line.epochs.indexOf(epoch)] ?? "";
     line.value.textContent = cell || DASH;
     const y = chart.y(Number.parseFloat(cell));
-    if (Number.isFinite(y)) cursor.append(svgElement("circle", { class: line.item.className, cx: chart.x(epoch), cy: y, r: 3.5 }));
+    if (Number.isFinite(y)) cursor.append(svgElement("circle", { class: line.item.className, cx: x, cy: y, r: 3.5 }));
   }
   chart.svg.append(cursor);
+  chart.svg.classList.add("read");
 }
 
 /** The same epoch in all charts, so that one look tells all of it. */
@@ -123,16 +133,16 @@ function showEpoch(epoch) {
 }
 
 function showBest() {
-  for (const { svg, lines } of charts) {
-    svg.querySelector(".cursor")?.remove();
-    lines.forEach((line) => { line.value.textContent = line.resting; });
+  for (const chart of charts) {
+    eraseCursor(chart);
+    chart.lines.forEach((line) => { line.value.textContent = line.resting; });
   }
   all(".at").forEach((place) => { place.textContent = place.dataset.rest; });
 }
 
 function epochUnder(chart, event) {
   const { left, width } = chart.svg.getBoundingClientRect();
-  return nearest(chart.epochs, chart.epochAt((event.clientX - left) / width * 360));
+  return nearest(chart.epochs, chart.epochAt((event.clientX - left) / width * WIDTH));
 }
 
 function epochByKey(chart, key) {
