@@ -35,7 +35,6 @@ _UNWRITTEN = {
     HYP: "There is no hyp.yaml, so the hyperparameters are not known.",
     OPTIONS: "There is no opt.yaml, so the options are not known.",
     ABOUT_FILE: "There is no about.json, as in runs of older versions: data, network and environment are not known.",
-    SCAN: "There is no scan.csv: nothing is listed of the data.",
 }
 
 
@@ -256,8 +255,7 @@ def _is_sound(about: About) -> bool:
 
 
 def _findings(path: Path, trouble: Trouble) -> Findings:
-    if not path.exists():
-        trouble(path.name, _UNWRITTEN[path.name])
+    if not path.exists():  # as where there is no finding
         return Findings()
     try:
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
