@@ -109,8 +109,7 @@ def _wide(low: float, high: float) -> tuple[float, float]:
     """The span, or one around it where it is as good as a single value."""
     if high - low > 1e-9 * max(abs(low), abs(high)):
         return low, high
-    around = abs(low) / 2 or 0.5
-    return low - around, high + around
+    return (low - abs(low) / 2, high + abs(high) / 2) if high else (0.0, 1.0)
 
 
 def _ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
