@@ -263,6 +263,8 @@ def _status(run: RunFiles) -> Status:
     of = f"{last:,} of {planned:,} epochs" if planned else f"{last:,} epoch{'s' * (last != 1)}"
     if run.is_locked and not run.is_finished:
         return Status("busy", "Under way", f"{of} so far")
+    if not run.is_finished and planned and last >= planned:
+        return Status("stopped", "Not finished", f"{of}, but not the final evaluation")
     if not run.is_finished:
         return Status("stopped", "Not finished", f"{of}: it ended early, or is under way on another machine")
     if not epochs:
