@@ -17,7 +17,9 @@ def in_places(count: int, work, *arguments, missing: Container[int] = ()) -> lis
     # as torch's launcher does: a store that is there before anybody asks for it
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_in_place, (count, store.port, work, arguments, folder), nprocs=count)
+        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])  # torch is imported once for all
+        told = dict(os.environ), count, store.port, work, arguments, folder
+        multiprocessing.start_processes(_in_place, told, nprocs=count, start_method="forkserver")
         files = [None if rank in missing else Path(folder) / str(rank) for rank in range(count)]
         return [torch.load(file, weights_only=False) if file else None for file in files]
 
@@ -34,8 +36,9 @@ def _joined(minutes: float, work, arguments: tuple):
     return result
 
 
-def _in_place(rank: int, count: int, port: int, work, arguments: tuple, folder: str) -> None:
+def _in_place(rank: int, environment: dict, count: int, port: int, work, arguments: tuple, folder: str) -> None:
     os.environ |= {
+        **environment,  # of now, not of when the server of forks began
         **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
         **{name: str(count) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
         "MASTER_ADDR": "127.0.0.1",
