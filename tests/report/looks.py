@@ -17,7 +17,7 @@ def texts_of(figure: Figure) -> Iterator[tuple[str, Bbox]]:
     for axes in figure.axes:
         for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
             ends = sorted((low, high))
-            for tick in axis.get_major_ticks():
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
                 seen = ends[0] <= tick.get_loc() <= ends[1]
                 ticks |= {id(tick.label1): seen, id(tick.label2): seen}
     for text in figure.findobj(Text):

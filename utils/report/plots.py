@@ -120,12 +120,18 @@ def _width_px(texts: Iterable[str], points: float) -> int:
     return max((text_width(text.replace(r"\$", "$"), _px(points)) for text in longest), default=0)
 
 
+def _room_px(texts: Iterable[str], points: float) -> int:
+    """For the widest, and as much for a text that is a little wider, as another version of matplotlib draws it."""
+    return 16 * math.ceil(_width_px(texts, points) / 16)
+
+
 # ------------------------------------------------------------------------------------------------ label statistics
 
 
 _WIDTH = 1200  # px, as all below
 _MOST_COUNTED = 25  # classes whose bars fit into half of it
 _TALL, _LOW, _CORRELATED = 430, 320, 220  # heights of axes
+_ENDS = (0.1, 0.2, 0.3, 0.5)  # of axes for sizes where all boxes are small
 
 
 def plot_labels(store: LabelStore, names: Sequence[str], folder: Path) -> None:
@@ -145,13 +151,17 @@ def plot_labels(store: LabelStore, names: Sequence[str], folder: Path) -> None:
     if not wide:
         places = [(places[1][0], ABOVE), *places]
     shapes, centres, sizes = (axes_at(figure, *place, width, _TALL if place[1] == ABOVE else below) for place in places)
-    _draw_shapes(shapes, store)
     x, y, width, height = _fractions(store, _even(len(store.classes), MAX_LABELS)).T
+    largest = max(width.max(initial=0), height.max(initial=0))
+    end = next((end for end in _ENDS if largest <= end), 1.0)
+    _draw_shapes(shapes, store, end)
     dress(centres, "Box centres", "x / image width", "y / image height", _draw_histogram(centres, x, y))
     centres.invert_yaxis()  # as in the image
-    dress(sizes, "Box sizes", "width / image width", "height / image height", _draw_histogram(sizes, width, height))
+    note = _draw_histogram(sizes, width, height, end, end)
+    dress(sizes, "Box sizes", "width / image width", "height / image height", note)
     save_figure(figure, folder / "labels.jpg")
-    _plot_correlogram({"x": x, "y": y, "width": width, "height": height}, folder / "labels_correlogram.jpg")
+    values = {"x": (x, 1.0), "y": (y, 1.0), "width": (width, end), "height": (height, end)}
+    _plot_correlogram(values, folder / "labels_correlogram.jpg")
 
 
 def _even(total: int, most: int) -> np.ndarray:
@@ -183,9 +193,8 @@ class _NameTicks:
         if points < _LEAST_PT:
             return cls((), 8.0, False, _px(8))
         names = _plain_names(names)
-        longest = _width_px(names, points)
-        upright = level and longest > pitch - 6
-        return cls(names, points, upright, longest if upright or not level else _px(points))
+        upright = level and _width_px(names, points) > pitch - 6
+        return cls(names, points, upright, _room_px(names, points) if upright or not level else _px(points))
 
     def put_on(self, axis: Axis) -> None:
         look = {"fontsize": self.points, "fontfamily": font_families(), "rotation": 90 if self.upright else 0}
@@ -217,6 +226,7 @@ def _draw_ranks(axes: Axes, counts: np.ndarray, names: Sequence[str]) -> None:
     order = np.argsort(-counts, kind="stable")
     axes.stairs(np.maximum(counts[order], 0.5), np.arange(len(counts) + 1) + 0.5, fill=True, baseline=0.5, color=ACCENT)
     axes.set_yscale("log")
+    axes.tick_params(which="minor", labelleft=False)
     axes.set(xlim=(0.5, len(counts) + 0.5), ylim=(0.5, max(counts.max() * 2, 10)))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     _count_axis(axes.xaxis)
@@ -229,8 +239,8 @@ def _draw_ranks(axes: Axes, counts: np.ndarray, names: Sequence[str]) -> None:
     axes.text(0.99, 0.98, "\n".join(lines), transform=axes.transAxes, linespacing=1.4, bbox=plate, **look)
 
 
-def _draw_shapes(axes: Axes, store: LabelStore) -> None:
-    """The largest first, so that they hide none."""
+def _draw_shapes(axes: Axes, store: LabelStore, end: float) -> None:
+    """Up to sizes of `end`; the largest first, so that they hide none."""
     from matplotlib.collections import LineCollection
 
     rows = _even(len(store.classes), MAX_BOXES)
@@ -240,23 +250,24 @@ def _draw_shapes(axes: Axes, store: LabelStore) -> None:
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]])
     colours = [(*class_colour(int(index)), 0.35) for index in store.classes[rows]]
     axes.add_collection(LineCollection(half[:, None] * corners, colors=colours, linewidths=0.7), autolim=False)
-    axes.set(xlim=(-0.52, 0.52), ylim=(0.52, -0.52))
+    axes.set(xlim=(-0.52 * end, 0.52 * end), ylim=(0.52 * end, -0.52 * end))
     selected = f"{len(rows):,} of {len(store.classes):,}" if len(rows) < len(store.classes) else ""
     dress(axes, "Box shapes", "from centre / image width", "from centre / image height", selected)
     if not len(rows):
         say(axes, "no labels")
 
 
-def _draw_histogram(axes: Axes, x: np.ndarray, y: np.ndarray) -> str:
-    """Says what the darkest shade stands for."""
+def _draw_histogram(axes: Axes, x: np.ndarray, y: np.ndarray, end_x: float = 1.0, end_y: float = 1.0) -> str:
+    """From nought to the ends. Says what the darkest shade stands for."""
     bins = int(np.clip(0.8 * math.sqrt(len(x)), 10, 50))  # few labels in fine bins are only noise
-    counts, _, _ = np.histogram2d(x, y, bins=bins, range=[[0, 1], [0, 1]])
+    counts, _, _ = np.histogram2d(x, y, bins=bins, range=[[0, end_x], [0, end_y]])
     shown = np.where(counts.T > 0, np.sqrt(counts.T), np.nan)  # the root keeps rare places visible beside busy ones
-    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set(xlim=(0, end_x), ylim=(0, end_y))
     if not len(x):
         say(axes, "no labels")
         return ""
-    axes.imshow(shown, origin="lower", extent=(0, 1, 0, 1), aspect="auto", cmap=blues(), vmin=0, interpolation="none")
+    extent = (0, end_x, 0, end_y)
+    axes.imshow(shown, origin="lower", extent=extent, aspect="auto", cmap=blues(), vmin=0, interpolation="none")
     return f"darkest: {counts.max():,.0f}"
 
 
@@ -266,25 +277,28 @@ def blues():
     return LinearSegmentedColormap.from_list("blues", ["#e6eef8", "#8db4dc", ACCENT, "#0b2a52"])
 
 
-def _plot_correlogram(values: dict[str, np.ndarray], path: Path) -> None:
+def _plot_correlogram(values: dict[str, tuple[np.ndarray, float]], path: Path) -> None:
+    """Of values between nought and an end."""
     side, apart = _CORRELATED, _CORRELATED + 38
     figure = new_figure(LEFT + 3 * apart + side + EDGE, EDGE + 3 * apart + side + BELOW)
-    for row, (y_name, y) in enumerate(values.items()):
-        for column, (x_name, x) in enumerate(list(values.items())[: row + 1]):
+    for row, (y_name, (y, end_y)) in enumerate(values.items()):
+        for column, (x_name, (x, end_x)) in enumerate(list(values.items())[: row + 1]):
             axes = axes_at(figure, LEFT + column * apart, EDGE + row * apart, side, side)
             if column == row:
-                axes.stairs(*np.histogram(x, bins=50, range=(0, 1)), fill=True, color=ACCENT)
-                axes.set(xlim=(0, 1), ylim=(0, None if len(x) else 1), yticks=[])
+                axes.stairs(*np.histogram(x, bins=50, range=(0, end_x)), fill=True, color=ACCENT)
+                axes.set(xlim=(0, end_x), ylim=(0, None if len(x) else 1), yticks=[])
             else:
-                _draw_histogram(axes, x, y)
-                axes.set_yticks(np.linspace(0, 1, 6))
+                _draw_histogram(axes, x, y, end_x, end_y)
+                axes.set_yticks(np.linspace(0, end_y, 6))
             dress(axes, x=x_name if row == 3 else "", y="labels" if column == row else y_name if column == 0 else "")
-            axes.set_xticks([0, 0.5, 1])
+            axes.set_xticks(np.linspace(0, end_x, 3))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.tick_params(labelbottom=row == 3, labelleft=column == 0)
             if (row, column) == (1, 0):
                 axes.invert_yaxis()  # as in the image
     W, H = figure.get_size_inches() * figure.dpi
-    said = f"Centres and sizes of {len(values['x']):,} boxes\nas fractions of the image; darker: more"
+    said = f"Centres and sizes of {len(values['x'][0]):,} boxes\nas fractions of the image; darker: more"
     figure.text(1 - EDGE / W, 1 - EDGE / H, said, fontsize=10, color=INK, ha="right", va="top", linespacing=1.5)
     save_figure(figure, path)
 
@@ -310,7 +324,7 @@ def plot_scan(stores: Mapping[str, LabelStore], names: Sequence[str], path: Path
     bars_px = (8 + 11 * len(stores)) * max(len(shown), 1)
     second = ABOVE + bars_px + BELOW + ABOVE - 10
     figure = new_figure(_SCAN, second + _SIZES + BELOW)
-    beside = EDGE + _width_px(labels, 8)
+    beside = EDGE + _room_px(labels, 8)
     _draw_class_bars(axes_at(figure, beside, ABOVE, _SCAN - beside - EDGE, bars_px), counts, len(names), shown, labels)
     across = _SCAN // max(len(stores), 2)
     for place, (split, store) in enumerate(stores.items()):
@@ -442,7 +456,7 @@ def _draw_lines(axes: Axes, x: np.ndarray, lines: dict[str, np.ndarray], best: i
         if best is not None and not legend:
             axes.plot(x[best], y[best], "o", color=SECOND, markersize=6)
             axes.set_title(f"{axes.get_title(loc='left')}   {y[best]:.3f}", fontsize=10, color=INK, loc="left")
-    _scale_lines(axes, x, np.concatenate([y[np.isfinite(y)] for y in drawn.values()]))
+    _scale_lines(axes, x, np.concatenate([y[np.isfinite(y)] for y in drawn.values()]), loss=few and any(drawn))
     if any(drawn):  # beside the title, where no line can be; rates fall, so there is room above their end
         look = {"fontsize": 8, "labelcolor": INK, "handlelength": 1.6, "handletextpad": 0.5}
         place = (
@@ -453,18 +467,22 @@ def _draw_lines(axes: Axes, x: np.ndarray, lines: dict[str, np.ndarray], best: i
         axes.legend(bbox_to_anchor=(1, 1), columnspacing=1.2, **place, **look)
 
 
-def _scale_lines(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+def _scale_lines(axes: Axes, x: np.ndarray, y: np.ndarray, *, loss: bool) -> None:
     """Whole epochs; values on a logarithmic axis where a few would press the others flat, as of a loss that blew up."""
     from matplotlib.ticker import MaxNLocator
 
     _count_axis(axes.xaxis, 6)
     beyond = max(0.5, 0.01 * (x.max() - x.min()))
     axes.set_xlim(x.min() - beyond, x.max() + beyond)
-    if y.min() > 0 and y.max() > 20 * np.median(y):
+    if loss and y.min() > 0 and y.max() > 100 * np.median(y):
         axes.set_yscale("log")
+        axes.tick_params(which="minor", labelleft=False)
         axes.set_ylabel("logarithmic", fontsize=8, color=GREY)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+        top = axes.get_ylim()[1] if y.max() > 0 else 1.0
+        if y.min() >= 0:  # what is never negative has no axis for it
+            axes.set_ylim(max(axes.get_ylim()[0], -0.03 * top), top)
     axes.yaxis.set_major_formatter("{x:.4g}")
 
 
@@ -537,7 +555,7 @@ def _plot_classes(
     named = [legend[0], *(legend[1 + index] for index in (*top, *bottom)), *([rest] if others else [])]
     W, H = 1080, 720
     figure = new_figure(W, H)
-    width = W - LEFT - EDGE - (_width_px(named, 8) + 62 if count else 0)  # 62: sample and spaces of the legend
+    width = W - LEFT - EDGE - (_room_px(named, 8) + 56 if count else 0)  # 56: sample and spaces of the legend
     axes = axes_at(figure, LEFT, ABOVE, width, H - ABOVE - BELOW)
     dress(axes, title, x[1], y[1])
     axes.grid(color=PALE, linewidth=0.6)
@@ -645,8 +663,8 @@ def _plot_matrix(
     left = beside.room_px + EDGE + 34
     above = ABOVE + 24 * title.count("\n")
     norm = Normalize(0, top) if top else PowerNorm(0.5, 0, max(np.nanmax(values), 1))
-    scale_px = 54 + _width_px([f"{norm.vmax:,.0f}"], 8)
-    width = left + max(side + scale_px, _width_px(title.split("\n"), 10)) + EDGE
+    scale_px = 50 + _room_px([f"{norm.vmax:,.0f}"], 8)
+    width = left + max(side + scale_px, _room_px(title.split("\n"), 10)) + EDGE
     figure = new_figure(width, above + side + under.room_px + BELOW - 8)
     axes = axes_at(figure, left, above, side, side)
     axes.imshow(values, cmap=blues(), norm=norm, interpolation="none", aspect="auto")
