@@ -140,17 +140,18 @@ def plot_labels(store: LabelStore, names: Sequence[str], folder: Path) -> None:
     Positions and sizes are fractions of the image. Where there are very many labels an even selection stands for all.
     """
     counts = np.bincount(store.classes, minlength=len(names))[: len(names)]
-    wide = len(names) > _MOST_COUNTED
-    columns, below = (3, _LOW) if wide else (2, _TALL)
-    width = _WIDTH // columns - LEFT - EDGE
-    ticks = _NameTicks.along(names, _WIDTH - LEFT - EDGE if wide else width)
+    many = len(names) > _MOST_COUNTED
+    columns, tall = (3, _LOW) if many else (2, _TALL)
+    across = _WIDTH // columns
+    wide = (_WIDTH if many else across) - LEFT - EDGE
+    ticks = _NameTicks.along(names, wide)
     second = ABOVE + _TALL + ticks.room_px + BELOW + ABOVE - 20
-    figure = new_figure(_WIDTH, second + below + BELOW)
-    _draw_counts(axes_at(figure, LEFT, ABOVE, _WIDTH - LEFT - EDGE if wide else width, _TALL), counts, names, ticks)
-    places = [(_WIDTH // columns * column + LEFT, second) for column in range(columns)]
-    if not wide:
-        places = [(places[1][0], ABOVE), *places]
-    shapes, centres, sizes = (axes_at(figure, *place, width, _TALL if place[1] == ABOVE else below) for place in places)
+    figure = new_figure(_WIDTH, second + tall + BELOW)
+    _draw_counts(axes_at(figure, LEFT, ABOVE, wide, _TALL), counts, names, ticks)
+    places = [(LEFT + across * column, second) for column in range(columns)]
+    if not many:
+        places.insert(0, (LEFT + across, ABOVE))
+    shapes, centres, sizes = (axes_at(figure, *place, across - LEFT - EDGE, tall) for place in places)
     x, y, width, height = _fractions(store, _even(len(store.classes), MAX_LABELS)).T
     largest = max(width.max(initial=0), height.max(initial=0))
     end = next((end for end in _ENDS if largest <= end), 1.0)
@@ -411,9 +412,8 @@ def plot_results(csv_path: Path, path: Path) -> None:
             axes.axvline(epochs[best], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
         _draw_lines(axes, epochs, {legend: columns[name] for name, legend in lines.items() if name in columns}, best)
     if best is not None:
-        said = (
-            f"Best fitness at epoch {epochs[best]:,g} of {epochs.max():,g}: dashed lines, and the figures beside titles"
-        )
+        of = f"epoch {epochs[best]:,g} of {epochs.max():,g}"
+        said = f"Best fitness at {of}: dashed lines, and the figures beside titles"
         figure.text(LEFT / W, 1 - EDGE / H, said, fontsize=11, color=INK, va="center")
     save_figure(figure, path)
 
@@ -449,22 +449,19 @@ def _draw_lines(axes: Axes, x: np.ndarray, lines: dict[str, np.ndarray], best: i
     for place, ((legend, y), colour) in enumerate(zip(drawn.items(), (ACCENT, SECOND, THIRD))):
         known = np.isfinite(y)  # an epoch without evaluation has no metrics
         marker = "o" if known.sum() <= (30 if few else 1) else None
-        width = (1.6 if known.sum() <= 300 else 1.0) + (
-            0 if few else 1.2 * (2 - place)
-        )  # where rates coincide all show
+        width = 1.6 if known.sum() <= 300 else 1.0
+        if not few:
+            width += 1.2 * (2 - place)  # rates coincide, and all show
         axes.plot(x[known], y[known], color=colour, linewidth=width, marker=marker, markersize=3, label=legend)
         if best is not None and not legend:
             axes.plot(x[best], y[best], "o", color=SECOND, markersize=6)
             axes.set_title(f"{axes.get_title(loc='left')}   {y[best]:.3f}", fontsize=10, color=INK, loc="left")
     _scale_lines(axes, x, np.concatenate([y[np.isfinite(y)] for y in drawn.values()]), loss=few and any(drawn))
-    if any(drawn):  # beside the title, where no line can be; rates fall, so there is room above their end
-        look = {"fontsize": 8, "labelcolor": INK, "handlelength": 1.6, "handletextpad": 0.5}
-        place = (
-            {"loc": "lower right", "ncols": 2, "borderaxespad": 0.2, "frameon": False}
-            if few
-            else {"loc": "upper right", "edgecolor": "none"}
-        )
-        axes.legend(bbox_to_anchor=(1, 1), columnspacing=1.2, **place, **look)
+    look = {"fontsize": 8, "labelcolor": INK, "handlelength": 1.6, "handletextpad": 0.5, "bbox_to_anchor": (1, 1)}
+    if not few:  # rates fall: there is room above their end
+        axes.legend(loc="upper right", edgecolor="none", **look)
+    elif any(drawn):  # beside the title, where no line can be
+        axes.legend(loc="lower right", ncols=2, columnspacing=1.2, borderaxespad=0.2, frameon=False, **look)
 
 
 def _scale_lines(axes: Axes, x: np.ndarray, y: np.ndarray, *, loss: bool) -> None:
