@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.report.annotate import _free_place, annotated, class_colour
+from utils.report.annotate import _free_place, annotated, class_colour, class_name
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -170,6 +170,22 @@ assert "matplotlib.pyplot" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (("cat",), "cat"),
+        ((" a\nb\x1b[31m ",), "a b [31m"),
+        (("x" * 20 + "y" * 20,), "x" * 15 + "…" + "y" * 8),
+        (("größe ρ",), "größe ρ"),
+        (("\U000e0041\U000e0042",), "class 0"),  # in no font
+        (("",), "class 0"),
+        ((), "class 0"),
+    ],
+)
+def test_a_class_is_named_so_that_it_can_be_read(names, shown):
+    assert class_name(names, 0) == shown
 
 
 def test_colours_of_the_first_classes_differ_and_show_on_white():

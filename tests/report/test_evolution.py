@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 import cv2
 import numpy as np
 import pytest
-from matplotlib.text import Text
 
+from tests.report.looks import check_texts, texts_of
 from utils.hyp import GENES
 from utils.report import evolution
 from utils.report.evolution import plot_evolution
@@ -83,29 +83,12 @@ def test_every_size_gives_a_picture_of_one_width(tmp_path, num_genes, num_trials
     assert image is not None and image.shape[1] == 1560 and image.std() > 1
 
 
-def texts_of(figure):
-    """Every text that shows, with where it is in pixels."""
-    figure.canvas.draw()
-    ticks = {}
-    for axes in figure.axes:
-        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            ends = sorted((low, high))
-            ticks |= {id(tick.label1): ends[0] <= tick.get_loc() <= ends[1] for tick in axis.get_major_ticks()}
-    for text in figure.findobj(Text):
-        if text.get_visible() and text.get_text() and ticks.get(id(text), True):
-            yield text.get_text(), text.get_window_extent()
-
-
 @pytest.mark.parametrize("num_genes, num_trials", [(1, 0), (1, 1), (13, 1), (3, 10), (1, 300), (13, 300), (31, 300)])
 def test_no_text_is_cut_off_or_over_another(figures, tmp_path, num_genes, num_trials):
     genes = ranges(num_genes)
     trials = [replace(one, number=one.number * 40) for one in draws(num_trials, genes)]
     plot(tmp_path / "evolve.png", trials, genes, shares(genes) if num_trials > 9 else None)
-    texts = list(texts_of(figures[0]))
-    for text, box in texts:
-        assert box.min.min() >= 0 and (box.max <= figures[0].bbox.max).all(), text
-    for (text, box), (other, over) in itertools.combinations(texts, 2):
-        assert not box.overlaps(over), (text, other)
+    check_texts(figures[0])
 
 
 def test_the_caption_counts_and_names_the_best(figures, tmp_path):

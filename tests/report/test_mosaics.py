@@ -9,14 +9,14 @@ from tests.stores import ImageLabels, build_store
 from utils.data.store import plain_store
 from utils.report import mosaics
 from utils.report.annotate import class_colour, write_image
-from utils.report.mosaics import draw_batch, plot_worst
+from utils.report.mosaics import DrawnBoxes, draw_batch, draw_pairs, plot_worst
 from utils.structures import FALSE_ALARM, HIT, MISSED, JudgedImage, LabelStore
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-def plot_batch(*batch, path, **options):
-    write_image(draw_batch(*batch, **options), path)
+def plot_batch(images, boxes, classes, image_of, names, *, path, scores=None, **options):
+    write_image(draw_batch(images, DrawnBoxes(boxes, classes, image_of, scores), names, **options), path)
 
 
 def read(path) -> np.ndarray:
@@ -57,14 +57,14 @@ def test_a_box_lies_where_it_belongs_in_the_colour_of_its_class(tmp_path):
     rows, columns = np.flatnonzero(coloured.any(1)), np.flatnonzero(coloured.any(0))
     assert columns.min() - 8 == pytest.approx(100 * scale, abs=2)
     assert columns.max() - 8 == pytest.approx(300 * scale, abs=2)
-    assert rows.max() - 30 == pytest.approx(350 * scale, abs=2)
+    assert rows.max() - 8 == pytest.approx(350 * scale, abs=2)
 
 
 def test_nothing_is_drawn_beside_a_tile(tmp_path):
     """Boxes that stick out and long names leave the gaps between tiles white."""
     plot_batch(**batch(), path=tmp_path / "batch.png")
     picture = read(tmp_path / "batch.png")
-    assert (picture[:, :8] == 255).all() and (picture[:, -8:] == 255).all() and (picture[:30] == 255).all()
+    assert (picture[:, :8] == 255).all() and (picture[:, -8:] == 255).all() and (picture[:8] == 255).all()
 
 
 @pytest.mark.parametrize("width", [123, 240, 999])
@@ -72,7 +72,7 @@ def test_pixels_arrive_as_they_are(tmp_path, width):
     image = np.random.default_rng(0).integers(0, 256, (1, 3, 1000, width)).astype(np.uint8)
     nothing = np.zeros(0, int)
     plot_batch(image, np.zeros((0, 4)), nothing, nothing, (), path=tmp_path / "batch.png")
-    assert np.array_equal(read(tmp_path / "batch.png")[30:-8, 8:-8], image[0].transpose(1, 2, 0))
+    assert np.array_equal(read(tmp_path / "batch.png")[8:-8, 8:-8], image[0].transpose(1, 2, 0))
 
 
 def test_only_confident_detections_are_drawn(tmp_path):
@@ -80,6 +80,35 @@ def test_only_confident_detections_are_drawn(tmp_path):
         plot_batch(**batch(), path=tmp_path / f"{name}.png", scores=np.full(15, score))
     assert (read(tmp_path / "none.png").max(-1) == read(tmp_path / "none.png").min(-1)).all()
     assert (read(tmp_path / "all.png").max(-1) != read(tmp_path / "all.png").min(-1)).any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 20])
+@pytest.mark.parametrize("size", [(32, 32), (320, 416), (1280, 96), (64, 1280)])
+def test_pairs_fit_and_are_of_the_same_images_at_each_call(count, size):
+    given = batch(count, *size)
+    labels = DrawnBoxes(given["boxes"], given["classes"], given["image_of"])
+    captions = [f"folder/{index}.jpg" for index in range(count)]
+    first, later = (
+        draw_pairs(given["images"], labels, replace(labels, scores=np.full(3 * count, score)), given["names"], captions)
+        for score in (0.1, 0.9)
+    )
+    assert first.shape == later.shape and max(first.shape[:2]) <= 1600
+    assert (first != later).any()
+
+
+def test_a_pair_has_labels_on_the_left_and_what_was_found_on_the_right(monkeypatch):
+    said = []
+    monkeypatch.setattr(mosaics, "write_line", lambda image, text, *args, **kwargs: said.append(text))
+    box, zero = np.array([[100, 150, 300, 350]], np.float32), np.zeros(1, int)
+    nothing = DrawnBoxes(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, int), np.zeros(0))
+    for labels, found, expected in (
+        (DrawnBoxes(box, zero, zero), nothing, (True, False)),
+        (nothing, DrawnBoxes(box, zero, zero, np.full(1, 0.9)), (False, True)),
+    ):
+        picture = draw_pairs(np.full((1, 3, 400, 400), 128, np.uint8), labels, found, ("cat",), ["a/b.jpg"])
+        halves = np.split(picture, [picture.shape[1] // 2], 1)
+        assert tuple(has_colour(half, class_colour(0)) for half in halves) == expected
+    assert said[:2] == ["1 label: b.jpg", "0 predicted, confidence from 0.25"]
 
 
 def test_batches_without_boxes_or_names(tmp_path):

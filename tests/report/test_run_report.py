@@ -333,8 +333,8 @@ def test_boxes_end_where_their_image_does(tmp_path, store, monkeypatch):
     """The padding of a letterbox is no part of the image: boxes are cut there, and go where they lie there alone."""
     drawn = {}
 
-    def draw(images, boxes, *_, **__):
-        drawn.update(boxes=boxes.tolist())
+    def draw(images, shown, *_, **__):
+        drawn.update(boxes=shown.boxes.tolist())
         return np.zeros((4, 4, 3), np.uint8)
 
     monkeypatch.setattr(mosaics, "draw_batch", draw)

@@ -10,7 +10,7 @@ import colorsys
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -64,9 +64,34 @@ def ink_on(colour: Colour) -> Colour:
     return (1.0, 1.0, 1.0) if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else (0.0, 0.0, 0.0)
 
 
-def short_name(name: str) -> str:
-    """At most 24 letters of the name of a class, with what tells long ones apart: their beginning and their end."""
+def class_name(names: Sequence[str], index: int) -> str:
+    """The name of a class as all pictures have it, on one line.
+
+    Of a long one what tells it apart, its beginning and its end, 24 letters in all. Its number where it has no name, or
+    where no font that is installed has any letter of it.
+    """
+    name = _printable(names[index]).strip() if index < len(names) else ""
+    if not name or not _is_legible(name):
+        return f"class {index}"
     return name if len(name) <= 24 else f"{name[:15]}…{name[-8:]}"
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+@lru_cache(4096)
+def _is_legible(name: str) -> bool:
+    return name.isascii() or any(ord(letter) in font for letter in name if not letter.isspace() for font in _letters())
+
+
+@lru_cache(1)
+def _letters() -> list[Mapping[int, int]]:
+    """What each font for names has, by code point."""
+    with quiet_matplotlib():
+        from matplotlib.font_manager import findfont, get_font
+
+        return [get_font(findfont(family)).get_charmap() for family in font_families()]
 
 
 def _bytes(colour: Colour) -> np.ndarray:
@@ -263,7 +288,7 @@ def _shortened(text: str, text_px: int, width: int) -> np.ndarray:
 @lru_cache(4096)
 def _rendered(text: str, text_px: int) -> np.ndarray:
     """(line_height, w) u8, read-only."""
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    text = _printable(text)
     with quiet_matplotlib():
         from matplotlib.backends.backend_agg import RendererAgg
 

@@ -1,7 +1,4 @@
-"""The picture of a study: fitness over its trials, fitness against each gene, and how much each gene matters.
-
-Places are counted in pixels, not left to a layout engine: that takes seconds for thirty panels.
-"""
+"""The picture of a study: fitness over its trials, fitness against each gene, and how much each gene matters."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from utils.report.plots import ACCENT, GREY, INK, PALE, SECOND, blues, dress, new_figure, save_figure, say
+from utils.report.plots import ACCENT, GREY, INK, PALE, SECOND, axes_at, blues, dress, new_figure, save_figure, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,25 +69,19 @@ def plot_evolution(
     columns = max(math.ceil(len(genes) / max(rows, 1)), _LEAST_COLUMNS)
     top = max(_LEAST_TOP, _BAR * len(importances))
     panels_y = _CAPTION + _ABOVE + top + _BELOW
-    figure = new_figure(_WIDTH, panels_y + rows * (_ABOVE + _PANEL + _UNDER), layout=None)
+    figure = new_figure(_WIDTH, panels_y + rows * (_ABOVE + _PANEL + _UNDER))
     known = [trial for trial in trials if _is_known(trial)]
     winner = next((trial for trial in known if trial.number == best), None)
     _write_caption(figure, trials, winner)
-    _draw_history(_axes(figure, _LEFT, _CAPTION + _ABOVE, _HISTORY, top), trials, known, winner)
-    _draw_importances(_axes(figure, _LEFT + _HISTORY + _NAMES, _CAPTION + _ABOVE, _SHARES, top), importances)
+    _draw_history(axes_at(figure, _LEFT, _CAPTION + _ABOVE, _HISTORY, top), trials, known, winner)
+    _draw_importances(axes_at(figure, _LEFT + _HISTORY + _NAMES, _CAPTION + _ABOVE, _SHARES, top), importances)
     complete = _of(known, "complete")
     width = (_WIDTH - _LEFT - _EDGE - (columns - 1) * _BESIDE) // columns
     for index, (name, gene) in enumerate(genes.items()):
         row, column = divmod(index, columns)
         x, y = _LEFT + column * (width + _BESIDE), panels_y + row * (_ABOVE + _PANEL + _UNDER) + _ABOVE
-        _draw_gene(_axes(figure, x, y, width, _PANEL), name, gene, complete, winner, labelled=column == 0)
+        _draw_gene(axes_at(figure, x, y, width, _PANEL), name, gene, complete, winner, labelled=column == 0)
     save_figure(figure, path)
-
-
-def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place in pixels from the top left corner."""
-    W, H = figure.get_size_inches() * figure.dpi
-    return figure.add_axes((left / W, 1 - (top + height) / H, width / W, height / H))
 
 
 def _is_known(trial: Trial) -> bool:

@@ -15,51 +15,101 @@ import numpy as np
 
 from utils.data.images import ImageError, decode_image, quiet_opencv
 from utils.data.probe import overheard
-from utils.report.annotate import Colour, class_colour, draw_boxes, short_name, text_width, write_image, write_line
+from utils.report.annotate import class_colour, class_name, draw_boxes, text_width, write_image, write_line
 from utils.structures import FALSE_ALARM, HIT, MISSED, JudgedImage, LabelStore
 
 MAX_SIDE_PX = 1920  # of a mosaic
+PAIRS_PX, MAX_PAIRS = 1600, 8  # sides, and images, of one that is drawn again and again
+SHOWN_CONFIDENCE = 0.25  # detections below it are not drawn
 
 _TEXT_PX, _STRIP_PX, _GAP_PX = 13, 22, 8  # label text, caption strip, space between tiles
+_TITLE_PX, _HEAD_PX = 14, 26  # text above a mosaic, and the room for it
+_INK = (0.13, 0.13, 0.13)
+_SMALL_PX = 320  # the side up to which images are enlarged
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
+@dataclass(frozen=True)
+class DrawnBoxes:
+    """Boxes on the images of a batch: labels, or detections with scores."""
+
+    boxes: np.ndarray  # (T, 4) xyxy px of the images
+    classes: np.ndarray  # (T,)
+    image_of: np.ndarray  # (T,)
+    scores: np.ndarray | None = None  # (T,)
+
+    def of(self, image: int) -> np.ndarray:
+        """The rows that are drawn onto this image: all labels, or what is confident, the surest first."""
+        rows = np.flatnonzero(self.image_of == image)
+        if self.scores is None:
+            return rows
+        rows = rows[self.scores[rows] >= SHOWN_CONFIDENCE]
+        return rows[np.argsort(-self.scores[rows], kind="stable")]
+
+
 def draw_batch(
     images: np.ndarray,
-    boxes: np.ndarray,
-    classes: np.ndarray,
-    image_of: np.ndarray,
+    shown: DrawnBoxes,
     names: Sequence[str],
     *,
-    scores: np.ndarray | None = None,
+    title: str = "",
     captions: Sequence[str] | None = None,
     max_images: int = 16,
-    confidence: float = 0.25,
 ) -> np.ndarray:
     """A mosaic (H, W, 3) u8 RGB of the first `max_images` images with their boxes, names and, where given, scores.
 
-    images (B, 3, H, W) u8 RGB; boxes (T, 4) xyxy px of those images; classes, image_of, scores (T,); captions (B,), of
-    which the last path part is shown. Boxes that score below `confidence` are left out. Small images are enlarged so
-    that text stays legible. A name that finds no free place is left out: its box still has the colour of the class.
+    images (B, 3, H, W) u8 RGB; captions (B,), of which the last path part is shown. Boxes that score below
+    `SHOWN_CONFIDENCE` are left out. Small images are enlarged so that text stays legible. A name that finds no free
+    place is left out: its box still has the colour of the class.
     """
     images = images[:max_images]
-    keep = image_of < len(images)
-    if scores is not None:
-        keep &= scores >= confidence
-    mosaic, tiles, scale = _tiled(images)
-    for index, tile in enumerate(tiles):
-        mine = np.flatnonzero(keep & (image_of == index))
-        if scores is not None:
-            mine = mine[np.argsort(-scores[mine], kind="stable")]
-        texts = [_box_text(names, int(classes[row]), None if scores is None else scores[row]) for row in mine]
-        colours = [class_colour(int(classes[row])) for row in mine]
-        line_px = _line_px(boxes[mine] * scale)
-        draw_boxes(tile.pixels, boxes[mine] * scale, texts, colours, line_px=line_px, text_px=_TEXT_PX)
+    strip_px, head_px = _STRIP_PX if captions is not None else 0, _HEAD_PX if title else 0
+    columns, scale = _arranged(len(images), images.shape[2:], MAX_SIDE_PX, strip_px=strip_px, head_px=head_px)
+    size = _scaled(images, scale)
+    mosaic, tiles = _white_mosaic(len(images), columns, size, strip_px=strip_px, head_px=head_px)
+    if title:
+        write_line(mosaic, title, (_GAP_PX, 6), text_px=_TITLE_PX, width=mosaic.shape[1] - 2 * _GAP_PX, ink=_INK)
+    for index, (tile, image) in enumerate(zip(tiles, images)):
+        tile.pixels[:] = _resized(image, size)
+        _draw_on(tile, shown, index, scale, names)
         if captions is not None:
             tile.caption(Path(captions[index]).name)
     return mosaic
+
+
+def draw_pairs(
+    images: np.ndarray, labels: DrawnBoxes, found: DrawnBoxes, names: Sequence[str], captions: Sequence[str]
+) -> np.ndarray:
+    """A mosaic of the first images twice each: with labels, and to the right of it with what was found.
+
+    As `draw_batch`, but at most `MAX_PAIRS` images and `PAIRS_PX` px wide and high.
+    """
+    images = images[:MAX_PAIRS]
+    B, _, H, W = images.shape
+    columns, scale = _arranged(B, (H, 2 * W), PAIRS_PX, strip_px=_STRIP_PX)
+    height, width = size = _scaled(images, scale)
+    mosaic, tiles = _white_mosaic(B, columns, (height, 2 * width), strip_px=_STRIP_PX)
+    for index, (tile, image) in enumerate(zip(tiles, images)):
+        left, right = tile.part(slice(0, width)), tile.part(slice(width, 2 * width))
+        left.pixels[:] = right.pixels[:] = _resized(image, size)
+        there, seen = (_draw_on(side, shown, index, scale, names) for side, shown in ((left, labels), (right, found)))
+        left.caption(f"{there:,} label{'s' * (there != 1)}: {Path(captions[index]).name}")
+        right.caption(f"{seen:,} predicted, confidence from {SHOWN_CONFIDENCE:g}")
+        right.pixels[:, :2] = 255  # a line between the two
+    return mosaic
+
+
+def _draw_on(tile: _Tile, shown: DrawnBoxes, image: int, scale: float, names: Sequence[str]) -> int:
+    """Says how many."""
+    rows = shown.of(image)
+    boxes, classes = shown.boxes[rows] * scale, shown.classes[rows].tolist()
+    scores = [None] * len(rows) if shown.scores is None else shown.scores[rows].tolist()
+    texts = [_box_text(names, one, score) for one, score in zip(classes, scores)]
+    colours = [class_colour(one) for one in classes]
+    draw_boxes(tile.pixels, boxes, texts, colours, line_px=_line_px(boxes), text_px=_TEXT_PX)
+    return len(rows)
 
 
 @dataclass(frozen=True)
@@ -69,9 +119,12 @@ class _Tile:
     pixels: np.ndarray  # (h, w, 3) u8 RGB
     strip: np.ndarray  # (s, w, 3)
 
-    def caption(self, text: str, line: int = 0, ink: Colour = (0.13, 0.13, 0.13)) -> None:
+    def caption(self, text: str, line: int = 0) -> None:
         corner = (0, 1 + line * (_STRIP_PX - 3))
-        write_line(self.strip, text, corner, text_px=_TEXT_PX, width=self.strip.shape[1], ink=ink)
+        write_line(self.strip, text, corner, text_px=_TEXT_PX, width=self.strip.shape[1] - _GAP_PX, ink=_INK)
+
+    def part(self, columns: slice) -> _Tile:
+        return _Tile(self.pixels[:, columns], self.strip[:, columns])
 
 
 def _white_mosaic(
@@ -89,24 +142,44 @@ def _white_mosaic(
     return mosaic, tiles
 
 
-def _tiled(images: np.ndarray) -> tuple[np.ndarray, list[_Tile], float]:
-    """A mosaic of images (B, 3, H, W), its tiles, and the scale from image px to its px."""
-    B, _, H, W = images.shape
-    columns = max(min(math.ceil(math.sqrt(B * H / W)), B), 1)  # about as wide as high
-    rows = max(math.ceil(B / columns), 1)
-    room = (MAX_SIDE_PX - _GAP_PX) / columns - _GAP_PX, (MAX_SIDE_PX - _GAP_PX) / rows - _GAP_PX - _STRIP_PX
-    scale = min(room[0] / W, room[1] / H)
-    scale = float(min(int(scale), 4)) if scale >= 1 else scale  # enlarge by whole factors: pixels stay pixels
-    size = max(round(H * scale), 1), max(round(W * scale), 1)
-    mosaic, tiles = _white_mosaic(B, columns, size, strip_px=_STRIP_PX)
-    for tile, image in zip(tiles, images):
-        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
-        tile.pixels[:] = cv2.resize(np.ascontiguousarray(image.transpose(1, 2, 0)), size[::-1], interpolation=how)
-    return mosaic, tiles, scale
+def _arranged(
+    count: int, image: tuple[int, int], side_px: int, *, strip_px: int, head_px: int = 0
+) -> tuple[int, float]:
+    """The number of columns, and the scale, that show `count` images (height, width) largest in a square of `side_px`.
+
+    Small images are enlarged by whole factors: pixels stay pixels.
+    """
+    height, width = image
+    most = max(4, _SMALL_PX // max(height, width))
+
+    def scale(columns: int) -> float:
+        room_y = (side_px - head_px - _GAP_PX) / math.ceil(count / columns) - _GAP_PX - strip_px
+        largest = min(((side_px - _GAP_PX) / columns - _GAP_PX) / width, room_y / height)
+        return min(int(largest), most) if largest >= 1 else largest
+
+    def unevenness(columns: int) -> float:
+        return abs(math.log(columns * width / (math.ceil(count / columns) * height)))
+
+    columns = max(range(1, max(count, 1) + 1), key=lambda columns: (scale(columns), -unevenness(columns)))
+    return columns, scale(columns)
+
+
+def _scaled(images: np.ndarray, scale: float) -> tuple[int, int]:
+    """The height and width of a tile for images (B, 3, H, W)."""
+    height, width = (
+        max(int(side * scale + 1e-6), 1) for side in images.shape[2:]
+    )  # cut off, not rounded: all of them fit
+    return height, width
+
+
+def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(3, H, W) as (h, w, 3) of this height and width."""
+    how = cv2.INTER_AREA if size[0] < image.shape[1] else cv2.INTER_NEAREST
+    return cv2.resize(np.ascontiguousarray(image.transpose(1, 2, 0)), size[::-1], interpolation=how)
 
 
 def _box_text(names: Sequence[str], index: int, score: float | None) -> str:
-    name = short_name(names[index] if index < len(names) else str(index))
+    name = class_name(names, index)
     return name if score is None else f"{name} {score:.2f}"
 
 

@@ -72,31 +72,39 @@ class PictureFiles(Pictures):
     def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> np.ndarray | None:
         if index >= self.batches:
             return None
-        picture = self._drawn(batch.to(torch.device("cpu")), self.train)
+        batch = batch.to(torch.device("cpu"))
+        picture = self._drawn(f"Training batch {index}, as the network sees it", batch, _labels(batch), self.train)
         write_image(picture, self.folder / f"train_batch{index}.jpg")
         return picture
 
     def progress(self, batch: Batch, detections: Sequence[Detections]) -> np.ndarray | None:
-        found, scores = self._found(batch, detections)
-        sides = (self._drawn(batch, self.val, max_images=4), self._drawn(found, self.val, scores, max_images=4))
-        return np.concatenate(sides, 1)
+        found = self._found(batch, detections)
+        captions = [self.val.path(image) for image in batch.indices.tolist()]
+        return mosaics.draw_pairs(batch.images.numpy(), _labels(batch), found, self.names, captions)
 
     def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
         if index >= self.batches:
             return
-        write_image(self._drawn(batch, self.val), self.folder / f"val_batch{index}_labels.jpg")
-        found, scores = self._found(batch, detections)
-        write_image(self._drawn(found, self.val, scores), self.folder / f"val_batch{index}_pred.jpg")
+        least = f"{mosaics.SHOWN_CONFIDENCE:g}"
+        for file, title, shown in (
+            ("labels", f"Batch {index} of the evaluation: labels", _labels(batch)),
+            (
+                "pred",
+                f"Batch {index} of the evaluation: predicted, confidence from {least}",
+                self._found(batch, detections),
+            ),
+        ):
+            write_image(self._drawn(title, batch, shown, self.val), self.folder / f"val_batch{index}_{file}.jpg")
 
-    def _found(self, batch: Batch, detections: Sequence[Detections]) -> tuple[Batch, np.ndarray]:
-        """The batch with detections in place of labels, and their scores."""
+    def _found(self, batch: Batch, detections: Sequence[Detections]) -> mosaics.DrawnBoxes:
         found = replace(
             batch,
             boxes=torch.cat([one.boxes.cpu() for one in detections]),
             classes=torch.cat([one.classes.cpu() for one in detections]),
             image_of=torch.cat([torch.full((len(one.scores),), image) for image, one in enumerate(detections)]),
         )
-        return _cut_to_images(found, self.val), torch.cat([one.scores.cpu() for one in detections]).numpy()
+        scores = torch.cat([one.scores.cpu() for one in detections]).numpy()
+        return replace(_labels(_cut_to_images(found, self.val)), scores=scores)
 
     def finished(self, metrics: Metrics) -> None:
         if metrics.labels:  # else there is nothing to judge by
@@ -115,19 +123,13 @@ class PictureFiles(Pictures):
             confidence=metrics.best_confidence if metrics.f1 else None,
         )
 
-    def _drawn(
-        self, batch: Batch, store: LabelStore, scores: np.ndarray | None = None, *, max_images: int = 16
-    ) -> np.ndarray:
-        return mosaics.draw_batch(
-            batch.images.numpy(),
-            batch.boxes.numpy(),
-            batch.classes.numpy(),
-            batch.image_of.numpy(),
-            self.names,
-            scores=scores,
-            captions=None if batch.placements is None else [store.path(image) for image in batch.indices.tolist()],
-            max_images=max_images,
-        )
+    def _drawn(self, title: str, batch: Batch, shown: mosaics.DrawnBoxes, store: LabelStore) -> np.ndarray:
+        captions = None if batch.placements is None else [store.path(image) for image in batch.indices.tolist()]
+        return mosaics.draw_batch(batch.images.numpy(), shown, self.names, title=title, captions=captions)
+
+
+def _labels(batch: Batch) -> mosaics.DrawnBoxes:
+    return mosaics.DrawnBoxes(batch.boxes.numpy(), batch.classes.numpy(), batch.image_of.numpy())
 
 
 class GuardedPictures(Pictures):
