@@ -1,0 +1,136 @@
+"""What a run is, and what came of it, as texts in Markdown: tables for whoever cannot look into its folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from utils.clock import PARTS
+from utils.config import TrainOptions, spelling
+from utils.hyp import GENES, Hyperparameters, plain_values
+from utils.report.about import About, SplitSummary
+from utils.structures import Metrics
+
+_MOST_CLASSES = 100  # of a table
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Of plain texts and numbers; the first column to the left, numbers to the right."""
+    cells = [[*row] for row in rows]
+    numbers = [place > 0 and all(isinstance(row[place], (int, float)) for row in cells) for place in range(len(titles))]
+    lines = [
+        [_plain(title) for title in titles],
+        ["---:" if number else "---" for number in numbers],
+        *([_plain(_shown(cell)) for cell in row] for row in cells),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def options_text(options: TrainOptions) -> str:
+    """Every option; those that are not as by default come first, with what that is."""
+    rows = [(spelling(item.name), getattr(options, item.name), item.default) for item in fields(options)]
+    return _beside_defaults("option", rows)
+
+
+def hyp_text(hyp: Hyperparameters) -> str:
+    """Every hyperparameter likewise, with its meaning."""
+    default = plain_values(Hyperparameters())
+    rows = [(name, value, default[name]) for name, value in plain_values(hyp).items()]
+    return _beside_defaults("hyperparameter", rows, {name: gene.meaning for name, gene in GENES.items()})
+
+
+def _beside_defaults(
+    title: str, rows: Iterable[tuple[str, Any, Any]], meanings: Mapping[str, str] | None = None
+) -> str:
+    rows = sorted(rows, key=lambda row: row[1] == row[2])
+    return table(
+        [title, "value", "default, where it differs", *(["meaning"] if meanings else [])],
+        [
+            [
+                name,
+                _shown(value),
+                "" if value == default else _shown(default),
+                *([meanings.get(name, "")] if meanings else []),
+            ]
+            for name, value, default in rows
+        ],
+    )
+
+
+def data_text(about: About) -> str:
+    """What each split holds, how often each class is labelled, and what was found to be wrong."""
+    splits = about.splits
+    titles = ["split", "images", "without labels", "unusable", "labels"]
+    counts = [[name, one.images, one.background, one.skipped, one.labels] for name, one in splits.items()]
+    classes = [[name, *counts] for name, *counts in zip(about.names, *(one.labels_of_class for one in splits.values()))]
+    classes.sort(key=lambda row: -row[1])
+    shown = f" (the {_MOST_CLASSES} with most labels of {len(classes):,})" if len(classes) > _MOST_CLASSES else ""
+    parts = [
+        f"Data set `{about.data}`",
+        table(titles, counts),
+        f"Labels per class{shown}",
+        table(["class", *splits], classes[:_MOST_CLASSES]),
+        _findings(splits),
+    ]
+    return "\n\n".join(parts)
+
+
+def _findings(splits: Mapping[str, SplitSummary]) -> str:
+    rows = [
+        [one.severity, split, one.count, one.problem, one.where]
+        for split, summary in splits.items()
+        for one in summary.findings
+    ]
+    if not rows:
+        return "Nothing was found to be wrong with it."
+    return "Findings\n\n" + table(["severity", "split", "times", "the first of them", "where"], rows)
+
+
+def environment_text(about: About) -> str:
+    """The network, what it is trained on this time, and when and how the run was started."""
+    network = {"network": about.network, "parameters": f"{about.parameters:,}", "GFLOPs": f"{about.gflops:.1f}"}
+    rows = (network | about.starts[-1].environment).items()
+    starts = [[one.time, one.first_epoch, one.command] for one in about.starts]
+    return table(["", ""], rows) + "\n\nStarts\n\n" + table(["time", "first epoch", "command"], starts)
+
+
+def time_text(timing: Mapping[str, float]) -> str:
+    """Seconds by column of timing.csv, and what share of all they are."""
+    whole = timing["epoch_s"]
+    parts = {part.replace("_", " "): timing[f"{part}_s"] for part in PARTS}
+    parts |= {"rest": max(whole - sum(parts.values()), 0.0), "all": whole}
+    rows = [[name, f"{seconds:.1f}", f"{seconds / max(whole, 1e-9):.1%}"] for name, seconds in parts.items()]
+    return table(["part", "seconds", "share"], rows)
+
+
+def classes_text(metrics: Metrics) -> str:
+    """Figures of all classes together and of each that has labels."""
+    classes = [one for one in metrics.per_class if one.labels]
+    rows = [
+        [
+            name,
+            one.images,
+            one.labels,
+            *(f"{figure:.3f}" for figure in (one.precision, one.recall, one.f1, one.map50, one.map50_95)),
+        ]
+        for name, one in [("all", metrics), *((one.name, one) for one in classes)]
+    ]
+    return table(["class", "images", "labels", "precision", "recall", "F1", "mAP@.5", "mAP@.5:.95"], rows)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return f"{value:g}" if isinstance(value, float) else str("none" if value in (None, "") else value)
+
+
+def _plain(cell: str) -> str:
+    """Markdown that shows a text as it is, in one line."""
+    cell = " ".join(cell.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_{}\[\]>#|~])", r"\\\1", cell)
