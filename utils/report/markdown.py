@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,50 +13,35 @@ from utils.hyp import GENES, Hyperparameters, plain_values
 from utils.report.about import About, SplitSummary
 from utils.structures import Metrics
 
+_BESIDE_DEFAULTS = ("value", "default, where it differs")
 _MOST_CLASSES = 100  # of a table
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Of plain texts and numbers; the first column to the left, numbers to the right."""
-    cells = [[*row] for row in rows]
-    numbers = [place > 0 and all(isinstance(row[place], (int, float)) for row in cells) for place in range(len(titles))]
-    lines = [
-        [_plain(title) for title in titles],
-        ["---:" if number else "---" for number in numbers],
-        *([_plain(_shown(cell)) for cell in row] for row in cells),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Of texts and numbers, which are shown as they are."""
+    texts = ([cell if isinstance(cell, str) else _shown(cell) for cell in row] for row in (titles, *rows))
+    first, *others = [f"| {' | '.join(map(_plain, line))} |" for line in texts]
+    return "\n".join([first, f"|{' --- |' * len(titles)}", *others])
 
 
 def options_text(options: TrainOptions) -> str:
     """Every option; those that are not as by default come first, with what that is."""
     rows = [(spelling(item.name), getattr(options, item.name), item.default) for item in fields(options)]
-    return _beside_defaults("option", rows)
+    return table(["option", *_BESIDE_DEFAULTS], _beside_defaults(rows))
 
 
 def hyp_text(hyp: Hyperparameters) -> str:
     """Every hyperparameter likewise, with its meaning."""
     default = plain_values(Hyperparameters())
-    rows = [(name, value, default[name]) for name, value in plain_values(hyp).items()]
-    return _beside_defaults("hyperparameter", rows, {name: gene.meaning for name, gene in GENES.items()})
+    meanings = {name: gene.meaning for name, gene in GENES.items()}
+    rows = [(name, value, default[name], meanings.get(name, "")) for name, value in plain_values(hyp).items()]
+    return table(["hyperparameter", *_BESIDE_DEFAULTS, "meaning"], _beside_defaults(rows))
 
 
-def _beside_defaults(
-    title: str, rows: Iterable[tuple[str, Any, Any]], meanings: Mapping[str, str] | None = None
-) -> str:
-    rows = sorted(rows, key=lambda row: row[1] == row[2])
-    return table(
-        [title, "value", "default, where it differs", *(["meaning"] if meanings else [])],
-        [
-            [
-                name,
-                _shown(value),
-                "" if value == default else _shown(default),
-                *([meanings.get(name, "")] if meanings else []),
-            ]
-            for name, value, default in rows
-        ],
-    )
+def _beside_defaults(rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+    """Rows of a name, a value, its default, and what else there is to say."""
+    for name, value, default, *more in sorted(rows, key=lambda row: row[1] == row[2]):
+        yield name, _shown(value), "" if value == default else _shown(default), *more
 
 
 def data_text(about: About) -> str:

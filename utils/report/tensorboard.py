@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.clock import PARTS
-from utils.hyp import GENES, plain_values
+from utils.hyp import plain_values
 from utils.report import markdown, summaries
 from utils.report.event_file import EventFile, event, graph_event, is_installed
 from utils.report.graph import graph_def, network_graph
@@ -24,9 +24,8 @@ from utils.structures import Metrics
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.plugins.hparams.api_pb2 import HParamInfo
 
-FINAL_METRICS = {  # columns of HParams: figures of best.pt
+FINAL_METRICS = {  # of best.pt: with this prefix they are the first metrics of HParams
     "final/fitness": "fitness",
     "final/mAP_0.5": "map50",
     "final/mAP_0.5:0.95": "map50_95",
@@ -97,10 +96,7 @@ class TensorBoardLogger(Logger):
     def _beginning(self) -> Iterator[Event]:
         run = self._run
         yield event(summaries.charts(CHARTS))
-        hparams = _hparams(run)
-        infos = [_hparam_info(name, value) for name, value in hparams.items()]
-        known = {name: value for name, value in hparams.items() if value is not None}
-        yield event(summaries.experiment(infos, [*FINAL_METRICS]), summaries.session_start(known, time.time()))
+        yield event(summaries.session_start(_hparams(run), time.time()))
         texts = {
             "run/options": markdown.options_text(run.options),
             "run/hyperparameters": markdown.hyp_text(run.hyp),
@@ -137,26 +133,19 @@ class TensorBoardLogger(Logger):
             yield summaries.text("final/time", markdown.time_text(self._timing))
 
 
-def _hparams(run: LoggedRun) -> dict[str, Any]:
-    """What tells this run from others, as numbers, truths and texts; None: there is no such thing."""
+def _hparams(run: LoggedRun) -> dict[str, float | bool | str]:
+    """What tells this run from others. TensorBoard finds out by itself which of it differs, and shows that first."""
     values = {"cfg": run.about.network, **{name: getattr(run.options, name) for name in _COMPARED}}
     values |= plain_values(run.hyp)
     return {
-        name: value if value is None or isinstance(value, (bool, int, float)) else _as_text(value)
+        name: value if isinstance(value, (bool, int, float)) else _as_text(value)
         for name, value in values.items()
+        if value not in (None, "", (), [])
     }
 
 
 def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else " ".join(map(str, value))
-
-
-def _hparam_info(name: str, value: Any) -> HParamInfo:
-    from tensorboard.plugins.hparams import api_pb2
-
-    kinds = {bool: api_pb2.DATA_TYPE_BOOL, str: api_pb2.DATA_TYPE_STRING}
-    meaning = GENES[name].meaning if name in GENES else ""
-    return api_pb2.HParamInfo(name=name, description=meaning, type=kinds.get(type(value), api_pb2.DATA_TYPE_FLOAT64))
 
 
 def _curves(metrics: Metrics, tag: str) -> Iterator[Summary.Value]:
