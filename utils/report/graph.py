@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -83,13 +84,24 @@ def _traced(model: nn.Module, side: int) -> list[GraphNode]:
     images = torch.zeros(1, 3, side, side, device="cpu")
     trace.add("input", "images", (), images)
     try:
-        with trace:
+        with _one_thread(), trace:
             outputs = model(images)
     finally:
         for hook in hooks:
             hook.remove()
     trace.add("output", "raw predictions", (outputs,), ())
     return trace.nodes
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On work as small as this, threads wait for one another ten times as long as it takes."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def _listened(model: nn.Module, trace: _Trace) -> Iterator[Any]:
