@@ -1,10 +1,9 @@
-import resource
-
 import pytest
 
 from utils.report import summaries
 from utils.report.event_file import EventFile, event, records
 
+resource = pytest.importorskip("resource")
 loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
 
 

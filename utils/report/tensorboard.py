@@ -85,7 +85,7 @@ class TensorBoardLogger(Logger):
 
     @cached_property
     def _file(self) -> EventFile | None:
-        """The file, which tells by now what is known from the start; None: it cannot be written without tensorboard."""
+        """The file, which has told what is known from the start; None: without tensorboard there is none."""
         if not is_installed():
             self._run.note("no TensorBoard events: `pip install tensorboard` to get them")
             return None
@@ -109,15 +109,16 @@ class TensorBoardLogger(Logger):
     def _graph(self) -> Iterator[Event]:
         try:
             graph = graph_def(network_graph(self._run.model, self._run.options.imgsz))
-        except Exception as error:  # the only one that depends on how networks are made
+        except Exception as error:  # a network may do what a trace cannot follow
             self._run.note(f"no graph of the network in TensorBoard: {first_line(error)}")
         else:
             yield graph_event(graph)
 
     def _values_of(self, epoch: LoggedEpoch) -> Iterator[Summary.Value]:
         scalars = dict(epoch.results) | {f"time/{column}": value for column, value in epoch.timing.items()}
-        for tag in scalars.keys() - {"epoch", "time/epoch"}:
-            yield summaries.scalar(tag, scalars[tag])
+        for tag, value in scalars.items():
+            if tag not in ("epoch", "time/epoch"):
+                yield summaries.scalar(tag, value)
         if epoch.metrics is not None and self._run.is_pictured(epoch.number):
             yield from _curves(epoch.metrics, "pr_curve")
         for tag, tensor in epoch.tensors.items():
