@@ -64,7 +64,7 @@ class Page:
         """URLs that the page asked for since `open`, but for those that are their own content."""
         told = [json.loads(one["message"])["message"] for one in self.driver.get_log("performance")]
         urls = [one["params"]["request"]["url"] for one in told if one["method"] == "Network.requestWillBeSent"]
-        return [url for url in urls if not url.startswith(("data:", "blob:", "chrome:"))]
+        return [url for url in urls if not url.startswith(("data:", "blob:", "chrome:", "chrome-untrusted:"))]
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """What is shown, or the whole length of the page."""

@@ -199,3 +199,15 @@ def test_time_on_the_wall_is_the_hosts_on_every_device(device, seconds):
     seconds[0] += 7
     split = clock.split()
     assert (split.wall, split.rest) == (7, 7)
+
+
+def test_a_share_is_of_the_time_since_the_last_split(seconds):
+    clock = StepClock()
+    seconds[0] += 3
+    clock.lap("data_wait")
+    seconds[0] += 1
+    clock.lap("forward")
+    assert clock.share("data_wait") == 0.75
+    clock.split()
+    seconds[0] += 1
+    assert clock.share("data_wait") == 0

@@ -78,6 +78,10 @@ class StepClock:
         """So many more images were trained on, or evaluated."""
         self._images += images
 
+    def share(self, part: str) -> float:
+        """What a part took of the time since the last split, 0 to 1, as far as it is booked."""
+        return self._seconds[part] / max(time.perf_counter() - self._started, 1e-9)
+
     def split(self) -> TimeSplit:
         """Everything since the last split. On CUDA it waits for the device."""
         self.skip()

@@ -163,8 +163,10 @@ class TrainOptions:
         "", "where --evolve copies its results, and finds them again: any URL of fsspec; a bare name means gs://NAME"
     )
     tb_histograms: bool = _flag(False, "show histograms of weights and gradients in TensorBoard, an epoch each")
-    entity: str = _flag("", "Weights & Biases: the user or team that the run is for")
-    upload_dataset: bool = _flag(False, "Weights & Biases: upload the images and labels as an artifact")
+    entity: str = _flag(
+        "", "Weights & Biases: the user or team that the run is for; any of these four asks for it (docs/loggers.md)"
+    )
+    upload_dataset: bool = _flag(False, "Weights & Biases: upload the images and labels as an artifact, at the end")
     bbox_interval: int = _flag(
         -1,
         "epochs between pictures of predictions, in TensorBoard and Weights & Biases; -1: a tenth of --epochs; 0: none",

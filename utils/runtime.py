@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 
 from utils.clock import PARTS, EventClock, StepClock
 from utils.launch import Place, place
-from utils.machine import usable_cores
+from utils.machine import resident_bytes, usable_cores
 from utils.ranks import Group, Ranks
 from utils.structures import RunError, UserError
 
@@ -99,6 +99,14 @@ class Runtime:
             return None
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
+
+    def memory_used(self) -> int | None:
+        """Bytes that training holds on the device, by torch's own count; on the CPU those of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.device)
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory()
+        return resident_bytes()
 
     @contextlib.contextmanager
     def memory_peak(self) -> Iterator[MemoryPeak]:
@@ -374,6 +382,16 @@ def _be_deterministic() -> None:
 def keep_albumentations_offline() -> None:
     """Before its import: the package would ask the internet for a newer one."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+
+def wandb_mode() -> str | None:
+    """How Weights & Biases is to work: offline, disabled, ...; None where the environment does not say."""
+    return os.environ.get("WANDB_MODE", "").strip().lower() or None
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """That of this process with changes, for one that it starts."""
+    return {**os.environ, **changes}
 
 
 def _available_devices() -> list[str]:

@@ -10,7 +10,7 @@ from tests.coco_tool import coco_content, coco_results, tool_figures
 from tests.slow_coco import slow_figures
 from utils.evaluate.matching import IOU_THRESHOLDS, Labels
 from utils.evaluate.metrics import CONFIDENCES, Evidence, collect, compute_metrics, merge
-from utils.report.console import table
+from utils.report.console import labelled, table
 from utils.structures import CocoFigures, Detections
 
 NAMES = ("cat", "dog", "owl")
@@ -256,7 +256,7 @@ def test_without_any_label_everything_is_zero(random_scene):
     assert set(astuple(metrics.coco)) == {None}
     assert (metrics.precision, metrics.recall, metrics.map50, metrics.map50_95, metrics.fitness) == (0, 0, 0, 0, 0)
     assert metrics.best_confidence == 0 and metrics.curves.f1.shape == (0, 1000)
-    assert "nan" not in table(metrics, verbose=True)
+    assert "nan" not in table(metrics, labelled(metrics))
 
 
 def test_without_any_detection_everything_is_zero(random_scene):
@@ -290,12 +290,12 @@ def test_ignored_labels_are_neither_counted_nor_missed(random_scene):
 
 def test_table_is_aligned_with_all_first(random_scene):
     metrics = compute_metrics(evidence_of(*scenes_of(random_scene, 4)), NAMES)
-    lines = table(metrics, verbose=True).splitlines()
+    lines = table(metrics, labelled(metrics)).splitlines()
     assert lines[0].split() == ["Class", "Images", "Labels", "P", "R", "F1", "mAP@.5", "mAP@.5:.95"]
     assert [line.split()[0] for line in lines[1:]] == ["all", *NAMES]
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split()[-1] == f"{metrics.map50_95:.3f}"
-    assert table(metrics, verbose=False).splitlines() == lines[:2]
+    assert table(metrics).splitlines() == lines[:2]
 
 
 def test_thresholds_are_those_of_coco():

@@ -48,7 +48,13 @@ def about(*, first_epoch: int = 1) -> About:
 
 
 def logged_run(
-    folder: Path, *, start_epoch: int = 0, model: nn.Module | None = None, note=print, **options
+    folder: Path,
+    *,
+    start_epoch: int = 0,
+    model: nn.Module | None = None,
+    note=print,
+    wandb_id: str | None = None,
+    **options,
 ) -> LoggedRun:
     return LoggedRun(
         folder=folder,
@@ -58,6 +64,7 @@ def logged_run(
         model=model or nn.Conv2d(3, 4, 3),
         start_epoch=start_epoch,
         note=note,
+        wandb_id=wandb_id,
     )
 
 

@@ -14,7 +14,8 @@ from utils.report.console import (
     format_duration,
     format_epoch,
     format_header,
-    format_losses,
+    format_progress,
+    labelled,
     result,
     strange_outputs,
     table,
@@ -109,12 +110,13 @@ def test_on_a_terminal_the_bar_shows_speed_and_losses_and_gives_way_to_the_line(
     stream = Terminal()
     console = Console(stream=stream)
     for step in (bar := console.bar(range(3), "epoch 1/30", images_each=16)):
-        bar.set_postfix_str(format_losses(LOSSES))
+        bar.set_postfix_str(format_progress(LOSSES, data_wait=0.031, memory=1_234_000_000))
         if step == 1:
             console.note("in between")
     console.epoch(summary())
     drawn = stream.getvalue()
     assert "epoch 1/30" in drawn and "images/s" in drawn and "box 0.0812" in drawn
+    assert "data wait 3%" in drawn and "1.2 GB" in drawn
     assert "\rnote: in between\n" in drawn
     assert drawn.rpartition("\r")[2] == f"{format_header(30)}\n{format_epoch(summary())}\n"
 
@@ -161,7 +163,8 @@ CLASSES = (class_metrics("cat"), class_metrics("never there", labels=0), class_m
 
 @pytest.mark.parametrize(("verbose", "best"), [(True, True), (True, False), (False, False)])
 def test_figures_stand_below_their_titles(verbose, best):
-    text = table(replace(METRICS, per_class=CLASSES), verbose, best=best)
+    metrics = replace(METRICS, per_class=CLASSES)
+    text = table(metrics, labelled(metrics) if verbose else (), best=best)
     title, whole, *classes = text.splitlines()
     titles = ["Class", "Images", "Labels", "P", "R", "F1", "mAP@.5", "mAP@.5:.95"]
     assert re.findall(r"\S+(?: F1| conf)?", title) == [*titles, *(["best F1", "at conf"] if best else [])]
@@ -173,7 +176,7 @@ def test_figures_stand_below_their_titles(verbose, best):
 
 
 def test_the_twelve_figures_are_shown_by_name_and_a_dash_stands_for_none():
-    *_, precision, recall, note = result(replace(METRICS, coco=replace(COCO, ap_small=None)), False).splitlines()
+    *_, precision, recall, note = result(replace(METRICS, coco=replace(COCO, ap_small=None))).splitlines()
     assert precision.split() == "COCO AP 0.000 AP50 0.010 AP75 0.020 APs - APm 0.040 APl 0.050".split()
     assert recall.split() == "AR1 0.060 AR10 0.070 AR100 0.080 ARs 0.090 ARm 0.100 ARl 0.110".split()
     assert len(precision) == len(recall) <= 90
@@ -182,7 +185,7 @@ def test_the_twelve_figures_are_shown_by_name_and_a_dash_stands_for_none():
 
 def test_nothing_found_is_said_in_place_of_a_confidence():
     nothing = replace(METRICS, f1=0.0, best_confidence=0.0)
-    assert result(nothing, False).splitlines()[-1] == "Nothing that is labelled was found above confidence 0.001"
+    assert result(nothing).splitlines()[-1] == "Nothing that is labelled was found above confidence 0.001"
 
 
 def test_outputs_that_are_no_numbers_are_counted():

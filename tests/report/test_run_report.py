@@ -100,9 +100,9 @@ def tell(reporter: WrittenReport, epoch: int, metrics: Metrics | None = METRICS)
     reporter.epoch(epoch, LOSSES, metrics, (0.1, 0.1, 0.2), took(3.0, forward=1.0, evaluate=0.5))
 
 
-def finish(reporter: WrittenReport, *, best_epoch: int, epochs: int) -> None:
+def finish(reporter: WrittenReport, *, best_epoch: int, epochs: int, metrics: Metrics = METRICS) -> None:
     reporter.finished(
-        METRICS,
+        metrics,
         best_epoch=best_epoch,
         epochs=epochs,
         digests=lambda: {"best.pt": "0123abcd", "last.pt": "4567cdef"},
@@ -154,6 +154,25 @@ def test_story_of_a_run(tmp_path):
     assert "Digest of the weights: 0123abcd best.pt, 4567cdef last.pt" in said
     assert "Epochs 1 to 3 in 0:00:0" in said and "best.pt is of epoch 2" in said and str(tmp_path) in said
     assert json.loads((tmp_path / "metrics.json").read_text())["labels"] == 4
+
+
+def test_of_very_many_classes_the_weakest_are_told(tmp_path):
+    reporter, stream = report(tmp_path)
+    classes = tuple(replace(METRICS.per_class[0], name=f"class {i}", map50_95=1 - i / 50) for i in range(50))
+    finish(reporter, best_epoch=0, epochs=1, metrics=replace(METRICS, per_class=classes))
+    told = [line.split()[1] for line in stream.getvalue().splitlines() if line.split()[:1] == ["class"]]
+    assert told == [str(number) for number in range(49, 34, -1)]
+    assert f"Of 50 classes these are the 15 with the lowest mAP@.5:.95; all of them: {tmp_path}" in stream.getvalue()
+
+
+def test_the_last_words_are_what_to_type_next(tmp_path):
+    reporter, stream = report(tmp_path)
+    finish(reporter, best_epoch=0, epochs=3)
+    *_, curves, evaluate, detect, train_on = stream.getvalue().splitlines()
+    assert curves.split()[0] == "curves" and curves.endswith(f"-m tensorboard.main --logdir {tmp_path.parent}")
+    assert evaluate.endswith(f"val.py --weights {tmp_path}/weights/best.pt")
+    assert detect.endswith(f"detect.py --weights {tmp_path}/weights/best.pt --source photo.jpg")
+    assert train_on.endswith(f"train.py --resume {tmp_path}/weights/last.pt --epochs 6")
 
 
 def rows(folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """Training as a whole: the same bytes from the same seed, an interrupted run equal to an uninterrupted one."""
 
 import csv
+import errno
 import itertools
 import json
 import os
@@ -20,6 +21,9 @@ from models.yolo import DetectionModel
 from utils.checkpoint import averaged_model, load_checkpoint, save_checkpoint, snapshot
 from utils.data.loader import TrainStream
 from utils.evaluate.evaluator import Evaluator
+from utils.report import mosaics
+from utils.report.logger import Logger
+from utils.report.loggers import LOGGERS
 from utils.report.run_report import PictureFiles
 from utils.run_folder import LateRunFolder, RunFolder
 from utils.stopping import Interrupted
@@ -851,3 +855,63 @@ def test_outputs_that_are_no_numbers_are_said_once_in_a_run(tiny, cli, monkeypat
     code, output, _ = cli(train, *tiny.flags(epochs=2))
     assert code == 0
     assert len([line for line in output.splitlines() if line.startswith("warning: for ")]) == 1
+
+
+# ---- watching -------------------------------------------------------------------------------------------------------
+
+
+class Recorder(Logger):
+    """Keeps what it is told."""
+
+    def __init__(self, run):
+        self.told, self.pictures, self.result = [], [], None
+        logged.append(self)
+
+    def epoch(self, epoch):
+        self.told.append(replace(epoch, tensors={name: one.clone() for name, one in epoch.tensors.items()}))
+
+    def images(self, pictures, step):
+        self.pictures += [(tag, step, picture) for tag, picture in pictures.items()]
+
+    def close(self, result=None):
+        self.result = result
+
+
+logged: list[Recorder] = []
+
+
+def test_watching_a_run_closely_shows_all_of_it_and_changes_nothing(augmented, monkeypatch):
+    monkeypatch.setitem(LOGGERS, "recorder", Recorder)
+    train.run(**augmented.options(name="unwatched", epochs=3))
+    logged.clear()
+    metrics = train.run(**augmented.options(epochs=3, tb_histograms=True, bbox_interval=2, noplots=False))
+    ours, theirs = (tensors(load_checkpoint(RUNS / name / "weights/last.pt")) for name in ("unwatched", "exp"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    (recorder,) = logged
+    assert [one.number for one in recorder.told] == [1, 2, 3] and recorder.result is metrics
+    assert [one.results["epoch"] for one in recorder.told] == [1, 2, 3]
+    last = recorder.told[-1].tensors
+    weights, gradients = ({name[8:] for name in last if name.startswith(kind)} for kind in ("weights/", "gradient"))
+    assert weights == {name for name, _ in DetectionModel(yaml.safe_load(augmented.cfg.read_text())).named_parameters()}
+    assert {f"s/{name}" for name in weights} == gradients and all(one.isfinite().all() for one in last.values())
+    seen = [(tag, step) for tag, step, _ in recorder.pictures]
+    progress = [("val/labels_and_predictions", step) for step in (1, 2, 3)]
+    assert sorted(seen) == sorted([("train/batch0", 0), ("train/batch1", 0), *progress])
+    assert all(picture.ndim == 3 and picture.dtype == np.uint8 for _, _, picture in recorder.pictures)
+
+
+def test_what_only_shows_a_run_may_fail_and_the_run_does_not(tiny, monkeypatch, capsys):
+    def no_room(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(mosaics, "draw_batch", no_room)
+    monkeypatch.setitem(LOGGERS, "fragile", type("Fragile", (Recorder,), {"epoch": no_room}))
+    metrics = train.run(**tiny.options(epochs=2, noplots=False))
+    said = capsys.readouterr().out
+    assert said.count("warning: no more pictures of this run, which goes on: No space left on device") == 1
+    assert said.count("warning: no more of fragile in this run, which goes on: No space left on device") == 1
+    assert metrics.labels and (RUNS / "exp/metrics.json").exists() and len(rows_of(RUNS / "exp")) == 2
+
+
+def rows_of(folder: Path) -> list[str]:
+    return (folder / "results.csv").read_text().splitlines()[1:]

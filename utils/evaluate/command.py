@@ -25,7 +25,7 @@ from utils.files import new_run_folder
 from utils.hyp import hyperparameters
 from utils.loss import LossGains
 from utils.ranks import Ranks
-from utils.report.console import Console, SilentConsole, result, strange_outputs
+from utils.report.console import Console, SilentConsole, labelled, result, strange_outputs
 from utils.report.run_report import PictureFiles, Pictures, write_metrics
 from utils.run_folder import METRICS_FILE
 from utils.runtime import Runtime, choose_runtime, join_ranks, mendable_errors
@@ -232,8 +232,8 @@ def _tell(parts: _Parts, evaluation: Evaluation) -> None:
             "for a detection: NMS took the best of them"
         )
     if metrics.labels:
-        verbose = options.verbose or len(parts.names) <= _CLASSES_SHOWN
-        console.line(result(metrics, verbose=verbose, best=options.verbose, least=options.conf_thres))
+        listed = labelled(metrics) if options.verbose or len(parts.names) <= _CLASSES_SHOWN else ()
+        console.line(result(metrics, listed, best=options.verbose, least=options.conf_thres))
         if options.conf_thres > ValOptions.conf_thres or options.max_det < MOST_DETECTIONS:
             console.note(
                 f"these figures are those of detections above {options.conf_thres:g} alone, {options.max_det:,} in an "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,8 +17,9 @@ from typing import Any
 
 from utils import __version__
 from utils.data.findings import SEVERITIES, ScanReport, kinds_of, where
-from utils.files import this_python, write_text
+from utils.files import write_text
 from utils.machine import usable_cores
+from utils.report.next_steps import command
 
 ABOUT_FILE = "about.json"
 _PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "tensorboard")
@@ -133,7 +133,7 @@ def _processor() -> str:
 
 def _command() -> str:
     """What was typed, or as near as can be told."""
-    return shlex.join([this_python(), *sys.argv]) if sys.argv and sys.argv[0] else "from Python"
+    return command(*sys.argv) if sys.argv[:1] not in ([], [""], ["-c"]) else "from Python"
 
 
 def write_about(path: Path, content: About) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from utils.data.findings import shortened
 from utils.files import printable
-from utils.structures import CocoFigures, LossMeans, Metrics
+from utils.structures import ClassMetrics, CocoFigures, LossMeans, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,11 @@ def format_epoch(summary: EpochSummary) -> str:
     return "  ".join(text.rjust(_width(title, summary.epochs)) for title, text in cells)
 
 
-def format_losses(losses: LossMeans) -> str:
-    """For a bar."""
-    return f"box {losses.box:.4f}  obj {losses.objectness:.4f}  cls {losses.classification:.4f}"
+def format_progress(losses: LossMeans, *, data_wait: float, memory: int | None) -> str:
+    """For a bar: losses, the share of the time that is spent waiting for data, and memory in bytes."""
+    texts = [f"box {losses.box:.4f}  obj {losses.objectness:.4f}  cls {losses.classification:.4f}"]
+    texts += [f"data wait {data_wait:.0%}", *([] if memory is None else [f"{memory / 1e9:.1f} GB"])]
+    return "  ".join(texts)
 
 
 def format_duration(seconds: float) -> str:
@@ -62,12 +64,16 @@ def _metric(name: str) -> Callable[[EpochSummary], str]:
     return lambda summary: "-" if summary.metrics is None else f"{getattr(summary.metrics, name):.4f}"
 
 
-def table(metrics: Metrics, verbose: bool, *, best: bool = False) -> str:
-    """The result as aligned text: header, the row 'all' and, with `verbose`, every class that has labels.
+def labelled(metrics: Metrics) -> list[ClassMetrics]:
+    """The classes that have labels."""
+    return [one for one in metrics.per_class if one.labels]
+
+
+def table(metrics: Metrics, listed: Sequence[ClassMetrics] = (), *, best: bool = False) -> str:
+    """The result as aligned text: header, the row 'all' and those of the classes `listed`.
 
     With `best` these also have the best F1 of their own, and the confidence where it is.
     """
-    listed = [one for one in metrics.per_class if one.labels] if verbose else []
     names = ["all", *(shortened(one.name) for one in listed)]
     width = max(12, *(len(name) + 2 for name in names))
     title = f"{'Class':>{width}}{'Images':>9}{'Labels':>9}{'P':>8}{'R':>8}{'F1':>8}{'mAP@.5':>9}{'mAP@.5:.95':>12}"
@@ -79,7 +85,7 @@ def table(metrics: Metrics, verbose: bool, *, best: bool = False) -> str:
     return "\n".join(lines)
 
 
-def result(metrics: Metrics, verbose: bool, *, best: bool = False, least: float = 0.001) -> str:
+def result(metrics: Metrics, listed: Sequence[ClassMetrics] = (), *, best: bool = False, least: float = 0.001) -> str:
     """`table`, and below it the twelve figures of COCO in two lines, and what P, R and F1 are read at.
 
     `least` is the confidence that all detections exceed.
@@ -94,7 +100,7 @@ def result(metrics: Metrics, verbose: bool, *, best: bool = False, least: float 
         "    " + "".join(figures[6:]),
         at if metrics.f1 else f"Nothing that is labelled was found above confidence {least:g}",
     )
-    return table(metrics, verbose, best=best) + "\n".join(lines)
+    return table(metrics, listed, best=best) + "\n".join(lines)
 
 
 def coco_names(figures: CocoFigures) -> dict[str, float | None]:
@@ -133,7 +139,7 @@ class Console:
         """A bar over an iterable, or of a total that `bar.update(n)` counts up to. It vanishes when it is done.
 
         `images_each` is the number of images, or what they are `of`, per item, so that the speed is in images/s;
-        `bar.set_postfix_str(text, refresh=False)` adds text such as `format_losses`. Use a bar of a total in a `with`;
+        `bar.set_postfix_str(text, refresh=False)` adds text, as of `format_progress`. Use a bar of a total in a `with`;
         it counts from `start`. Without bars it iterates.
         """
         return self._bar(items, description, unit=f" {of}", unit_scale=images_each, start=start)

@@ -28,13 +28,7 @@ class CsvTable:
 
     def rows(self) -> list[dict[str, str]]:
         """The complete rows, cells as text without padding."""
-        try:
-            text = self.path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            return []
-        csv.field_size_limit(_LONGEST_CELL)
-        names, *rows = map(_cells, text[: text.rfind("\n") + 1].splitlines() or [""])
-        return [dict(zip(names, row)) for row in rows if len(row) == len(names)]
+        return read_rows(self.path)
 
     def append(self, row: Mapping[str, float | str]) -> None:
         """Add one row. A number is rounded to 6 significant digits; a missing value leaves its cell empty.
@@ -74,6 +68,17 @@ class CsvTable:
 
     def _line(self, cells: Mapping[str, str]) -> str:
         return ", ".join(_quoted(cells.get(name, "")).rjust(max(len(name), 11)) for name in self.columns) + "\n"
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The complete rows of such a file, which stays as it is; none where there is no file."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    csv.field_size_limit(_LONGEST_CELL)
+    names, *rows = map(_cells, text[: text.rfind("\n") + 1].splitlines() or [""])
+    return [dict(zip(names, row)) for row in rows if len(row) == len(names)]
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, float | str]]) -> str:

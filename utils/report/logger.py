@@ -33,6 +33,7 @@ class LoggedRun:
     model: nn.Module  # that is trained, on its device
     start_epoch: int = 0  # a resumed run starts above 0; what was logged from there on is withdrawn
     note: Note = print  # takes a line for the user
+    wandb_id: str | None = None  # of the run in Weights & Biases; None: that is not told
 
     def is_pictured(self, epoch: int) -> bool:
         """Whether predictions of this epoch, from 1, are shown: the first, the last, and at intervals."""
@@ -97,4 +98,6 @@ class Guarded(Logger):
 
 def first_line(error: Exception) -> str:
     """What went wrong, for a line that people read."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -11,6 +11,7 @@ from utils.clock import PARTS
 from utils.report.csv_table import CsvTable
 from utils.report.logger import Guarded, LoggedEpoch, LoggedRun, Logger, Note
 from utils.report.tensorboard import TensorBoardLogger
+from utils.report.weights_and_biases import WandbLogger
 from utils.structures import BadUpdate, LabelStore, LossMeans, Metrics
 
 RESULT_COLUMNS = (
@@ -114,4 +115,8 @@ def loggers_of(run: LoggedRun, *, warn: Note) -> list[Logger]:
     return [kind(run) if kind.essential else Guarded(name, partial(kind, run), warn) for name, kind in LOGGERS.items()]
 
 
-LOGGERS: dict[str, type[Logger]] = {"CSV": CsvLogger, "TensorBoard": TensorBoardLogger}
+LOGGERS: dict[str, type[Logger]] = {
+    "CSV": CsvLogger,
+    "TensorBoard": TensorBoardLogger,
+    "Weights & Biases": WandbLogger,
+}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,15 +18,18 @@ import torch
 from utils.clock import TimeSplit
 from utils.config import spelling
 from utils.data.loader import Stream, UnpaintedBatch
-from utils.files import this_python, write_text
+from utils.files import write_text
 from utils.report import mosaics, plots
 from utils.report.annotate import write_image
-from utils.report.console import Console, EpochSummary, SilentConsole, coco_names, format_duration, result
+from utils.report.console import Console, EpochSummary, SilentConsole, coco_names, format_duration, labelled, result
 from utils.report.logger import LoggedEpoch, LoggedRun, Logger, first_line
 from utils.report.loggers import NonFiniteTable, loggers_of, result_row
+from utils.report.next_steps import aligned, next_steps
 from utils.report.timing import bottleneck, time_table, timing_row
 from utils.run_folder import METRICS_FILE
 from utils.structures import BadUpdate, Batch, ClassMetrics, Detections, LabelStore, LossMeans, Metrics
+
+_CLASSES_SHOWN, _WEAKEST_SHOWN = 40, 15  # on the terminal: at most so many, and of more these
 
 
 class Pictures:
@@ -359,14 +361,27 @@ class WrittenReport(RunReport):
         first = self._run.start_epoch + 1
         trained = f"Epochs {first} to {epochs}" if epochs > first else f"Epoch {epochs}"
         self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
-        self.console.line(result(metrics, verbose=True))
+        self._tell_result(metrics)
         self._account_for_time(last_times())
         self.console.line(
             f"Digest of the weights: {', '.join(f'{digest} {file}' for file, digest in digests().items())}"
         )
         self.console.line(f"Weights, tables and pictures: {self.folder}")
-        logdir = shlex.quote(str(self.folder.parent))
-        self.console.line(f"Curves: {this_python()} -m tensorboard.main --logdir {logdir}")
+        for line in aligned(next_steps(self.folder, epochs=epochs)):
+            self.console.line(line)
+
+    def _tell_result(self, metrics: Metrics) -> None:
+        """Of very many classes the weakest."""
+        classes = labelled(metrics)
+        if len(classes) <= _CLASSES_SHOWN:
+            self.console.line(result(metrics, classes))
+            return
+        weakest = sorted(classes, key=lambda one: one.map50_95)[:_WEAKEST_SHOWN]
+        self.console.line(result(metrics, weakest))
+        self.console.line(
+            f"Of {len(classes):,} classes these are the {_WEAKEST_SHOWN} with the lowest mAP@.5:.95; all of them: "
+            f"{self.folder / METRICS_FILE}"
+        )
 
     def _account_for_time(self, last: TimeSplit) -> None:
         """Where the time of the run went, unless it was resumed for its final evaluation alone."""

@@ -52,8 +52,9 @@ from utils.report.about import ABOUT_FILE, About, SplitSummary, read_about, this
 from utils.report.console import Console, SilentConsole
 from utils.report.logger import LoggedRun
 from utils.report.run_report import PictureFiles, Pictures, RunReport, WrittenReport
+from utils.report.weights_and_biases import asked_for, check_installed, missing, run_id
 from utils.run_folder import FollowedRunFolder, LateRunFolder, RunFolder, load_last, newest_checkpoint
-from utils.runtime import Note, Runtime, choose_runtime, join_ranks, mendable_errors, raise_or_note
+from utils.runtime import Note, Runtime, choose_runtime, join_ranks, mendable_errors, raise_or_note, wandb_mode
 from utils.stopping import Interrupted, StopRequest
 from utils.structures import DatasetSpec, LabelStore, UserError
 from utils.train.anchors import choose_anchors
@@ -150,6 +151,7 @@ def _new(
 ) -> Trainer:
     """`begun`: the folder of a run that this launch began and never saved."""
     hyp = ranks.from_first(partial(_hyperparameters, given))
+    ranks.from_first(lambda: check_installed(given, wandb_mode()))
     parts, scan, lines = _parts_of_new(given, hyp, ranks, console, stop)
     run = _new_run(parts.options, ranks, console, begun)
     run.take_over()
@@ -862,12 +864,22 @@ def _report(parts: _Parts, schedule: Schedule, *, start: tuple[int, int]) -> Run
             model=model,
             start_epoch=start[0],
             note=parts.console.note,
+            wandb_id=_wandb_id(parts),
         ),
         console=parts.console,
         pictures=Pictures() if options.noplots else files,
         train=parts.train,
         start_batch=start[1],
     )
+
+
+def _wandb_id(parts: _Parts) -> str | None:
+    """Of the run in Weights & Biases, if somebody asks for that; a note where it is not installed."""
+    mode = wandb_mode()
+    if line := missing(parts.options, mode):
+        parts.console.note(line)
+        return None
+    return run_id(parts.run.path, resumed=parts.run.saved) if asked_for(parts.options, mode) else None
 
 
 def _about(parts: _Parts, network: str, *, start_epoch: int) -> About:
@@ -882,6 +894,6 @@ def _about(parts: _Parts, network: str, *, start_epoch: int) -> About:
         splits={split: SplitSummary.of(report) for split, report in parts.reports.items()},
         starts=(this_start(first_epoch=start_epoch + 1, device=runtime.description, ranks=runtime.ranks.count),),
     )
-    about = about.after(read_about(parts.run.path) if start_epoch else None)
+    about = about.after(read_about(parts.run.path) if parts.run.saved else None)
     parts.run.put(ABOUT_FILE, partial(write_about, content=about))
     return about
