@@ -210,7 +210,7 @@ def test_a_folder_that_goes_is_one_warning(tmp_path):
         logger.epoch(logged_epoch(epoch))
     logger.close(METRICS)
     (warning,) = warnings
-    assert warning.startswith("no more of TensorBoard in this run, which goes on: [Errno 2] No such file")
+    assert warning.startswith("no more of TensorBoard in this run, which goes on: No such file or directory: ")
 
 
 def test_a_run_that_ends_before_anything_is_told_leaves_nothing(tmp_path):
