@@ -128,10 +128,9 @@ def test_tensorboard_events_carry_the_columns(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(finished[0] / RUN)).Reload()
-    assert set(events.Tags()["scalars"]) == set(RESULT_COLUMNS) - {"epoch"}
     with (finished[0] / RUN / "results.csv").open() as file:
         rows = list(csv.DictReader(file, skipinitialspace=True))
-    for tag in events.Tags()["scalars"]:
+    for tag in set(RESULT_COLUMNS) - {"epoch"}:
         assert [one.step for one in events.Scalars(tag)] == [1, 2]
         assert [one.value for one in events.Scalars(tag)] == pytest.approx([float(row[tag]) for row in rows], rel=1e-5)
 

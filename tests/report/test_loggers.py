@@ -1,13 +1,9 @@
-import itertools
-import time
-
 import numpy as np
 import pytest
 
 from tests.report.logged import METRICS, logged_epoch, logged_run
 from utils.report.logger import Guarded, LoggedEpoch, Logger
-from utils.report.loggers import LOGGERS, RESULT_COLUMNS, loggers_of
-from utils.report.tensorboard import TensorBoardLogger
+from utils.report.loggers import LOGGERS, loggers_of
 
 
 def log_run(folder, epochs, start_epoch=0):
@@ -27,22 +23,6 @@ def test_a_resumed_run_leaves_the_csv_files_of_an_uninterrupted_one(tmp_path):
     log_run(tmp_path / "resumed", 4, start_epoch=2)
     for name in ("results.csv", "timing.csv"):
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
-
-
-def test_tensorboard_shows_the_columns_as_tags_and_a_resumed_run_once(tmp_path, monkeypatch):
-    seconds = itertools.count(int(time.time()))  # event files of one second and process are read 10 before 9
-    monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log_run(tmp_path, 3)
-    log_run(tmp_path, 4, start_epoch=2)
-    logger = TensorBoardLogger(logged_run(tmp_path, start_epoch=4))
-    logger.images({"val": np.full((4, 6, 3), 200, np.uint8)}, 4)
-    logger.close()
-    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == set(RESULT_COLUMNS) - {"epoch"}
-    assert [event.step for event in events.Scalars("x/lr1")] == [1, 2, 3, 4]
-    assert events.Scalars("metrics/mAP_0.5:0.95")[0].value == pytest.approx(0.4)
-    assert (events.Images("val")[0].width, events.Images("val")[0].height) == (6, 4)
 
 
 class Failing(Logger):

@@ -1,0 +1,121 @@
+"""What a run is, and what came of it, as texts in Markdown: tables for whoever cannot look into its folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from utils.clock import PARTS
+from utils.config import TrainOptions, spelling
+from utils.hyp import GENES, Hyperparameters, plain_values
+from utils.report.about import About, SplitSummary
+from utils.structures import Metrics
+
+_BESIDE_DEFAULTS = ("value", "default, where it differs")
+_MOST_CLASSES = 100  # of a table
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Of texts and numbers, which are shown as they are."""
+    texts = ([cell if isinstance(cell, str) else _shown(cell) for cell in row] for row in (titles, *rows))
+    first, *others = [f"| {' | '.join(map(_plain, line))} |" for line in texts]
+    return "\n".join([first, f"|{' --- |' * len(titles)}", *others])
+
+
+def options_text(options: TrainOptions) -> str:
+    """Every option; those that are not as by default come first, with what that is."""
+    rows = [(spelling(item.name), getattr(options, item.name), item.default) for item in fields(options)]
+    return table(["option", *_BESIDE_DEFAULTS], _beside_defaults(rows))
+
+
+def hyp_text(hyp: Hyperparameters) -> str:
+    """Every hyperparameter likewise, with its meaning."""
+    default = plain_values(Hyperparameters())
+    meanings = {name: gene.meaning for name, gene in GENES.items()}
+    rows = [(name, value, default[name], meanings.get(name, "")) for name, value in plain_values(hyp).items()]
+    return table(["hyperparameter", *_BESIDE_DEFAULTS, "meaning"], _beside_defaults(rows))
+
+
+def _beside_defaults(rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+    """Rows of a name, a value, its default, and what else there is to say."""
+    for name, value, default, *more in sorted(rows, key=lambda row: row[1] == row[2]):
+        yield name, _shown(value), "" if value == default else _shown(default), *more
+
+
+def data_text(about: About) -> str:
+    """What each split holds, how often each class is labelled, and what was found to be wrong."""
+    splits = about.splits
+    titles = ["split", "images", "without labels", "unusable", "labels"]
+    counts = [[name, one.images, one.background, one.skipped, one.labels] for name, one in splits.items()]
+    classes = [[name, *counts] for name, *counts in zip(about.names, *(one.labels_of_class for one in splits.values()))]
+    classes.sort(key=lambda row: -row[1])
+    shown = f" (the {_MOST_CLASSES} with most labels of {len(classes):,})" if len(classes) > _MOST_CLASSES else ""
+    parts = [
+        f"Data set `{about.data}`",
+        table(titles, counts),
+        f"Labels per class{shown}",
+        table(["class", *splits], classes[:_MOST_CLASSES]),
+        _findings(splits),
+    ]
+    return "\n\n".join(parts)
+
+
+def _findings(splits: Mapping[str, SplitSummary]) -> str:
+    rows = [
+        [one.severity, split, one.count, one.problem, one.where]
+        for split, summary in splits.items()
+        for one in summary.findings
+    ]
+    if not rows:
+        return "Nothing was found to be wrong with it."
+    return "Findings\n\n" + table(["severity", "split", "times", "the first of them", "where"], rows)
+
+
+def environment_text(about: About) -> str:
+    """The network, what it is trained on this time, and when and how the run was started."""
+    network = {"network": about.network, "parameters": f"{about.parameters:,}", "GFLOPs": f"{about.gflops:.1f}"}
+    rows = (network | about.starts[-1].environment).items()
+    starts = [[one.time, one.first_epoch, one.command] for one in about.starts]
+    return table(["", ""], rows) + "\n\nStarts\n\n" + table(["time", "first epoch", "command"], starts)
+
+
+def time_text(timing: Mapping[str, float]) -> str:
+    """Seconds by column of timing.csv, and what share of all they are."""
+    whole = timing["epoch_s"]
+    parts = {part.replace("_", " "): timing[f"{part}_s"] for part in PARTS}
+    parts |= {"rest": max(whole - sum(parts.values()), 0.0), "all": whole}
+    rows = [[name, f"{seconds:.1f}", f"{seconds / max(whole, 1e-9):.1%}"] for name, seconds in parts.items()]
+    return table(["part", "seconds", "share"], rows)
+
+
+def classes_text(metrics: Metrics) -> str:
+    """Figures of all classes together and of each that has labels."""
+    classes = [one for one in metrics.per_class if one.labels]
+    rows = [
+        [
+            name,
+            one.images,
+            one.labels,
+            *(f"{figure:.3f}" for figure in (one.precision, one.recall, one.f1, one.map50, one.map50_95)),
+        ]
+        for name, one in [("all", metrics), *((one.name, one) for one in classes)]
+    ]
+    return table(["class", "images", "labels", "precision", "recall", "F1", "mAP@.5", "mAP@.5:.95"], rows)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return f"{value:g}" if isinstance(value, float) else str("none" if value in (None, "") else value)
+
+
+def _plain(cell: str) -> str:
+    """Markdown that shows a text as it is, in one line."""
+    cell = " ".join(cell.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_{}\[\]>#|~])", r"\\\1", cell)
