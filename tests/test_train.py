@@ -530,10 +530,11 @@ def test_numbers_that_are_none_end_a_run_after_a_second_attempt(tiny, cli):
 @pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="Linux lists them there")
 def test_a_loader_process_that_is_killed_ends_the_run(tiny, start):
     """As by the system when memory runs out: one line, exit code 1, and nothing stays behind."""
-    process = start("train.py", *tiny.flags(epochs=5000, workers=2, cache="ram"))
+    data = tiny.data.rename(tiny.data.with_name("killed.yaml"))  # no other test has files of this name in memory
+    process = start("train.py", *tiny.flags(data=data, epochs=5000, workers=2, cache="ram"))
     while b" 2/5000 " not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
-    inside = f"yolo-trainer-{os.getuid()}.{tiny.data.stem}-*"
+    inside = f"yolo-trainer-{os.getuid()}.{data.stem}-*"
     assert list(Path("/dev/shm").glob(inside))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -105,8 +105,13 @@ def cached_images(
         folder = _writable(folders, kind)
         to_write = [split for split in missing if not _others_build(folder / names[split], note)]
         _check_room(kind, folder, size=sum(contents[split].size for split in to_write))
-        for split in missing:
-            caches[split] = _built(folder / names[split], contents[split], kind, progress)
+        with ExitStack() as leave:
+            for cache in filter(None, caches.values()):
+                leave.callback(cache.release)
+            for split in missing:
+                caches[split] = _built(folder / names[split], contents[split], kind, progress)
+                leave.callback(caches[split].release)
+            leave.pop_all()  # nothing went wrong
     return caches
 
 

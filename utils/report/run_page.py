@@ -200,12 +200,7 @@ def _charts(run: RunFiles) -> list[Chart]:
 _MAPS = (("mAP@.5", "metrics/mAP_0.5"), ("mAP@.5:.95", "metrics/mAP_0.5:0.95"))
 _RATES = (("lr0 norms", "x/lr0"), ("lr1 weights", "x/lr1"), ("lr2 biases", "x/lr2"))
 _CHARTS = (
-    (
-        "Mean average precision",
-        SHARE_UNIT,
-        (("mAP@.5", "metrics/mAP_0.5"), ("mAP@.5:.95", "metrics/mAP_0.5:0.95")),
-        True,
-    ),
+    ("Mean average precision", SHARE_UNIT, _MAPS, True),
     ("Precision and recall", SHARE_UNIT, (("precision", "metrics/precision"), ("recall", "metrics/recall")), True),
     ("Learning rate", "at the end of each epoch", _RATES, True),
     ("Box loss", LOSS_UNIT, (("train", "train/box_loss"), ("val", "val/box_loss")), False),

@@ -154,9 +154,9 @@ def _curves(metrics: Metrics, tag: str) -> Iterator[Summary.Value]:
 
     The mean of precision is that over the classes that claim something.
     """
-    if metrics.curves is None:
-        return
     classes = [one for one in metrics.per_class if one.labels]
+    if metrics.curves is None or not classes:
+        return
     precision, recall = metrics.curves.precision, metrics.curves.recall
     labels = np.array([one.labels for one in classes])
     hits = np.rint(recall * labels[:, None])  # (C, 1000)
