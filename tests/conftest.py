@@ -92,6 +92,15 @@ def signals_as_usual():
             signal.signal(signum, handler)
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """A test that leaves torch another number of threads would change the last digits of the next one."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def draw_tiny():
     """Draws a tiny data set into a new folder."""

@@ -129,7 +129,7 @@ def loses(ranks: Ranks, how: str) -> tuple | None:
             with suppress(UserError), ranks.end_told():
                 raise UserError("an image is gone")
         elif how == "hangs":
-            time.sleep(30)
+            time.sleep(15)
         os._exit(0)
     with pytest.raises(LostRank) as lost, ranks.losses_named(), ranks.end_told():
         while True:

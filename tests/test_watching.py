@@ -53,6 +53,7 @@ def watched(page, shared_datasets, tmp_path_factory):
         wait_until(lambda: logged(url, "finished") >= {"final/fitness"}, server, running)
         wait_until(lambda: logged(url, "running") >= {"metrics/mAP_0.5"}, server, running)
         os.setpriority(os.PRIO_PROCESS, running.pid, 15)  # it would take its core from what is tested
+        page.open(url)
         yield SimpleNamespace(url=url, runs=folder / "runs", running=running)
         assert running.poll() is None  # all pages were read while it trained
         running.send_signal(signal.SIGTERM)

@@ -19,7 +19,7 @@ from utils import __version__
 from utils.data.findings import SEVERITIES, ScanReport, kinds_of, where
 from utils.files import write_text
 from utils.machine import usable_cores
-from utils.report.next_steps import command
+from utils.report.next_steps import this_command
 
 ABOUT_FILE = "about.json"
 _PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "tensorboard")
@@ -109,7 +109,7 @@ def this_start(*, first_epoch: int, device: str, ranks: int) -> Start:
     return Start(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         first_epoch=first_epoch,
-        command=_command(),
+        command=this_command(sys.argv),
         environment=environment,
     )
 
@@ -129,11 +129,6 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.machine())
-
-
-def _command() -> str:
-    """What was typed, or as near as can be told."""
-    return command(*sys.argv) if sys.argv[:1] not in ([], [""], ["-c"]) else "from Python"
 
 
 def write_about(path: Path, content: About) -> None:

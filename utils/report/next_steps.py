@@ -1,37 +1,28 @@
-"""What to type next with a run: to watch it, to go on with it, to use its weights."""
+"""What to type next with a run: to watch it, to use its weights, to go on with it."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
-from utils.config import PROJECT_ROOT
-from utils.files import from_here, this_python
-from utils.run_folder import RunFolder
+from utils.files import this_python
 
 
-def next_steps(folder: Path, *, epochs: int) -> dict[str, str]:
-    """Commands by what they do, as a user would type them here and now for a run of so many epochs."""
-    run = RunFolder(folder)
-    return {
-        "curves": command("-m", "tensorboard.main", "--logdir", str(folder.parent)),
-        "evaluate": command(_script("val.py"), "--weights", str(run.best)),
-        "detect": command(_script("detect.py"), "--weights", str(run.best), "--source", "photo.jpg"),
-        "train on": command(_script("train.py"), "--resume", str(run.last), "--epochs", str(2 * epochs)),
+def next_steps(folder: Path, *, epochs: int, python: str = "python", scripts: Path = Path()) -> dict[str, str]:
+    """Commands by what they do, for a finished run of so many epochs in `folder`.
+
+    They begin with `python`, as it is typed, and `scripts` is the folder of train.py.
+    """
+    best, last = (str(folder / "weights" / name) for name in ("best.pt", "last.pt"))
+    steps = {
+        "curves": ["-m", "tensorboard.main", "--logdir", str(folder.parent)],
+        "evaluate": [str(scripts / "val.py"), "--weights", best],
+        "detect": [str(scripts / "detect.py"), "--weights", best, "--source", "photo.jpg"],
+        "train on": [str(scripts / "train.py"), "--resume", last, "--epochs", str(2 * epochs)],
     }
+    return {what: f"{python} {shlex.join(words)}" for what, words in steps.items()}
 
 
-def command(*words: str) -> str:
-    """The running Python with these words."""
-    return f"{this_python()} {shlex.join(words)}"
-
-
-def aligned(steps: dict[str, str]) -> Sequence[str]:
-    """A line each, the commands below one another."""
-    width = max(map(len, steps))
-    return [f"  {what:<{width}}  {typed}" for what, typed in steps.items()]
-
-
-def _script(name: str) -> str:
-    return str(from_here(PROJECT_ROOT / name))
+def this_command(argv: list[str]) -> str:
+    """What was typed to start this program, or as near as can be told."""
+    return f"{this_python()} {shlex.join(argv)}" if argv[:1] not in ([], [""], ["-c"]) else "from Python"

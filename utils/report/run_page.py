@@ -15,6 +15,7 @@ from utils.hyp import GENES, Hyperparameters, plain_values
 from utils.report.about import About
 from utils.report.annotate import class_colour
 from utils.report.charts import Chart, Source, chart
+from utils.report.next_steps import next_steps
 from utils.report.page_parts import (
     DASH,
     LOSS_UNIT,
@@ -331,15 +332,17 @@ def _commands(run: RunFiles) -> list[Command]:
     """What can be typed next, in the folder of the trainer."""
     folder = from_here(run.folder.resolve())
     best, last = (folder / "weights" / name for name in ("best.pt", "last.pt"))
-    quoted = {path: shlex.quote(text_of(path)) for path in (folder, best, last)}
+    steps = next_steps(folder, epochs=run.epochs_planned or DEFAULT_EPOCHS)
     commands = []
-    if last.is_file():
-        more = f" --epochs {2 * (run.epochs_planned or DEFAULT_EPOCHS)}" if run.is_finished else ""
-        commands.append(Command("Train longer" if more else "Resume", f"python train.py --resume {quoted[last]}{more}"))
+    if last.is_file() and run.is_finished:
+        commands.append(Command("Train longer", steps["train on"]))
+    elif last.is_file():
+        commands.append(Command("Resume", f"python train.py --resume {shlex.quote(str(last))}"))
     if best.is_file():
         commands += [
-            Command("Evaluate", f"python val.py --weights {quoted[best]}"),
-            Command("Detect", f"python detect.py --weights {quoted[best]} --source 'photos/*.jpg'"),
+            Command("Evaluate", steps["evaluate"]),
+            Command("Detect", steps["detect"]),
             Command("Use in Python", f"from models.yolo import load; load({text_of(best)!r}).detect('photo.jpg')"),
         ]
-    return [*commands, Command("Make this report anew", f"python -m utils.report.html {quoted[folder]}")]
+    commands.append(Command("Make this report anew", f"python -m utils.report.html {shlex.quote(str(folder))}"))
+    return [Command(one.title, text_of(one.text)) for one in commands]

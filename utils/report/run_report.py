@@ -16,15 +16,15 @@ import numpy as np
 import torch
 
 from utils.clock import TimeSplit
-from utils.config import spelling
+from utils.config import PROJECT_ROOT, spelling
 from utils.data.loader import Stream, UnpaintedBatch
-from utils.files import write_text
+from utils.files import from_here, this_python, write_text
 from utils.report import mosaics, plots
 from utils.report.annotate import write_image
 from utils.report.console import Console, EpochSummary, SilentConsole, coco_names, format_duration, labelled, result
 from utils.report.logger import LoggedEpoch, LoggedRun, Logger, first_line
 from utils.report.loggers import NonFiniteTable, loggers_of, result_row
-from utils.report.next_steps import aligned, next_steps
+from utils.report.next_steps import next_steps
 from utils.report.timing import bottleneck, time_table, timing_row
 from utils.run_folder import METRICS_FILE
 from utils.structures import BadUpdate, Batch, ClassMetrics, Detections, LabelStore, LossMeans, Metrics
@@ -369,8 +369,9 @@ class WrittenReport(RunReport):
             f"Digest of the weights: {', '.join(f'{digest} {file}' for file, digest in digests().items())}"
         )
         self.console.line(f"Weights, tables and pictures: {self.folder}")
-        for line in aligned(next_steps(self.folder, epochs=epochs)):
-            self.console.line(line)
+        steps = next_steps(self.folder, epochs=epochs, python=this_python(), scripts=from_here(PROJECT_ROOT))
+        for what, typed in steps.items():
+            self.console.line(f"  {what:<10}{typed}")
 
     def _tell_result(self, metrics: Metrics) -> None:
         """Of very many classes the weakest."""
