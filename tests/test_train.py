@@ -34,7 +34,7 @@ from utils.structures import Metrics, UserError
 from utils.train.trainer import Trainer
 
 RUN = Path("runs/train/exp")
-ALWAYS = {"about.json", "weights", "results.csv", "timing.csv", "hyp.yaml", "opt.yaml", "metrics.json"}
+ALWAYS = {"about.json", "report.html", "weights", "results.csv", "timing.csv", "hyp.yaml", "opt.yaml", "metrics.json"}
 PICTURES = {
     *("labels.jpg", "labels_correlogram.jpg", "train_batch0.jpg", "train_batch1.jpg"),
     *(f"val_batch{index}_{kind}.jpg" for index in range(3) for kind in ("labels", "pred")),

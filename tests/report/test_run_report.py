@@ -16,7 +16,8 @@ from utils.clock import PARTS, TimeSplit
 from utils.data.store import plain_store
 from utils.report import mosaics, plots
 from utils.report.console import Console
-from utils.report.run_report import PictureFiles, Pictures, WrittenReport, write_metrics
+from utils.report.pictures import PictureFiles, Pictures
+from utils.report.run_report import WrittenReport, write_metrics
 from utils.structures import (
     MISSED,
     BadUpdate,

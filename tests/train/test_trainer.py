@@ -24,7 +24,7 @@ from utils.evaluate.evaluator import Evaluator
 from utils.report import mosaics
 from utils.report.logger import Logger
 from utils.report.loggers import LOGGERS
-from utils.report.run_report import PictureFiles
+from utils.report.pictures import PictureFiles
 from utils.run_folder import LateRunFolder, RunFolder
 from utils.stopping import Interrupted
 from utils.structures import ClassMetrics, CocoFigures, LossMeans, Metrics, RunError, UserError

@@ -26,7 +26,8 @@ from utils.hyp import hyperparameters
 from utils.loss import LossGains
 from utils.ranks import Ranks
 from utils.report.console import Console, SilentConsole, labelled, result, strange_outputs
-from utils.report.run_report import PictureFiles, Pictures, write_metrics
+from utils.report.pictures import PictureFiles, Pictures
+from utils.report.run_report import write_metrics
 from utils.run_folder import METRICS_FILE
 from utils.runtime import Runtime, choose_runtime, join_ranks, mendable_errors
 from utils.structures import Batch, DatasetSpec, Detections, HeadSpec, LabelStore, Metrics, UserError

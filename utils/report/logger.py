@@ -69,7 +69,7 @@ class Logger:
         """Pictures (H, W, 3) u8 RGB by tag, after so many epochs."""
 
     def close(self, result: Metrics | None = None) -> None:
-        """Nothing is told afterwards. A run that came to its end has a result, and all its files but metrics.json."""
+        """Nothing is told afterwards. A run that came to its end has a result, and all its files."""
 
 
 class Guarded(Logger):

@@ -6,11 +6,11 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,163 +19,17 @@ from utils.clock import TimeSplit
 from utils.config import PROJECT_ROOT, spelling
 from utils.data.loader import Stream, UnpaintedBatch
 from utils.files import from_here, this_python, write_text
-from utils.report import mosaics, plots
-from utils.report.annotate import write_image
 from utils.report.console import Console, EpochSummary, SilentConsole, coco_names, format_duration, labelled, result
+from utils.report.html import write_report
 from utils.report.logger import LoggedEpoch, LoggedRun, Logger, first_line
 from utils.report.loggers import NonFiniteTable, loggers_of, result_row
 from utils.report.next_steps import next_steps
+from utils.report.pictures import GuardedPictures, Pictures
 from utils.report.timing import bottleneck, time_table, timing_row
 from utils.run_folder import METRICS_FILE
 from utils.structures import BadUpdate, Batch, ClassMetrics, Detections, LabelStore, LossMeans, Metrics
 
 _CLASSES_SHOWN, _WEAKEST_SHOWN = 40, 15  # on the terminal: at most so many, and of more these
-
-
-class Pictures:
-    """The pictures of a run. This class draws none: it is the null object of `--noplots`."""
-
-    batches: ClassVar[int] = 0  # so many from the first are drawn
-
-    def labels(self) -> None:
-        """The label statistics of the training split."""
-
-    def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> np.ndarray | None:
-        """A training batch as the network sees it: a file, and the same (H, W, 3) u8 RGB for loggers."""
-
-    def progress(self, batch: Batch, detections: Sequence[Detections]) -> np.ndarray | None:
-        """Some images of a batch with their labels and, beside these, with what is detected; for loggers alone."""
-
-    def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
-        """A batch of the final evaluation: labels, and detections in network px."""
-
-    def finished(self, metrics: Metrics) -> None:
-        """Curves and the worst images of the final evaluation, and curves of the run where there was one.
-
-        Without any label there are none of the evaluation.
-        """
-
-
-@dataclass(frozen=True)
-class PictureFiles(Pictures):
-    """Pictures in a folder."""
-
-    batches: ClassVar[int] = 3
-    folder: Path
-    names: tuple[str, ...]
-    val: LabelStore
-    train: LabelStore | None = None  # where there is no training, there are no pictures of it
-
-    def labels(self) -> None:
-        plots.plot_labels(self.train, self.names, self.folder)
-
-    def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> np.ndarray | None:
-        if index >= self.batches:
-            return None
-        batch = batch.to(torch.device("cpu"))
-        picture = self._drawn(f"Training batch {index}, as the network sees it", batch, _labels(batch), self.train)
-        write_image(picture, self.folder / f"train_batch{index}.jpg")
-        return picture
-
-    def progress(self, batch: Batch, detections: Sequence[Detections]) -> np.ndarray | None:
-        found = self._found(batch, detections)
-        captions = [self.val.path(image) for image in batch.indices.tolist()]
-        return mosaics.draw_pairs(batch.images.numpy(), _labels(batch), found, self.names, captions)
-
-    def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
-        if index >= self.batches:
-            return
-        least = f"{mosaics.SHOWN_CONFIDENCE:g}"
-        for file, title, shown in (
-            ("labels", f"Batch {index} of the evaluation: labels", _labels(batch)),
-            (
-                "pred",
-                f"Batch {index} of the evaluation: predicted, confidence from {least}",
-                self._found(batch, detections),
-            ),
-        ):
-            write_image(self._drawn(title, batch, shown, self.val), self.folder / f"val_batch{index}_{file}.jpg")
-
-    def _found(self, batch: Batch, detections: Sequence[Detections]) -> mosaics.DrawnBoxes:
-        found = replace(
-            batch,
-            boxes=torch.cat([one.boxes.cpu() for one in detections]),
-            classes=torch.cat([one.classes.cpu() for one in detections]),
-            image_of=torch.cat([torch.full((len(one.scores),), image) for image, one in enumerate(detections)]),
-        )
-        scores = torch.cat([one.scores.cpu() for one in detections]).numpy()
-        return replace(_labels(_cut_to_images(found, self.val)), scores=scores)
-
-    def finished(self, metrics: Metrics) -> None:
-        if metrics.labels:  # else there is nothing to judge by
-            self._judgements(metrics)
-        if (self.folder / "results.csv").exists():
-            plots.plot_results(self.folder / "results.csv", self.folder / "results.png")
-
-    def _judgements(self, metrics: Metrics) -> None:
-        plots.plot_curves(metrics, self.folder)
-        plots.plot_confusion(metrics.confusion, self.names, self.folder)
-        mosaics.plot_worst(
-            metrics.worst,
-            self.val,
-            self.names,
-            self.folder / "worst_images.jpg",
-            confidence=metrics.best_confidence if metrics.f1 else None,
-        )
-
-    def _drawn(self, title: str, batch: Batch, shown: mosaics.DrawnBoxes, store: LabelStore) -> np.ndarray:
-        captions = None if batch.placements is None else [store.path(image) for image in batch.indices.tolist()]
-        return mosaics.draw_batch(batch.images.numpy(), shown, self.names, title=title, captions=captions)
-
-
-def _labels(batch: Batch) -> mosaics.DrawnBoxes:
-    return mosaics.DrawnBoxes(batch.boxes.numpy(), batch.classes.numpy(), batch.image_of.numpy())
-
-
-class GuardedPictures(Pictures):
-    """Pictures that may fail, as on a full disk: the first failure is a warning, and there are no more."""
-
-    def __init__(self, pictures: Pictures, warn: Callable[[str], object]) -> None:
-        self._pictures, self._warn = pictures, warn
-
-    @property
-    def batches(self) -> int:
-        return self._pictures.batches
-
-    def labels(self) -> None:
-        self._safely(self._pictures.labels)
-
-    def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> np.ndarray | None:
-        return self._safely(self._pictures.train_batch, index, batch)
-
-    def progress(self, batch: Batch, detections: Sequence[Detections]) -> np.ndarray | None:
-        return self._safely(self._pictures.progress, batch, detections)
-
-    def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
-        self._safely(self._pictures.evaluated_batch, index, batch, detections)
-
-    def finished(self, metrics: Metrics) -> None:
-        self._safely(self._pictures.finished, metrics)
-
-    def _safely(self, draw: Callable[..., Any], *what: Any) -> Any:
-        try:
-            return draw(*what)
-        except Exception as error:
-            self._pictures = Pictures()
-            self._warn(f"no more pictures of this run, which goes on: {first_line(error)}")
-            return None
-
-
-def _cut_to_images(batch: Batch, store: LabelStore) -> Batch:
-    """Its boxes without what lies on the padding around the images."""
-    if batch.placements is None:
-        return batch
-    height, width = torch.from_numpy(store.sizes[batch.indices.numpy()]).double().unbind(1)
-    scale, shift = batch.placements[:, [0, 1], [0, 1]], batch.placements[:, :2, 2]
-    low, high = shift, shift + scale * torch.stack([width, height], 1)  # (B, 2)
-    of_boxes = batch.boxes.reshape(-1, 2, 2)
-    low, high = low[batch.image_of, None].to(of_boxes), high[batch.image_of, None].to(of_boxes)
-    return replace(batch, boxes=of_boxes.maximum(low).minimum(high).flatten(1))
 
 
 class RunReport:
@@ -245,7 +99,7 @@ class RunReport:
         digests: Callable[[], Mapping[str, str]],
         last_times: Callable[[], TimeSplit],
     ) -> None:
-        """The last words of a run: the table, metrics.json, the pictures, and where everything lies.
+        """The last words of a run: the table, the pictures, metrics.json, report.html, and where everything lies.
 
         `digests` tells those of the weights, by file. `last_times` tells what came since the row of the last epoch; it
         is asked when the pictures are drawn.
@@ -355,26 +209,37 @@ class WrittenReport(RunReport):
         digests: Callable[[], Mapping[str, str]],
         last_times: Callable[[], TimeSplit],
     ) -> None:
+        self._tell_result(metrics, best_epoch=best_epoch, epochs=epochs)  # what cannot be written costs no figure
         self.pictures.finished(metrics)
+        write_metrics(self.folder / METRICS_FILE, metrics)  # it marks the run as finished
+        page = self._page()
         for logger in self._loggers:
             logger.close(metrics)
-        write_metrics(self.folder / METRICS_FILE, metrics)  # last, as it marks the run as finished
-        took = format_duration(time.perf_counter() - self._started)
-        first = self._run.start_epoch + 1
-        trained = f"Epochs {first} to {epochs}" if epochs > first else f"Epoch {epochs}"
-        self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
-        self._tell_result(metrics)
         self._account_for_time(last_times())
         self.console.line(
             f"Digest of the weights: {', '.join(f'{digest} {file}' for file, digest in digests().items())}"
         )
         self.console.line(f"Weights, tables and pictures: {self.folder}")
+        if page is not None:
+            self.console.line(f"All of it on one page: {page}")
         steps = next_steps(self.folder, epochs=epochs, python=this_python(), scripts=from_here(PROJECT_ROOT))
         for what, typed in steps.items():
             self.console.line(f"  {what:<10}{typed}")
 
-    def _tell_result(self, metrics: Metrics) -> None:
+    def _page(self) -> Path | None:
+        """report.html; None where it cannot be made, which costs no run."""
+        try:
+            return write_report(self.folder)
+        except Exception as error:
+            self.console.warn(f"no report.html: {first_line(error)}")
+            return None
+
+    def _tell_result(self, metrics: Metrics, *, best_epoch: int, epochs: int) -> None:
         """Of very many classes the weakest."""
+        took = format_duration(time.perf_counter() - self._started)
+        first = self._run.start_epoch + 1
+        trained = f"Epochs {first} to {epochs}" if epochs > first else f"Epoch {epochs}"
+        self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
         classes = labelled(metrics)
         if len(classes) <= _CLASSES_SHOWN:
             self.console.line(result(metrics, classes))

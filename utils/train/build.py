@@ -51,7 +51,8 @@ from utils.ranks import Ranks
 from utils.report.about import ABOUT_FILE, About, SplitSummary, read_about, this_start, write_about
 from utils.report.console import Console, SilentConsole
 from utils.report.logger import LoggedRun
-from utils.report.run_report import PictureFiles, Pictures, RunReport, WrittenReport
+from utils.report.pictures import PictureFiles, Pictures
+from utils.report.run_report import RunReport, WrittenReport
 from utils.report.weights_and_biases import asked_for, check_installed, missing, run_id
 from utils.run_folder import FollowedRunFolder, LateRunFolder, RunFolder, load_last, newest_checkpoint
 from utils.runtime import Note, Runtime, choose_runtime, join_ranks, mendable_errors, raise_or_note, wandb_mode
