@@ -94,6 +94,9 @@ def test_pairs_fit_and_are_of_the_same_images_at_each_call(count, size):
     )
     assert first.shape == later.shape and max(first.shape[:2]) <= 1600
     assert (first != later).any()
+    if count == 1:
+        (labels, found), (labels_later, found_later) = (np.split(one, [one.shape[1] // 2], 1) for one in (first, later))
+        assert np.array_equal(labels, labels_later) and not np.array_equal(found, found_later)
 
 
 def test_a_pair_has_labels_on_the_left_and_what_was_found_on_the_right(monkeypatch):

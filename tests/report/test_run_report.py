@@ -235,7 +235,7 @@ def test_pictures_that_fail_are_a_warning_and_the_run_ends_well(tmp_path):
     reporter, stream = report(tmp_path, pictures=Failing())
     reporter.train_batch(0, 0, None)
     finish(reporter, best_epoch=0, epochs=1)
-    assert stream.getvalue().count("warning: no more pictures of this run, which goes on: disk full") == 1
+    assert stream.getvalue().count("warning: no more pictures in this run, which goes on: disk full") == 1
     assert (tmp_path / "metrics.json").exists()
 
 

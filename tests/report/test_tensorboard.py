@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.report.logged import COCO, METRICS, NAMES, logged_epoch, logged_run
 from utils.clock import PARTS
-from utils.report.logger import Guarded
+from utils.report.logger import Guard, Guarded
 from utils.report.loggers import RESULT_COLUMNS
 from utils.report.tensorboard import FINAL_METRICS, TensorBoardLogger
 from utils.structures import ClassMetrics, Curves
@@ -203,14 +203,14 @@ def test_without_tensorboard_there_is_one_note(tmp_path, monkeypatch):
 def test_a_folder_that_goes_is_one_warning(tmp_path):
     warnings, folder = [], tmp_path / "run"
     folder.mkdir()
-    logger = Guarded("TensorBoard", lambda: TensorBoardLogger(logged_run(folder)), warnings.append)
+    logger = Guarded(lambda: TensorBoardLogger(logged_run(folder)), Guard("TensorBoard", warnings.append))
     logger.epoch(logged_epoch(0))
     shutil.rmtree(folder)
     for epoch in (1, 2):
         logger.epoch(logged_epoch(epoch))
     logger.close(METRICS)
     (warning,) = warnings
-    assert warning.startswith("no more of TensorBoard in this run, which goes on: No such file or directory: ")
+    assert warning.startswith("no more TensorBoard in this run, which goes on: No such file or directory: ")
 
 
 def test_a_run_that_ends_before_anything_is_told_leaves_nothing(tmp_path):

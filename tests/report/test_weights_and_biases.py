@@ -165,7 +165,7 @@ def test_an_offline_run_holds_the_metrics_and_a_resumed_one_continues_it(tiny, s
     process = start("train.py", *tiny.flags("--upload-dataset", "--artifact-alias", "mine", epochs=2))
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors.decode()
-    assert b"no more of" not in output + errors
+    assert b"no more" not in output + errors
     folder = Path("runs/train/exp")
     [first] = folder.glob("wandb/offline-run-*")
     run, rows, summary, artifacts = read_run(first)
@@ -275,7 +275,7 @@ def test_without_a_login_there_is_one_warning(fake, run_folder, monkeypatch):
     for epoch in range(1, 3):
         logger.epoch(logged_epoch(epoch))
     logger.close(METRICS)
-    assert warnings == ["no more of Weights & Biases in this run, which goes on: No API key configured."]
+    assert warnings == ["no more Weights & Biases in this run, which goes on: No API key configured."]
 
 
 @pytest.mark.parametrize("state", ["never begins", "never finishes"])

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -864,7 +865,7 @@ class Recorder(Logger):
     """Keeps what it is told."""
 
     def __init__(self, run):
-        self.told, self.pictures, self.result = [], [], None
+        self.told, self.pictures, self.result, self.closings = [], [], None, []
         logged.append(self)
 
     def epoch(self, epoch):
@@ -908,9 +909,43 @@ def test_what_only_shows_a_run_may_fail_and_the_run_does_not(tiny, monkeypatch, 
     monkeypatch.setitem(LOGGERS, "fragile", type("Fragile", (Recorder,), {"epoch": no_room}))
     metrics = train.run(**tiny.options(epochs=2, noplots=False))
     said = capsys.readouterr().out
-    assert said.count("warning: no more pictures of this run, which goes on: No space left on device") == 1
-    assert said.count("warning: no more of fragile in this run, which goes on: No space left on device") == 1
+    assert said.count("warning: no more pictures in this run, which goes on: No space left on device") == 1
+    assert said.count("warning: no more fragile in this run, which goes on: No space left on device") == 1
     assert metrics.labels and (RUNS / "exp/metrics.json").exists() and len(rows_of(RUNS / "exp")) == 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_loggers_hear_of_an_end_that_is_none(augmented, monkeypatch, signum):
+    monkeypatch.setitem(LOGGERS, "recorder", Recorder)
+    monkeypatch.setattr(Recorder, "close", lambda self, result=None: self.closings.append(result))
+    logged.clear()
+    with pytest.raises(Interrupted):
+        interrupt(monkeypatch, epoch=1, batch=0, signum=signum)
+        train.run(**augmented.options(epochs=3))
+    assert logged[0].closings == [None]
+
+
+def test_what_to_type_next_works_after_an_early_stop(tiny, cli, monkeypatch):
+    monkeypatch.setattr(RunState, "out_of_patience", lambda self, patience: self.epoch >= patience)
+    _, said, _ = cli(train, *tiny.flags(epochs=5, patience=2))
+    (advice,) = (line for line in said.splitlines() if line.startswith("  train on"))
+    flags = shlex.split(advice.partition("train.py ")[2])
+    assert flags == ["--resume", str(LAST), "--patience", "4"]
+    code, said, errors = cli(train, *flags)
+    assert code == 0 and "Epochs 3 to 4" in said, errors
+
+
+def test_one_class_has_all_labels(tiny):
+    train.run(**tiny.options(single_cls=True))
+    about = json.loads((RUNS / "exp/about.json").read_text())
+    assert about["names"] == ["item"]
+    assert [about["splits"][split]["labels_of_class"] for split in ("train", "val")] == [[8], [4]]
+
+
+def test_nothing_of_a_run_is_left_in_the_folder_of_the_next(tiny):
+    train.run(**tiny.options(noplots=False))
+    train.run(**tiny.options(exist_ok=True))
+    assert not [path.name for path in (RUNS / "exp").iterdir() if path.suffix in (".png", ".jpg")]
 
 
 def rows_of(folder: Path) -> list[str]:

@@ -47,7 +47,8 @@ class SplitSummary:
     findings: tuple[FoundKind, ...]  # the most severe first
 
     @classmethod
-    def of(cls, report: ScanReport) -> SplitSummary:
+    def of(cls, report: ScanReport, *, single_class: bool) -> SplitSummary:
+        """`single_class`: all classes are one."""
         kinds = tuple(
             FoundKind(
                 severity=SEVERITIES[kind.rank],
@@ -62,7 +63,7 @@ class SplitSummary:
             background=report.background,
             skipped=report.skipped,
             labels=report.boxes,
-            labels_of_class=report.class_counts,
+            labels_of_class=(sum(report.class_counts),) if single_class else report.class_counts,
             findings=kinds,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -56,8 +56,8 @@ class LoggedEpoch:
 class Logger:
     """The contract, and at once the null object: each method may be called and does nothing.
 
-    One is made with a LoggedRun, on rank 0 alone. Whatever it raises ends this logger with a warning, never the run,
-    unless it is `essential`.
+    One is made with a LoggedRun, on rank 0 alone, and anew where the run goes back. Whatever it raises ends this logger
+    with a warning, never the run, unless it is `essential`.
     """
 
     essential: ClassVar[bool] = False
@@ -69,31 +69,47 @@ class Logger:
         """Pictures (H, W, 3) u8 RGB by tag, after so many epochs."""
 
     def close(self, result: Metrics | None = None) -> None:
-        """Nothing is told afterwards. A run that came to its end has a result, and all its files."""
+        """Nothing is told afterwards. A run that came to its end has a result, and all its files; else it stopped."""
+
+
+class Guard:
+    """Calls what only shows a run: its first failure is a warning, and then nothing is called any more."""
+
+    def __init__(self, what: str, warn: Note) -> None:
+        self.what, self._warn, self.failed = what, warn, False
+
+    def __call__(self, call: Callable[..., Any], *given: Any) -> Any:
+        """What the call returns; None after a failure."""
+        if self.failed:
+            return None
+        try:
+            return call(*given)
+        except Exception as error:
+            self.failed = True
+            self._warn(f"no more {self.what} in this run, which goes on: {first_line(error)}")
+            return None
 
 
 class Guarded(Logger):
-    """A logger that may fail: the first failure is a warning, and the last that is heard of it."""
+    """A logger that may fail, which is let go then."""
 
-    def __init__(self, name: str, make: Callable[[], Logger], warn: Note) -> None:
-        self._name, self._warn, self._logger = name, warn, Logger()
-        self._safely(lambda: setattr(self, "_logger", make()))
+    def __init__(self, make: Callable[[], Logger], guard: Guard) -> None:
+        self._guard = guard
+        self._logger = guard(make) or Logger()
 
     def epoch(self, epoch: LoggedEpoch) -> None:
-        self._safely(lambda: self._logger.epoch(epoch))
+        self._tell(self._logger.epoch, epoch)
 
     def images(self, pictures: Mapping[str, np.ndarray], step: int) -> None:
-        self._safely(lambda: self._logger.images(pictures, step))
+        self._tell(self._logger.images, pictures, step)
 
     def close(self, result: Metrics | None = None) -> None:
-        self._safely(lambda: self._logger.close(result))
+        self._tell(self._logger.close, result)
 
-    def _safely(self, tell: Callable[[], object]) -> None:
-        try:
-            tell()
-        except Exception as error:
+    def _tell(self, method: Callable[..., object], *what: Any) -> None:
+        self._guard(method, *what)
+        if self._guard.failed:
             self._logger = Logger()
-            self._warn(f"no more of {self._name} in this run, which goes on: {first_line(error)}")
 
 
 def first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from utils.clock import PARTS
 from utils.report.csv_table import CsvTable
-from utils.report.logger import Guarded, LoggedEpoch, LoggedRun, Logger, Note
+from utils.report.logger import Guard, Guarded, LoggedEpoch, LoggedRun, Logger
 from utils.report.tensorboard import TensorBoardLogger
 from utils.report.weights_and_biases import WandbLogger
 from utils.structures import BadUpdate, LabelStore, LossMeans, Metrics
@@ -59,20 +59,28 @@ def _loss_columns(split: str, losses: LossMeans) -> dict[str, float]:
     }
 
 
-class CsvLogger(Logger):
-    """results.csv, which an identical run repeats to the byte, and timing.csv, which no run repeats."""
+class ResultsLogger(Logger):
+    """results.csv, which an identical run repeats to the byte. Checkpoints count on its rows."""
 
     essential = True
 
     def __init__(self, run: LoggedRun) -> None:
-        self._results = CsvTable(run.folder / "results.csv", RESULT_COLUMNS, lasting=True)  # checkpoints count on it
-        self._timing = CsvTable(run.folder / "timing.csv", TIMING_COLUMNS)
-        for table in (self._results, self._timing):
-            table.truncate(run.start_epoch)
+        self._table = CsvTable(run.folder / "results.csv", RESULT_COLUMNS, lasting=True)
+        self._table.truncate(run.start_epoch)
 
     def epoch(self, epoch: LoggedEpoch) -> None:
-        self._results.append(epoch.results)
-        self._timing.append(epoch.timing)
+        self._table.append(epoch.results)
+
+
+class TimingLogger(Logger):
+    """timing.csv, which no run repeats."""
+
+    def __init__(self, run: LoggedRun) -> None:
+        self._table = CsvTable(run.folder / "timing.csv", TIMING_COLUMNS)
+        self._table.truncate(run.start_epoch)
+
+    def epoch(self, epoch: LoggedEpoch) -> None:
+        self._table.append(epoch.timing)
 
 
 class NonFiniteTable:
@@ -110,13 +118,16 @@ def _place(row: Mapping[str, str]) -> tuple[float, float]:
         return math.inf, math.inf
 
 
-def loggers_of(run: LoggedRun, *, warn: Note) -> list[Logger]:
-    """All of the table. One that fails is a warning, unless it is essential."""
-    return [kind(run) if kind.essential else Guarded(name, partial(kind, run), warn) for name, kind in LOGGERS.items()]
+def loggers_of(run: LoggedRun, guards: Mapping[str, Guard]) -> list[Logger]:
+    """All of the table; those that are not essential behind the guards of their names."""
+    return [
+        kind(run) if kind.essential else Guarded(partial(kind, run), guards[name]) for name, kind in LOGGERS.items()
+    ]
 
 
 LOGGERS: dict[str, type[Logger]] = {
-    "CSV": CsvLogger,
+    "results.csv": ResultsLogger,
+    "timing.csv": TimingLogger,
     "TensorBoard": TensorBoardLogger,
     "Weights & Biases": WandbLogger,
 }

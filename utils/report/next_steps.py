@@ -8,17 +8,28 @@ from pathlib import Path
 from utils.files import this_python
 
 
-def next_steps(folder: Path, *, epochs: int, python: str = "python", scripts: Path = Path()) -> dict[str, str]:
-    """Commands by what they do, for a finished run of so many epochs in `folder`.
+def next_steps(
+    folder: Path,
+    *,
+    epochs: int,
+    trained: int,
+    patience: int,
+    nproc: int = 1,
+    python: str = "python",
+    scripts: Path = Path(),
+) -> dict[str, str]:
+    """Commands by what they do, for a finished run in `folder`, which `trained` so many of its `epochs`.
 
     They begin with `python`, as it is typed, and `scripts` is the folder of train.py.
     """
     best, last = (str(folder / "weights" / name) for name in ("best.pt", "last.pt"))
+    further = ["--epochs", str(2 * epochs)] if trained >= epochs else ["--patience", str(2 * patience)]
+    further += ["--nproc", str(nproc)] if nproc > 1 else []
     steps = {
         "curves": ["-m", "tensorboard.main", "--logdir", str(folder.parent)],
         "evaluate": [str(scripts / "val.py"), "--weights", best],
         "detect": [str(scripts / "detect.py"), "--weights", best, "--source", "photo.jpg"],
-        "train on": [str(scripts / "train.py"), "--resume", last, "--epochs", str(2 * epochs)],
+        "train on": [str(scripts / "train.py"), "--resume", last, *further],
     }
     return {what: f"{python} {shlex.join(words)}" for what, words in steps.items()}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,8 +13,21 @@ import torch
 from utils.data.loader import UnpaintedBatch
 from utils.report import mosaics, plots
 from utils.report.annotate import write_image
-from utils.report.logger import first_line
+from utils.report.logger import Guard
 from utils.structures import Batch, Detections, LabelStore, Metrics
+
+_OF_TRAINING = ("labels.jpg", "labels_correlogram.jpg", "train_batch*.jpg")
+_OF_THE_END = (
+    *("val_batch*_labels.jpg", "val_batch*_pred.jpg", "worst_images.jpg", "results.png"),
+    *("*_curve.png", "confusion_matrix*.png"),
+)
+
+
+def clear_pictures(folder: Path, *, all_of_them: bool) -> None:
+    """Remove those of a final evaluation, which is still to come; or all, where another run begins in the folder."""
+    for pattern in (*_OF_THE_END, *(_OF_TRAINING if all_of_them else ())):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 class Pictures:
@@ -118,37 +131,29 @@ def _labels(batch: Batch) -> mosaics.DrawnBoxes:
 
 
 class GuardedPictures(Pictures):
-    """Pictures that may fail, as on a full disk: the first failure is a warning, and there are no more."""
+    """Pictures that may fail, as on a full disk."""
 
-    def __init__(self, pictures: Pictures, warn: Callable[[str], object]) -> None:
-        self._pictures, self._warn = pictures, warn
+    def __init__(self, pictures: Pictures, guard: Guard) -> None:
+        self._pictures, self._guard = pictures, guard
 
     @property
     def batches(self) -> int:
-        return self._pictures.batches
+        return 0 if self._guard.failed else self._pictures.batches
 
     def labels(self) -> None:
-        self._safely(self._pictures.labels)
+        self._guard(self._pictures.labels)
 
     def train_batch(self, index: int, batch: Batch | UnpaintedBatch) -> np.ndarray | None:
-        return self._safely(self._pictures.train_batch, index, batch)
+        return self._guard(self._pictures.train_batch, index, batch)
 
     def progress(self, batch: Batch, detections: Sequence[Detections]) -> np.ndarray | None:
-        return self._safely(self._pictures.progress, batch, detections)
+        return self._guard(self._pictures.progress, batch, detections)
 
     def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
-        self._safely(self._pictures.evaluated_batch, index, batch, detections)
+        self._guard(self._pictures.evaluated_batch, index, batch, detections)
 
     def finished(self, metrics: Metrics) -> None:
-        self._safely(self._pictures.finished, metrics)
-
-    def _safely(self, draw: Callable[..., Any], *what: Any) -> Any:
-        try:
-            return draw(*what)
-        except Exception as error:
-            self._pictures = Pictures()
-            self._warn(f"no more pictures of this run, which goes on: {first_line(error)}")
-            return None
+        self._guard(self._pictures.finished, metrics)
 
 
 def _cut_to_images(batch: Batch, store: LabelStore) -> Batch:

@@ -332,7 +332,13 @@ def _commands(run: RunFiles) -> list[Command]:
     """What can be typed next, in the folder of the trainer."""
     folder = from_here(run.folder.resolve())
     best, last = (folder / "weights" / name for name in ("best.pt", "last.pt"))
-    steps = next_steps(folder, epochs=run.epochs_planned or DEFAULT_EPOCHS)
+    planned, options = run.epochs_planned or DEFAULT_EPOCHS, run.options or {}
+    patience, nproc = (
+        value if isinstance(value := options.get(name), int) else getattr(TrainOptions, name)
+        for name in ("patience", "nproc")
+    )
+    trained = run.results.epochs[-1] if run.results.epochs else planned
+    steps = next_steps(folder, epochs=planned, trained=trained, patience=patience, nproc=nproc)
     commands = []
     if last.is_file() and run.is_finished:
         commands.append(Command("Train longer", steps["train on"]))

@@ -20,11 +20,11 @@ from utils.config import PROJECT_ROOT, spelling
 from utils.data.loader import Stream, UnpaintedBatch
 from utils.files import from_here, this_python, write_text
 from utils.report.console import Console, EpochSummary, SilentConsole, coco_names, format_duration, labelled, result
-from utils.report.html import write_report
-from utils.report.logger import LoggedEpoch, LoggedRun, Logger, first_line
-from utils.report.loggers import NonFiniteTable, loggers_of, result_row
+from utils.report.html import REPORT_FILE, write_report
+from utils.report.logger import Guard, LoggedEpoch, LoggedRun
+from utils.report.loggers import LOGGERS, NonFiniteTable, loggers_of, result_row
 from utils.report.next_steps import next_steps
-from utils.report.pictures import GuardedPictures, Pictures
+from utils.report.pictures import GuardedPictures, Pictures, clear_pictures
 from utils.report.timing import bottleneck, time_table, timing_row
 from utils.run_folder import METRICS_FILE
 from utils.structures import BadUpdate, Batch, ClassMetrics, Detections, LabelStore, LossMeans, Metrics
@@ -105,6 +105,9 @@ class RunReport:
         is asked when the pictures are drawn.
         """
 
+    def close(self) -> None:
+        """Nothing is told afterwards; for a run that has not `finished` this is all that loggers hear of its end."""
+
 
 class WrittenReport(RunReport):
     """The reporter that shows and writes."""
@@ -115,20 +118,31 @@ class WrittenReport(RunReport):
         """The run goes on at `run.start_epoch` and a batch of it, on the images of `train`."""
         super().__init__(run.folder)
         self.console, self._run, self._train = console, run, train
-        self.pictures = GuardedPictures(pictures, console.warn)
+        self._clear(anew=(run.start_epoch, start_batch) == (0, 0))
+        self.pictures = GuardedPictures(pictures, Guard("pictures", console.warn))
         self._flags = [spelling(name) for name, value in asdict(run.options).items() if value is True]
-        self._loggers: list[Logger] = loggers_of(run, warn=console.warn)
+        self._guards = {name: Guard(name, console.warn) for name in LOGGERS}
+        self._loggers = loggers_of(run, self._guards)
         self._nonfinite = NonFiniteTable(run.folder)
         self._nonfinite.keep(run.start_epoch, start_batch)
         self._times: list[TimeSplit] = []  # of the epochs
         self._started = time.perf_counter()
-        (run.folder / METRICS_FILE).unlink(missing_ok=True)  # a run that goes on is not finished
+
+    def _clear(self, *, anew: bool) -> None:
+        """A run that goes on is not finished: what says so, or is of its end, goes. Of another run all goes."""
+        for name in (METRICS_FILE, REPORT_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+        clear_pictures(self.folder, all_of_them=anew)
 
     def go_back(self, epoch: int) -> None:
+        self.close()
+        self._times = self._times[: epoch - self._run.start_epoch]
+        self._loggers = loggers_of(replace(self._run, start_epoch=epoch), self._guards)
+
+    def close(self) -> None:
         for logger in self._loggers:
             logger.close()
-        self._run = replace(self._run, start_epoch=epoch)
-        self._loggers = loggers_of(self._run, warn=self.console.warn)
+        self._loggers = []
 
     def skipped(self, bad: Sequence[BadUpdate]) -> None:
         self._nonfinite.append(bad, self._train)
@@ -211,10 +225,8 @@ class WrittenReport(RunReport):
     ) -> None:
         self._tell_result(metrics, best_epoch=best_epoch, epochs=epochs)  # what cannot be written costs no figure
         self.pictures.finished(metrics)
-        write_metrics(self.folder / METRICS_FILE, metrics)  # it marks the run as finished
+        write_metrics(self.folder / METRICS_FILE, metrics, best_epoch=best_epoch + 1)  # it marks the run as finished
         page = self._page()
-        for logger in self._loggers:
-            logger.close(metrics)
         self._account_for_time(last_times())
         self.console.line(
             f"Digest of the weights: {', '.join(f'{digest} {file}' for file, digest in digests().items())}"
@@ -222,17 +234,25 @@ class WrittenReport(RunReport):
         self.console.line(f"Weights, tables and pictures: {self.folder}")
         if page is not None:
             self.console.line(f"All of it on one page: {page}")
-        steps = next_steps(self.folder, epochs=epochs, python=this_python(), scripts=from_here(PROJECT_ROOT))
+        options = self._run.options
+        steps = next_steps(
+            self.folder,
+            epochs=options.epochs,
+            trained=epochs,
+            patience=options.patience,
+            nproc=options.nproc,
+            python=this_python(),
+            scripts=from_here(PROJECT_ROOT),
+        )
         for what, typed in steps.items():
             self.console.line(f"  {what:<10}{typed}")
+        for logger in self._loggers:  # the very last, as one may send much over a network
+            logger.close(metrics)
+        self._loggers = []
 
     def _page(self) -> Path | None:
         """report.html; None where it cannot be made, which costs no run."""
-        try:
-            return write_report(self.folder)
-        except Exception as error:
-            self.console.warn(f"no report.html: {first_line(error)}")
-            return None
+        return Guard(REPORT_FILE, self.console.warn)(write_report, self.folder)
 
     def _tell_result(self, metrics: Metrics, *, best_epoch: int, epochs: int) -> None:
         """Of very many classes the weakest."""
@@ -241,6 +261,11 @@ class WrittenReport(RunReport):
         trained = f"Epochs {first} to {epochs}" if epochs > first else f"Epoch {epochs}"
         self.console.line(f"\n{trained} in {took}; best.pt is of epoch {best_epoch + 1}:")
         classes = labelled(metrics)
+        if not classes:
+            self.console.line(
+                f"nothing to score it by: there is no usable label in the {metrics.images:,} images of 'val'"
+            )
+            return
         if len(classes) <= _CLASSES_SHOWN:
             self.console.line(result(metrics, classes))
             return
@@ -258,10 +283,10 @@ class WrittenReport(RunReport):
             self.console.line(f"\n{time_table(whole)}\n{bottleneck(whole, self._flags)}\n")
 
 
-def write_metrics(path: Path, metrics: Metrics) -> None:
+def write_metrics(path: Path, metrics: Metrics, *, best_epoch: int | None = None) -> None:
     """The figures of an evaluation as JSON, at full precision; nothing that an identical run would not repeat.
 
-    Those that do not exist, because there is no label to find, are null.
+    Those that do not exist, because there is no label to find, are null. `best_epoch`, from 1, is of a training run.
     """
     scores = {
         "fitness": metrics.fitness,
@@ -273,6 +298,7 @@ def write_metrics(path: Path, metrics: Metrics) -> None:
         "best_confidence": metrics.best_confidence,
     }
     figures = {
+        **({} if best_epoch is None else {"best_epoch": best_epoch}),
         **(scores if metrics.labels else dict.fromkeys(scores)),
         "images": metrics.images,
         "labels": metrics.labels,

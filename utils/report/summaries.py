@@ -41,11 +41,9 @@ def histogram(tag: str, values: np.ndarray) -> Summary.Value:
     """Of the values that are finite numbers."""
     from tensorboard.compat.proto.summary_pb2 import HistogramProto
 
-    values = values[np.isfinite(values)].ravel()
+    values = values[np.isfinite(values)].ravel().astype(np.float64)  # buckets of close values need the digits
     counts, edges = np.histogram(values, _BUCKETS)
-    told = HistogramProto(
-        num=len(values), sum=values.sum(dtype=np.float64), sum_squares=np.square(values, dtype=np.float64).sum()
-    )
+    told = HistogramProto(num=len(values), sum=values.sum(), sum_squares=np.square(values).sum())
     if len(values):
         told.min, told.max = values.min(), values.max()
     told.bucket_limit.extend(edges[1:])

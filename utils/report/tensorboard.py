@@ -64,6 +64,7 @@ class TensorBoardLogger(Logger):
     def __init__(self, run: LoggedRun) -> None:
         self._run, self._last_step = run, run.start_epoch
         self._timing: Counter[str] = Counter()  # of all epochs, by column
+        self._opened: EventFile | None = None
 
     def epoch(self, epoch: LoggedEpoch) -> None:
         self._last_step = epoch.number
@@ -80,8 +81,8 @@ class TensorBoardLogger(Logger):
         if result is not None and self._file is not None:
             over = event(summaries.session_end(time.time(), success=True))
             self._file.write([event(*self._last_values(result), step=self._last_step), over])
-        if "_file" in vars(self) and self._file is not None:
-            self._file.close()
+        if self._opened is not None:
+            self._opened.close()
 
     @cached_property
     def _file(self) -> EventFile | None:
@@ -89,9 +90,9 @@ class TensorBoardLogger(Logger):
         if not is_installed():
             self._run.note("no TensorBoard events: `pip install tensorboard` to get them")
             return None
-        file = EventFile(self._run.folder.resolve(), first_step=self._run.start_epoch + 1)
-        file.write(self._beginning())
-        return file
+        self._opened = EventFile(self._run.folder.resolve(), first_step=self._run.start_epoch + 1)
+        self._opened.write(self._beginning())
+        return self._opened
 
     def _beginning(self) -> Iterator[Event]:
         run = self._run

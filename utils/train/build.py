@@ -892,7 +892,9 @@ def _about(parts: _Parts, network: str, *, start_epoch: int) -> About:
         gflops=gflops(model, options.imgsz),
         data=options.data,
         names=parts.names,
-        splits={split: SplitSummary.of(report) for split, report in parts.reports.items()},
+        splits={
+            split: SplitSummary.of(report, single_class=options.single_cls) for split, report in parts.reports.items()
+        },
         starts=(this_start(first_epoch=start_epoch + 1, device=runtime.description, ranks=runtime.ranks.count),),
     )
     about = about.after(read_about(parts.run.path) if parts.run.saved else None)

@@ -432,6 +432,7 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
     finally:
         with suppress(Exception):  # the first one is on its way already
             trainer.run.settle()
+        trainer.report.close()
         trainer.run.let_go()
 
 
