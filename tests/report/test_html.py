@@ -21,7 +21,7 @@ from utils.report.about import write_about
 from utils.report.annotate import write_image
 from utils.report.html import COMPARISON_FILE, compare, main, write_report
 from utils.report.logger import LoggedEpoch
-from utils.report.loggers import CsvLogger, NonFiniteTable, result_row
+from utils.report.loggers import NonFiniteTable, ResultsLogger, TimingLogger, result_row
 from utils.report.run_files import FILES
 from utils.report.run_report import write_metrics
 from utils.report.timing import timing_row
@@ -38,7 +38,7 @@ NAMES = ("cat", "dog", "bird 2", "bird 10")
 
 
 class Run:
-    """What CsvLogger wants to know of a run."""
+    """What loggers of CSV files want to know of a run."""
 
     def __init__(self, folder, start_epoch=0):
         self.folder, self.start_epoch = folder, start_epoch
@@ -70,12 +70,13 @@ def epoch_metrics(epoch, epochs):
 def write_run(folder, *, names=NAMES, epochs=5, finished=True, hyp=None, **options):
     """A run's folder, as training leaves it."""
     folder.mkdir(parents=True)
-    logger = CsvLogger(Run(folder))
+    loggers = ResultsLogger(Run(folder)), TimingLogger(Run(folder))
     for epoch in range(epochs):
         losses = LossMeans(box=0.1 / (epoch + 1), objectness=0.03 + 1e-6 * epoch, classification=1e-7)
         row = result_row(epoch, losses, epoch_metrics(epoch, epochs), [0.1 / (epoch + 1)] * 3)
         times = TimeSplit(wall=3.0 + epoch % 7, parts=dict.fromkeys(PARTS, 0.1 + epoch % 3), images=8)
-        logger.epoch(LoggedEpoch(number=epoch + 1, results=row, timing=timing_row(epoch, times)))
+        for logger in loggers:
+            logger.epoch(LoggedEpoch(number=epoch + 1, results=row, timing=timing_row(epoch, times)))
     known = about()
     splits = {name: replace(split, labels_of_class=tuple(range(len(names)))) for name, split in known.splits.items()}
     write_about(folder / "about.json", replace(known, names=names, splits=splits))

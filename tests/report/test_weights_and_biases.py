@@ -20,7 +20,7 @@ from tests.report.logged import METRICS, logged_epoch, logged_run
 from utils.config import TrainOptions
 from utils.report import weights_and_biases
 from utils.report.csv_table import CsvTable
-from utils.report.logger import Guarded
+from utils.report.logger import Guard, Guarded
 from utils.report.loggers import RESULT_COLUMNS, TIMING_COLUMNS
 from utils.report.weights_and_biases import WandbLogger, asked_for, run_id
 
@@ -269,7 +269,7 @@ def test_without_a_login_there_is_one_warning(fake, run_folder, monkeypatch):
     monkeypatch.setenv("FAKE", "no login")
     warnings = []
     run = logged_run(run_folder, wandb_id="abc")
-    logger = Guarded("Weights & Biases", lambda: WandbLogger(run), warnings.append)
+    logger = Guarded(lambda: WandbLogger(run), Guard("Weights & Biases", warnings.append))
     logger.epoch(logged_epoch(0))
     until(lambda: fake("init") and not is_alive(fake("init")[0]["pid"]))
     for epoch in range(1, 3):
