@@ -1,3 +1,4 @@
+import math
 import shutil
 import sys
 import time
@@ -10,6 +11,7 @@ from torch import nn
 
 from tests.report.logged import COCO, METRICS, NAMES, logged_epoch, logged_run
 from utils.clock import PARTS
+from utils.report import summaries
 from utils.report.logger import Guard, Guarded
 from utils.report.loggers import RESULT_COLUMNS
 from utils.report.tensorboard import FINAL_METRICS, TensorBoardLogger
@@ -225,3 +227,11 @@ def test_sixty_epochs_cost_little(tmp_path):
     start = time.process_time()
     log_run(tmp_path, 60, metrics=metrics, result=metrics)
     assert time.process_time() - start < 1.5
+
+
+@pytest.mark.parametrize("values", [[1, 1 - 6e-8], [3e38, -3e38], [0.5], [], [math.nan, math.inf]])
+def test_histograms_of_any_weights(values):
+    told = summaries.histogram("weights/x", np.array(values, np.float32)).histo
+    finite = [value for value in values if math.isfinite(value)]
+    assert told.num == sum(told.bucket) == len(finite)
+    assert told.sum == pytest.approx(sum(finite))
