@@ -275,6 +275,7 @@ def test_resume_takes_a_path_or_none(argv, resume):
         ("--cache disk --cache-images", "--cache-images and --cache disk: choose one"),
         ("--repeat-factor 2", "--repeat-factor 2: should be a share of the images, from 0 to 1"),
         ("--repeat-factor .1 --image-weights", "--image-weights and --repeat-factor: both say how often"),
+        ("--artifact-alias a/b", "--artifact-alias 'a/b': should be a name without"),
         ("--bbox_interval -2", "--bbox-interval -2: should be -1 or more"),
         ("train", "unknown argument 'train'"),
         ("--epochs three", "--epochs: 'three' should be a whole number"),

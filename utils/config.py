@@ -26,7 +26,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 SINGLE_CLASS = ("item",)  # the names under --single-cls
 LARGEST_IMGSZ = 16_384  # px; the system kills a process that tries what nobody means
-DEFAULT_EPOCHS = 300  # where neither the user nor the data set says otherwise
+DEFAULT_EPOCHS, DEFAULT_IMGSZ = 300, 640  # where neither the user nor the data set says otherwise
 LATEST = "latest"  # what `--resume` without a path means
 
 Amp = Literal["auto", "bf16", "fp16", "off"]
@@ -169,7 +169,7 @@ class TrainOptions:
     upload_dataset: bool = _flag(False, "Weights & Biases: upload the images and labels as an artifact, at the end")
     bbox_interval: int = _flag(
         -1,
-        "epochs between pictures of predictions, in TensorBoard and Weights & Biases; -1: a tenth of --epochs; 0: none",
+        "Weights & Biases, and TensorBoard: epochs between pictures of predictions; -1: up to ten times a run; 0: none",
         low=-1,
     )
     artifact_alias: str = _flag("latest", "Weights & Biases: a further name for this version of the weights")
@@ -273,6 +273,11 @@ class ScanOptions:
     exist_ok: bool = _flag(False, "write into an existing folder")
     noplots: bool = _flag(False, "draw no picture")
     quiet: bool = _flag(False, "no progress bars")
+
+
+def usual_options() -> dict[str, Any]:
+    """What each option of training is where neither the user nor the data set says otherwise."""
+    return {**asdict(TrainOptions()), "epochs": DEFAULT_EPOCHS, "imgsz": DEFAULT_IMGSZ}
 
 
 Options = TypeVar("Options", TrainOptions, ValOptions, DetectOptions, ScanOptions)
@@ -562,6 +567,8 @@ def _check_train(options: TrainOptions) -> None:
     if options.quad and options.batch_size % 4 and options.batch_size != -1:
         raise UserError(f"--batch-size {options.batch_size}: should be a multiple of 4 with --quad")
     _check_evolution(options)
+    if not re.fullmatch(r"[^/:\s]+", options.artifact_alias):
+        raise UserError(f"--artifact-alias {options.artifact_alias!r}: should be a name without '/', ':' and spaces")
     if options.save_period == 0:
         raise UserError("--save-period 0: should be 1 or more, or -1 to keep none")
     if options.label_smoothing >= 1:

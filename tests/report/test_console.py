@@ -14,8 +14,8 @@ from utils.report.console import (
     format_duration,
     format_epoch,
     format_header,
-    format_progress,
     labelled,
+    progress_texts,
     result,
     strange_outputs,
     table,
@@ -25,6 +25,9 @@ from utils.structures import ClassMetrics, LossMeans
 COLUMNS = ("epoch", "train/box_loss", "x/lr0")
 
 TITLES = ["epoch", "box", "obj", "cls", "P", "R", "mAP@.5", "mAP@.5:.95", "images/s"]
+
+
+TEXTS = progress_texts(LOSSES, data_wait=0.031, memory=1_234_000_000)
 
 
 class Terminal(io.StringIO):
@@ -110,7 +113,7 @@ def test_on_a_terminal_the_bar_shows_speed_and_losses_and_gives_way_to_the_line(
     stream = Terminal()
     console = Console(stream=stream)
     for step in (bar := console.bar(range(3), "epoch 1/30", images_each=16)):
-        bar.set_postfix_str(format_progress(LOSSES, data_wait=0.031, memory=1_234_000_000))
+        bar.show(TEXTS)
         if step == 1:
             console.note("in between")
     console.epoch(summary())
@@ -119,6 +122,18 @@ def test_on_a_terminal_the_bar_shows_speed_and_losses_and_gives_way_to_the_line(
     assert "data wait 3%" in drawn and "1.2 GB" in drawn
     assert "\rnote: in between\n" in drawn
     assert drawn.rpartition("\r")[2] == f"{format_header(30)}\n{format_epoch(summary())}\n"
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(60, 0), (80, 2), (100, 3), (140, 5)])
+def test_a_narrow_terminal_shows_whole_texts_or_none(columns, shown):
+    stream = Terminal()
+    with Console(stream=stream).bar(3, "Epoch 10/300", images_each=16) as bar:
+        bar.dynamic_ncols = lambda _: (columns, 24)
+        bar.refresh()
+        bar.show(TEXTS)
+        bar.refresh()
+        last = stream.getvalue().rpartition("\r")[2]
+    assert last.partition("left")[2].strip(", ") == "  ".join(TEXTS[:shown])
 
 
 def test_a_bar_of_a_total_is_counted_by_hand():

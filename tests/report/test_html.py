@@ -175,7 +175,6 @@ def any_run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     tiny = request.getfixturevalue("draw_tiny")(folder / "set")
     train.run(**tiny.options(project=str(folder), name="run", epochs=3, quiet=True))
-    write_report(folder / "run")
     return folder / "run"
 
 
@@ -413,6 +412,29 @@ def test_the_state_of_a_run_is_told(tmp_path):
     assert "python train.py --resume" in page
 
 
+@pytest.mark.parametrize(("told", "noval", "best"), [(2, False, 2), (None, False, 4), (None, True, 5), (99, False, 4)])
+def test_the_best_epoch_is_that_of_metrics_json_else_what_can_be_known(tmp_path, told, noval, best):
+    folder = write_run(tmp_path / "run", noval=noval)
+    if told is not None:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps(metrics | {"epoch": told}))
+    assert f"Values of epoch {best}, the best" in write_report(folder).read_text()
+
+
+def test_a_comparison_says_of_which_runs_it_does_not_know_the_settings(page, tmp_path):
+    runs = [write_run(tmp_path / name, finished=name != "b") for name in "abc"]
+    (runs[1] / "opt.yaml").unlink()
+    page.open(compare(runs, tmp_path / COMPARISON_FILE).as_uri())
+    text = " ".join(page.text.split())
+    assert "Not known of b." in text and "The options are the same in all runs where they are known." in text
+    assert "The hyperparameters are the same in all runs." in text
+    assert page.run("return document.querySelectorAll('#overview td.best').length") == 0  # all are alike
+    for expected in (["b", "a", "c"], ["a", "c", "b"]):  # Not finished, Finished, and the other way round
+        page.run("document.querySelector('#overview th[data-key=status] button').click()")
+        names = page.run("return [...document.querySelectorAll('#overview tbody th')].map(one => one.textContent)")
+        assert names == expected
+
+
 def test_skipped_updates_are_listed(tmp_path):
     folder = write_run(tmp_path / "run")
     path = NonFiniteTable.path_in(folder)
@@ -455,7 +477,7 @@ def test_the_command_writes_a_report_or_beside_several_runs_a_comparison(tmp_pat
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "one") == 0
     assert command(monkeypatch, one, two) == 0
-    assert command(monkeypatch, one, one, "--output", "page.html") == 0
+    assert command(monkeypatch, one, one, "comparison.html", "--output", "page.html") == 0  # as of a glob
     assert capsys.readouterr().out.split() == ["one/report.html", "comparison.html", "page.html"]
     assert all((tmp_path / name).is_file() for name in ("one/report.html", "comparison.html", "page.html"))
 

@@ -75,7 +75,7 @@ class Recorded(Pictures):
     def train_batch(self, index, batch):
         self.drawn.append(f"train_batch{index}")
 
-    def finished(self, metrics):
+    def finished(self, metrics, best_epoch=None):
         self.drawn.append("finished")
 
 

@@ -25,7 +25,7 @@ def test_row_of_an_epoch():
 
 def test_nothing_was_trained_in_no_time():
     nothing = split(wall=0.0)
-    assert timing_row(0, nothing)["images_per_s"] == 0
+    assert "images_per_s" not in timing_row(0, nothing)
     assert "0%" in time_table(nothing) and bottleneck(nothing)
 
 

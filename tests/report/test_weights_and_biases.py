@@ -23,6 +23,7 @@ from utils.report.csv_table import CsvTable
 from utils.report.logger import Guard, Guarded
 from utils.report.loggers import RESULT_COLUMNS, TIMING_COLUMNS
 from utils.report.weights_and_biases import WandbLogger, asked_for, run_id
+from utils.structures import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = """
@@ -262,6 +263,19 @@ def test_more_images_than_make_sense_are_not_sent(fake, run_folder, monkeypatch)
     assert notes == ["--upload-dataset: not done: 16 images are more than 15"]
 
 
+@pytest.mark.parametrize("broken", ["not there", "unreadable"])
+def test_data_that_cannot_be_sent_cost_no_weights(fake, run_folder, tmp_path, broken):
+    path = tmp_path / "data.yaml"
+    if broken == "unreadable":
+        path.write_text("train: [")
+    notes = []
+    run = logged_run(run_folder, note=notes.append, wandb_id="abc", upload_dataset=True, data=str(path))
+    WandbLogger(run).close(METRICS)
+    assert [one["type"] for one in fake("artifact")] == ["model"] and fake("finish") == [{"exit_code": 0}]
+    (note,) = notes
+    assert note.startswith("--upload-dataset: not done: ") and "data.yaml" in note
+
+
 # ---- what goes wrong ----------------------------------------------------------------------------------------------
 
 
@@ -337,6 +351,19 @@ def test_a_process_whose_run_was_killed_ends_too(fake, tmp_path):
 )
 def test_flags_and_the_environment_ask_for_it(options, mode, by):
     assert asked_for(TrainOptions(**options), mode) == by
+
+
+def test_a_mode_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match=r"^WANDB_MODE=nonsense: should be online, offline or disabled$"):
+        asked_for(TrainOptions(), "nonsense")
+
+
+def test_a_run_that_leaves_it_says_so(tiny, monkeypatch, capsys):
+    train.run(**tiny.options())
+    run_id(Path("runs/train/exp"), resumed=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    train.run(resume="runs/train/exp/weights/last.pt", epochs=2)
+    assert "note: this run is in Weights & Biases so far; with WANDB_MODE=online, or offline" in capsys.readouterr().out
 
 
 def test_a_run_without_it_has_no_folder_of_it(tmp_path):

@@ -252,7 +252,8 @@ def _tell(parts: _Parts, evaluation: Evaluation) -> None:
 def _save(parts: _Parts, evaluation: Evaluation, folder: Path) -> None:
     options, evidence = parts.options, evaluation.evidence
     clear_results(folder)
-    write_metrics(folder / METRICS_FILE, evaluation.metrics)  # first: it says whose the other files are
+    epoch = parts.checkpoint["epoch"] or None  # of weights from elsewhere nobody knows it
+    write_metrics(folder / METRICS_FILE, evaluation.metrics, epoch=epoch)  # first: it says whose the other files are
     if options.save_json:
         for line in write_predictions(folder, evidence, parts.store, parts.names):
             parts.console.note(line)

@@ -53,6 +53,10 @@ def comparison_content(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "classes": _classes_compared(runs, names),
         "hyp": _differing([hyp_settings(run.hyp) for run in runs]),
         "options": _differing([option_settings(run.options) for run in runs]),
+        "unknown": {
+            "options": [name for name, run in zip(names, runs) if not run.options],
+            "hyperparameters": [name for name, run in zip(names, runs) if not run.hyp],
+        },
         "pictures": {
             file: (PICTURES[file][0], [one.get(file) for one in pictures])
             for file in kinds
@@ -96,7 +100,9 @@ def _overview_cells(run: RunFiles) -> dict[str, Cell]:
     speeds = [speed for speed in run.timing.numbers("images_per_s") if math.isfinite(speed)]
     status = status_of(run)
     return {
-        "epoch": Cell() if best is None else _epoch_cell(run.results.epochs[best], run.results.epochs[-1]),
+        "epoch": Cell()
+        if best is None
+        else _epoch_cell(run.results.epochs[best], run.epochs_planned or run.results.epochs[-1]),
         **{key: figures.get(title, Cell()) for key, (title, _) in HEADLINE.items()},
         "images_per_s": cell_of(statistics.median(speeds), "{:.1f}".format) if speeds else Cell(),
         "wall": Cell(shown_seconds(time.wall), f"{time.wall:.6g}") if time else Cell(),
@@ -105,16 +111,16 @@ def _overview_cells(run: RunFiles) -> dict[str, Cell]:
     }
 
 
-def _epoch_cell(epoch: int, last: int) -> Cell:
-    return Cell(f"{epoch:,} of {last:,}", str(epoch))
+def _epoch_cell(epoch: int, planned: int) -> Cell:
+    return Cell(f"{epoch:,} of {planned:,}", str(epoch))
 
 
 def _mark_best(rows: Sequence[dict[str, Cell]], key: str) -> None:
-    """The greatest of a column, and what equals it to the digits of results.csv, where there is more than one."""
+    """The greatest of a column, and what equals it to the digits of results.csv, unless all are alike."""
     values = [float(f"{number_of(row[key].full):.6g}") for row in rows]
     known = [value for value in values if math.isfinite(value)]
     for row, value in zip(rows, values):
-        if len(known) > 1 and value == max(known):
+        if len(set(known)) > 1 and value == max(known):
             row[key] = replace(row[key], is_best=True)
 
 
@@ -172,12 +178,12 @@ def _best_marked(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _differing(settings: Sequence[Sequence[Setting]]) -> list[tuple[str, str, list[Setting | None]]]:
-    """Name, default and the setting of each run, of those that are not the same in all."""
+    """Name, default and the setting of each run, of those that are not the same in all whose settings are known."""
     by_name = [{one.name: one for one in of_run} for of_run in settings]
     names = dict.fromkeys(name for of_run in by_name for name in of_run)
     rows = [(name, [of_run.get(name) for of_run in by_name]) for name in names]
     return [
         (name, next(one.default for one in of_runs if one), of_runs)
         for name, of_runs in rows
-        if len({one.value if one else None for one in of_runs}) > 1
+        if len({one.value if one else None for one, known in zip(of_runs, by_name) if known}) > 1
     ]

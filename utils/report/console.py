@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TextIO
 
 from tqdm import tqdm
@@ -26,7 +27,7 @@ class EpochSummary:
     epochs: int
     losses: LossMeans  # of training
     metrics: Metrics | None  # None: not evaluated
-    images_per_s: float
+    images_per_s: float | None  # None: there was nothing left to train on
     seconds_left: float
 
 
@@ -41,11 +42,10 @@ def format_epoch(summary: EpochSummary) -> str:
     return "  ".join(text.rjust(_width(title, summary.epochs)) for title, text in cells)
 
 
-def format_progress(losses: LossMeans, *, data_wait: float, memory: int | None) -> str:
+def progress_texts(losses: LossMeans, *, data_wait: float, memory: int | None) -> list[str]:
     """For a bar: losses, the share of the time that is spent waiting for data, and memory in bytes."""
-    texts = [f"box {losses.box:.4f}  obj {losses.objectness:.4f}  cls {losses.classification:.4f}"]
-    texts += [f"data wait {data_wait:.0%}", *([] if memory is None else [f"{memory / 1e9:.1f} GB"])]
-    return "  ".join(texts)
+    texts = [f"box {losses.box:.4f}", f"obj {losses.objectness:.4f}", f"cls {losses.classification:.4f}"]
+    return [*texts, f"data wait {data_wait:.0%}", *([] if memory is None else [f"{memory / 1e9:.1f} GB"])]
 
 
 def format_duration(seconds: float) -> str:
@@ -119,6 +119,7 @@ def strange_outputs(metrics: Metrics, whose: str = "the network") -> str:
 
 
 _BAR = "{desc}  {percentage:3.0f}% {bar} {rate_noinv_fmt}  {remaining} left{postfix}"
+_BESIDE_TEXTS = 42  # columns: percent, a short bar, speed, time left
 _BAR_WITHOUT_END = "{desc}  {n_fmt}{unit}  {rate_noinv_fmt}{postfix}"
 
 
@@ -139,8 +140,8 @@ class Console:
         """A bar over an iterable, or of a total that `bar.update(n)` counts up to. It vanishes when it is done.
 
         `images_each` is the number of images, or what they are `of`, per item, so that the speed is in images/s;
-        `bar.set_postfix_str(text, refresh=False)` adds text, as of `format_progress`. Use a bar of a total in a `with`;
-        it counts from `start`. Without bars it iterates.
+        `bar.show(texts)` adds texts, as those of `progress_texts`. Use a bar of a total in a `with`; it counts from
+        `start`. Without bars it iterates.
         """
         return self._bar(items, description, unit=f" {of}", unit_scale=images_each, start=start)
 
@@ -196,6 +197,12 @@ class SilentConsole(Console):
 class _Bar(tqdm):
     monitor_interval = 0  # no thread of tqdm's: loader workers are forked from this process
 
+    def show(self, texts: Sequence[str]) -> None:
+        """Add the first of the texts, as many as leave room for a bar; they are drawn next time."""
+        room = (self.ncols or 120) - len(self.desc) - _BESIDE_TEXTS  # as wide as it was last drawn
+        ends = accumulate(len(text) + 2 for text in texts)
+        self.set_postfix_str("  ".join(text for text, end in zip(texts, ends) if end <= room), refresh=False)
+
 
 # ---- tables -------------------------------------------------------------------------------------------------------
 
@@ -208,7 +215,7 @@ EPOCH_LINE: dict[str, Callable[[EpochSummary], str]] = {  # title: text of the c
     "R": _metric("recall"),
     "mAP@.5": _metric("map50"),
     "mAP@.5:.95": _metric("map50_95"),
-    "images/s": lambda summary: f"{summary.images_per_s:.1f}",
+    "images/s": lambda summary: "-" if summary.images_per_s is None else f"{summary.images_per_s:.1f}",
     "time left": lambda summary: format_duration(summary.seconds_left),
 }
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils.data.images import quiet_opencv
+
 _LONGEST_SIDE = 1600  # px
 _JPEG_QUALITY = 82
 _SHARE_OF_BYTES = 0.62  # of a picture as OpenCV writes it, at this quality
@@ -27,7 +29,8 @@ def embedded(path: Path, *, most_bytes: int) -> EmbeddedPicture | None:
     """The picture as it is, or as the largest JPEG that has so many bytes at most; None where it cannot be read."""
     try:
         content = path.read_bytes()
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
+        with quiet_opencv():
+            image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
     except (OSError, cv2.error):
         return None
     if image is None:

@@ -121,7 +121,8 @@ def _parsed(argv: Sequence[str]) -> PageOptions:
 
 def make_page(options: PageOptions) -> Path:
     """The page that was written. Raises UserError for what a user can mend."""
-    runs = list({folder.resolve(): folder for folder in options.runs}.values())
+    named = [path for path in options.runs if path.name != COMPARISON_FILE] or options.runs  # as of runs/train/*
+    runs = list({folder.resolve(): folder for folder in named}.values())
     if len(runs) > 1:
         beside = Path(os.path.commonpath([folder.resolve().parent for folder in runs]))
         return compare(runs, options.output or from_here(beside / COMPARISON_FILE))

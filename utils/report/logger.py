@@ -5,6 +5,7 @@ A new one is a class here below `report/` and a line in `loggers.LOGGERS`; docs/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class LoggedRun:
     def is_pictured(self, epoch: int) -> bool:
         """Whether predictions of this epoch, from 1, are shown: the first, the last, and at intervals."""
         every = self.options.bbox_interval
-        every = max(self.options.epochs // 10, 1) if every == -1 else every
+        every = math.ceil(self.options.epochs / 9) if every == -1 else every  # TensorBoard keeps ten of a tag
         return every > 0 and (epoch in (1, self.options.epochs) or epoch % every == 0)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from utils.clock import PARTS
-from utils.config import TrainOptions, spelling
+from utils.config import TrainOptions, spelling, usual_options
 from utils.hyp import GENES, Hyperparameters, plain_values
 from utils.report.about import About, SplitSummary
 from utils.structures import Metrics
@@ -26,7 +25,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def options_text(options: TrainOptions) -> str:
     """Every option; those that are not as by default come first, with what that is."""
-    rows = [(spelling(item.name), getattr(options, item.name), item.default) for item in fields(options)]
+    rows = [(spelling(name), getattr(options, name), usual) for name, usual in usual_options().items()]
     return table(["option", *_BESIDE_DEFAULTS], _beside_defaults(rows))
 
 

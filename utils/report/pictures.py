@@ -47,7 +47,7 @@ class Pictures:
     def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
         """A batch of the final evaluation: labels, and detections in network px."""
 
-    def finished(self, metrics: Metrics) -> None:
+    def finished(self, metrics: Metrics, best_epoch: int | None = None) -> None:
         """Curves and the worst images of the final evaluation, and curves of the run where there was one.
 
         Without any label there are none of the evaluation.
@@ -104,11 +104,11 @@ class PictureFiles(Pictures):
         scores = torch.cat([one.scores.cpu() for one in detections]).numpy()
         return replace(_labels(_cut_to_images(found, self.val)), scores=scores)
 
-    def finished(self, metrics: Metrics) -> None:
+    def finished(self, metrics: Metrics, best_epoch: int | None = None) -> None:
         if metrics.labels:  # else there is nothing to judge by
             self._judgements(metrics)
         if (self.folder / "results.csv").exists():
-            plots.plot_results(self.folder / "results.csv", self.folder / "results.png")
+            plots.plot_results(self.folder / "results.csv", self.folder / "results.png", best_epoch=best_epoch)
 
     def _judgements(self, metrics: Metrics) -> None:
         plots.plot_curves(metrics, self.folder)
@@ -152,8 +152,8 @@ class GuardedPictures(Pictures):
     def evaluated_batch(self, index: int, batch: Batch, detections: Sequence[Detections]) -> None:
         self._guard(self._pictures.evaluated_batch, index, batch, detections)
 
-    def finished(self, metrics: Metrics) -> None:
-        self._guard(self._pictures.finished, metrics)
+    def finished(self, metrics: Metrics, best_epoch: int | None = None) -> None:
+        self._guard(self._pictures.finished, metrics, best_epoch)
 
 
 def _cut_to_images(batch: Batch, store: LabelStore) -> Batch:

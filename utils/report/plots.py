@@ -7,7 +7,6 @@ engine, which would take half of the time. Nothing to show gives a picture that 
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from utils.report.annotate import (
     text_width,
     write_image,
 )
+from utils.report.csv_table import read_rows
 from utils.structures import CONFUSION_CONFIDENCE, CONFUSION_IOU, CROWD, ClassMetrics, LabelStore, Metrics, fitness
 
 if TYPE_CHECKING:
@@ -394,11 +394,11 @@ _PANELS = {  # title -> column of results.csv and its legend
 }
 
 
-def plot_results(csv_path: Path, path: Path) -> None:
+def plot_results(csv_path: Path, path: Path, *, best_epoch: int | None = None) -> None:
     """Every loss and metric of a results.csv over the epochs, the epoch of the best fitness marked."""
     columns = _read_columns(csv_path)
     epochs = columns.get("epoch", np.empty(0))
-    best = _best_row(columns)
+    best = _best_row(columns, best_epoch)
     W, H, head = 1800, 900, 46
     figure = new_figure(W, H)
     width, height = W / 4 - LEFT - EDGE, (H - head) / 2 - ABOVE - BELOW
@@ -420,19 +420,21 @@ def plot_results(csv_path: Path, path: Path) -> None:
 
 def _read_columns(csv_path: Path) -> dict[str, np.ndarray]:
     """The columns of a CSV as numbers, NaN for an empty or unreadable cell."""
-    with csv_path.open(newline="", encoding="utf-8") as file:
-        header, *rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row] or [[]]
-    return {name: np.array([_number(row, at) for row in rows]) for at, name in enumerate(header)}
+    rows = read_rows(csv_path)
+    return {name: np.array([_number(row[name]) for row in rows]) for name in (rows[0] if rows else ())}
 
 
-def _number(row: Sequence[str], at: int) -> float:
+def _number(cell: str) -> float:
     try:
-        return float(row[at])
-    except (IndexError, ValueError):
+        return float(cell)
+    except ValueError:
         return math.nan
 
 
-def _best_row(columns: dict[str, np.ndarray]) -> int | None:
+def _best_row(columns: dict[str, np.ndarray], best_epoch: int | None) -> int | None:
+    """That of the epoch of best.pt, or, where nobody tells that, of the best fitness."""
+    if best_epoch is not None and best_epoch in columns.get("epoch", ()):
+        return int(np.flatnonzero(columns["epoch"] == best_epoch)[0])
     if "metrics/mAP_0.5" not in columns or "metrics/mAP_0.5:0.95" not in columns:
         return None
     scored = fitness(columns["metrics/mAP_0.5"], columns["metrics/mAP_0.5:0.95"])

@@ -93,14 +93,18 @@ class RunFiles:
 
     @property
     def best_row(self) -> int | None:
-        """The row of results.csv that became best.pt; of equals the first, and without any label to find the last."""
+        """The row of results.csv that became best.pt. Where metrics.json does not tell, that of the best fitness.
+
+        Of equals it is the first then, and with --noval the last that was evaluated.
+        """
+        told = (self.metrics or {}).get("epoch")
+        if told in self.results.epochs:
+            return self.results.epochs.index(told)
         scores = self.fitness_by_epoch()
         known = [row for row, score in enumerate(scores) if math.isfinite(score)]
         if not known:
             return None
-        if (self.metrics or {}).get("labels") == 0:
-            return known[-1]
-        return max(known, key=lambda row: scores[row])
+        return known[-1] if (self.options or {}).get("noval") is True else max(known, key=lambda row: scores[row])
 
     def fitness_by_epoch(self) -> list[float]:
         pairs = zip(self.results.numbers("metrics/mAP_0.5"), self.results.numbers("metrics/mAP_0.5:0.95"))

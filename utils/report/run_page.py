@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from utils.clock import PARTS, TRAINING_PARTS, TimeSplit
-from utils.config import DEFAULT_EPOCHS, TrainOptions, spelling
+from utils.config import DEFAULT_EPOCHS, TrainOptions, spelling, usual_options
 from utils.files import from_here
 from utils.hyp import GENES, Hyperparameters, plain_values
 from utils.report.about import About
@@ -264,7 +264,7 @@ def hyp_settings(hyp: Mapping[str, Any] | None) -> list[Setting]:
 
 
 def option_settings(options: Mapping[str, Any] | None) -> list[Setting]:
-    defaults = {**asdict(TrainOptions()), "epochs": DEFAULT_EPOCHS, "imgsz": 640}
+    defaults = usual_options()
     meanings = {item.name: item.metadata["meaning"] for item in fields(TrainOptions)}
     return [
         replace(_setting(name, value, defaults.get(name, MISSING), meanings.get(name, "")), name=spelling(name))

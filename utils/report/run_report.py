@@ -204,7 +204,7 @@ class WrittenReport(RunReport):
                 epochs=self._run.options.epochs,
                 losses=losses,
                 metrics=metrics,
-                images_per_s=times.images_per_s,
+                images_per_s=times.images_per_s if times.images else None,
                 seconds_left=sum(recent) / len(recent) * (self._run.options.epochs - epoch - 1),
             )
         )
@@ -224,8 +224,8 @@ class WrittenReport(RunReport):
         last_times: Callable[[], TimeSplit],
     ) -> None:
         self._tell_result(metrics, best_epoch=best_epoch, epochs=epochs)  # what cannot be written costs no figure
-        self.pictures.finished(metrics)
-        write_metrics(self.folder / METRICS_FILE, metrics, best_epoch=best_epoch + 1)  # it marks the run as finished
+        self.pictures.finished(metrics, best_epoch + 1)
+        write_metrics(self.folder / METRICS_FILE, metrics, epoch=best_epoch + 1)  # it marks the run as finished
         page = self._page()
         self._account_for_time(last_times())
         self.console.line(
@@ -283,10 +283,10 @@ class WrittenReport(RunReport):
             self.console.line(f"\n{time_table(whole)}\n{bottleneck(whole, self._flags)}\n")
 
 
-def write_metrics(path: Path, metrics: Metrics, *, best_epoch: int | None = None) -> None:
+def write_metrics(path: Path, metrics: Metrics, *, epoch: int | None = None) -> None:
     """The figures of an evaluation as JSON, at full precision; nothing that an identical run would not repeat.
 
-    Those that do not exist, because there is no label to find, are null. `best_epoch`, from 1, is of a training run.
+    Those that do not exist, because there is no label to find, are null. `epoch`, from 1, is that of the weights.
     """
     scores = {
         "fitness": metrics.fitness,
@@ -298,7 +298,7 @@ def write_metrics(path: Path, metrics: Metrics, *, best_epoch: int | None = None
         "best_confidence": metrics.best_confidence,
     }
     figures = {
-        **({} if best_epoch is None else {"best_epoch": best_epoch}),
+        **({} if epoch is None else {"epoch": epoch}),
         **(scores if metrics.labels else dict.fromkeys(scores)),
         "images": metrics.images,
         "labels": metrics.labels,

@@ -13,7 +13,8 @@ _NOTABLE = 0.25  # of the time, beside a network that takes the most
 def timing_row(epoch: int, split: TimeSplit) -> dict[str, float]:
     """An epoch, counted from 0, by loggers.TIMING_COLUMNS."""
     parts = {f"{part}_s": split.parts[part] for part in PARTS}
-    return {"epoch": epoch + 1, "images_per_s": split.images_per_s, "epoch_s": split.wall, **parts}
+    speed = {"images_per_s": split.images_per_s} if split.images else {}  # a resumed run may have but to evaluate it
+    return {"epoch": epoch + 1, **speed, "epoch_s": split.wall, **parts}
 
 
 def time_table(split: TimeSplit) -> str:

@@ -29,9 +29,9 @@ from utils.data.scan import open_dataset
 from utils.data.sources import open_split
 from utils.files import write_text
 from utils.hyp import plain_values
-from utils.report.logger import LoggedEpoch, LoggedRun, Logger, Note
+from utils.report.logger import LoggedEpoch, LoggedRun, Logger, Note, first_line
 from utils.report.wandb_process import FAILED
-from utils.runtime import environment
+from utils.runtime import environment, wandb_mode
 from utils.stopping import signals_held_back
 from utils.structures import DatasetSpec, Metrics, UserError
 
@@ -52,7 +52,7 @@ _PICTURES = (
     "worst_images.jpg",
 )
 _PAGE = "report.html"
-_MOST_WAITING = 2000  # messages; more than wandb needs to begin, by far
+_MOST_WAITING, _MOST_PICTURES_WAITING = 2000, 100  # messages; more than wandb needs to begin, by far
 _MOST_IMAGES = 20_000  # of an artifact; each is a file that is read, and sent by itself
 _SAID_S = 5.0  # a wait that takes longer is announced
 _FINISH_S = 300.0  # for weights and pictures to be sent, at the end
@@ -64,9 +64,14 @@ _LEAVE_S = 10.0  # where the run is not at its end
 
 
 def asked_for(options: TrainOptions, mode: str | None) -> str | None:
-    """The flag that asks for Weights & Biases, else WANDB_MODE, of the value `mode`, if that does; else None."""
+    """The flag that asks for Weights & Biases, else WANDB_MODE, of the value `mode`, if that does; else None.
+
+    Raises UserError for a mode that there is not.
+    """
     if mode == "disabled":
         return None
+    if mode is not None and mode not in _MODES:
+        raise UserError(f"WANDB_MODE={mode}: should be online, offline or disabled")
     default = TrainOptions()
     for name in (*_FLAGS, _ALSO):
         if getattr(options, name) != getattr(default, name):
@@ -97,6 +102,11 @@ def _installed() -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def is_known(folder: Path) -> bool:
+    """Whether Weights & Biases knows the run in a folder."""
+    return (folder / _FOLDER / _ID_FILE).is_file()
 
 
 def run_id(folder: Path, *, resumed: bool) -> str:
@@ -169,12 +179,20 @@ class WandbLogger(Logger):
     def _send_dataset(self) -> None:
         splits = self._run.about.splits
         count = sum(split.images for split in splits.values())
-        if count > _MOST_IMAGES:
+        if count > _MOST_IMAGES:  # no need to list them
             self._run.note(f"--upload-dataset: not done: {count:,} images are more than {_MOST_IMAGES:,}")
             return
-        spec = open_dataset(self._run.options.data, note=lambda _: None)
+        try:
+            spec = open_dataset(self._run.options.data, note=lambda _: None)
+            files = _files_of(spec)
+        except (UserError, OSError) as error:
+            self._run.note(f"--upload-dataset: not done: {first_line(error)}")
+            return
+        if len(files) > 2 * _MOST_IMAGES:  # with the test split, each image with its labels
+            self._run.note(f"--upload-dataset: not done: {len(files):,} files are more than {2 * _MOST_IMAGES:,}")
+            return
         about = {"name": f"{_plain(spec.source.stem)}-dataset", "type": "dataset"}
-        self._tell("artifact", about, _files_of(spec), ["latest"])
+        self._tell("artifact", about, files, ["latest"])
 
 
 def _start_of(run: LoggedRun) -> dict[str, Any]:
@@ -235,14 +253,16 @@ class _Process:
         self._log, self._queue = folder / _LOG, queue.SimpleQueue()
         self._queue.put(start)
         code = f"import sys; sys.path[0] = {str(PROJECT_ROOT)!r}; from utils.report.wandb_process import main; main()"
-        places = {"WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_DATA_DIR": str(folder / "data")}
+        places = {"WANDB_MODE": wandb_mode() or "online"}  # empty, it would be a mistake
+        inside = folder.resolve()
+        places |= {"WANDB_CACHE_DIR": str(inside / "cache"), "WANDB_DATA_DIR": str(inside / "data")}
         with self._log.open("wb") as log, signals_held_back():  # what asks the run to stop is not for the process
             self._popen = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=environment(**{name: str(Path(path).resolve()) for name, path in places.items()}),
+                env=environment(**places),
                 start_new_session=True,  # it has no terminal, so nobody is asked for a password there
             )
             threading.Thread(target=_feed, args=(self._queue, self._popen.stdin), name="wandb", daemon=True).start()
@@ -252,7 +272,9 @@ class _Process:
         """Never waits. Raises RuntimeError where the process has ended, or does not keep up."""
         if self._popen.poll() is not None:
             raise RuntimeError(self._last_words())
-        if self._queue.qsize() > _MOST_WAITING:
+        if self._queue.qsize() > (_MOST_PICTURES_WAITING if message[0] == "images" else _MOST_WAITING):
+            self._end.detach()
+            self._popen.kill()
             raise RuntimeError("it does not keep up")
         self._queue.put(message)
 

@@ -25,6 +25,7 @@ from utils.archive import DamagedFile
 from utils.checkpoint import Checkpoint, for_inference, load_checkpoint, load_weights, save_checkpoint
 from utils.config import (
     DEFAULT_EPOCHS,
+    DEFAULT_IMGSZ,
     LATEST,
     SINGLE_CLASS,
     TrainOptions,
@@ -53,7 +54,7 @@ from utils.report.console import Console, SilentConsole
 from utils.report.logger import LoggedRun
 from utils.report.pictures import PictureFiles, Pictures
 from utils.report.run_report import RunReport, WrittenReport
-from utils.report.weights_and_biases import asked_for, check_installed, missing, run_id
+from utils.report.weights_and_biases import asked_for, check_installed, is_known, missing, run_id
 from utils.run_folder import FollowedRunFolder, LateRunFolder, RunFolder, load_last, newest_checkpoint
 from utils.runtime import Note, Runtime, choose_runtime, join_ranks, mendable_errors, raise_or_note, wandb_mode
 from utils.stopping import Interrupted, StopRequest
@@ -73,7 +74,6 @@ from utils.train.step import TrainStep
 from utils.train.trainer import RunState, Trainer
 from utils.transfer import Transfer, transfer
 
-_DEFAULT_IMGSZ = 640
 _DEFAULT_CFG = "yolov5n.yaml"
 _HIGH_LR0 = 1.0
 _NAMES_SHOWN = 4  # of entries or classes, in a line on weights
@@ -577,7 +577,7 @@ def _resolved(options: TrainOptions, spec: DatasetSpec, model: DetectionModel, c
         options,
         data=str(spec.source),
         epochs=options.epochs or spec.epochs or DEFAULT_EPOCHS,
-        imgsz=whole_strides(options.imgsz or spec.imgsz or _DEFAULT_IMGSZ, max(model.head.strides), note=console.note),
+        imgsz=whole_strides(options.imgsz or spec.imgsz or DEFAULT_IMGSZ, max(model.head.strides), note=console.note),
     )
 
 
@@ -876,11 +876,17 @@ def _report(parts: _Parts, schedule: Schedule, *, start: tuple[int, int]) -> Run
 
 def _wandb_id(parts: _Parts) -> str | None:
     """Of the run in Weights & Biases, if somebody asks for that; a note where it is not installed."""
-    mode = wandb_mode()
+    mode, folder, note = wandb_mode(), parts.run.path, parts.console.note
     if line := missing(parts.options, mode):
-        parts.console.note(line)
+        note(line)
         return None
-    return run_id(parts.run.path, resumed=parts.run.saved) if asked_for(parts.options, mode) else None
+    if not asked_for(parts.options, mode):
+        if parts.run.saved and is_known(folder) and mode != "disabled":
+            note("this run is in Weights & Biases so far; with WANDB_MODE=online, or offline, it would go on there")
+        return None
+    offline = f"offline; `wandb sync {folder}/wandb/offline-run-*` sends it later"
+    note(f"Weights & Biases: {offline if mode in ('offline', 'dryrun') else 'online'}")
+    return run_id(folder, resumed=parts.run.saved)
 
 
 def _about(parts: _Parts, network: str, *, start_epoch: int) -> About:

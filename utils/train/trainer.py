@@ -22,7 +22,7 @@ from utils.evaluate.saving import coco_ids, write_predictions
 from utils.files import from_here, this_python
 from utils.hyp import Hyperparameters, plain_values
 from utils.ranks import LostRank
-from utils.report.console import format_progress, strange_outputs
+from utils.report.console import progress_texts, strange_outputs
 from utils.report.run_report import RunReport
 from utils.run_folder import RunFolder
 from utils.runtime import Runtime, mendable_errors
@@ -206,7 +206,7 @@ class Trainer:
                 self.clock.count(len(batch.indices))
                 self.report.train_batch(epoch, index, batch)
                 if bar.update(1):  # the bar was drawn: only now are losses read back from the device
-                    bar.set_postfix_str(self._progress(), refresh=False)
+                    bar.show(self._progress())
                 if settings.update:
                     self._updated(index)
         self._heed(self.step.health.poll(now=True))  # waits for what the device has not done yet
@@ -224,10 +224,10 @@ class Trainer:
         weights = {f"weights/{name}": weight.detach() for name, weight in self.step.model.named_parameters()}
         return weights | {f"gradients/{name}": gradient for name, gradient in self.step.gradients.items()}
 
-    def _progress(self) -> str:
+    def _progress(self) -> list[str]:
         """What the bar of an epoch shows besides images and time."""
         means, wait = self.step.health.means(), self.clock.share("data_wait")
-        return format_progress(means, data_wait=wait, memory=self.runtime.memory_used())
+        return progress_texts(means, data_wait=wait, memory=self.runtime.memory_used())
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, for which no signal waits."""

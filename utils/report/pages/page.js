@@ -19,10 +19,11 @@ function compareKeys(a, b, isText) {
 
 /** Rows without a value stay last, whichever way the others go. */
 function sortTable(table, column, order) {
-  const isText = column === 0;
+  const rows = [...table.tBodies[0].rows];
+  const isText = column === 0 || rows.every((row) => Number.isNaN(sortKey(row, column, false)));
   const sign = order === "ascending" ? 1 : -1;
   const isKnown = ([key]) => isText || !Number.isNaN(key);
-  const pairs = [...table.tBodies[0].rows].map((row) => [sortKey(row, column, isText), row]);
+  const pairs = rows.map((row) => [sortKey(row, column, isText), row]);
   const known = pairs.filter(isKnown).sort(([a], [b]) => sign * compareKeys(a, b, isText));
   table.tBodies[0].append(...[...known, ...pairs.filter((pair) => !isKnown(pair))].map(([, row]) => row));
 }
