@@ -11,6 +11,7 @@ from typing import Any
 from utils.report.charts import Chart, Source, chart
 from utils.report.page_parts import (
     LOSS_UNIT,
+    OF_DATA,
     PICTURES,
     SHARE_UNIT,
     SPEED_UNIT,
@@ -36,12 +37,10 @@ from utils.report.run_page import (
     time_of,
 )
 
-_NOT_COMPARED = ("labels.jpg", "train_batch0.jpg")  # they tell of the data
-
 
 def comparison_content(runs: Sequence[RunFiles]) -> dict[str, Any]:
     names = _told_apart(runs)
-    kinds = [file for file in PICTURES if file not in _NOT_COMPARED]
+    kinds = [file for file in PICTURES if file not in OF_DATA]
     pictures = pictures_of(runs, kinds)
     return {
         "title": f"{len(runs)} runs",

@@ -25,6 +25,7 @@ PICTURES = {  # file: title, and what it shows
     "labels.jpg": ("Labels of the training split", "Counts by class, shapes, places and sizes of boxes."),
     "train_batch0.jpg": ("A training batch", "As the network saw it, augmented."),
 }
+OF_DATA = ("labels.jpg", "train_batch0.jpg")  # among these; the others are of an evaluation
 LOSS_UNIT = "mean over batches, times its gain"
 SPEED_UNIT = "training images per second"
 SHARE_UNIT = "a share, 0 to 1, on validation images"

@@ -17,7 +17,7 @@ from utils.report.logger import Guard
 from utils.structures import Batch, Detections, LabelStore, Metrics
 
 _OF_TRAINING = ("labels.jpg", "labels_correlogram.jpg", "train_batch*.jpg")
-_OF_THE_END = (
+OF_THE_END = (
     *("val_batch*_labels.jpg", "val_batch*_pred.jpg", "worst_images.jpg", "results.png"),
     *("*_curve.png", "confusion_matrix*.png"),
 )
@@ -25,7 +25,7 @@ _OF_THE_END = (
 
 def clear_pictures(folder: Path, *, all_of_them: bool) -> None:
     """Remove those of a final evaluation, which is still to come; or all, where another run begins in the folder."""
-    for pattern in (*_OF_THE_END, *(_OF_TRAINING if all_of_them else ())):
+    for pattern in (*OF_THE_END, *(_OF_TRAINING if all_of_them else ())):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 

@@ -19,6 +19,7 @@ from utils.report.next_steps import next_steps
 from utils.report.page_parts import (
     DASH,
     LOSS_UNIT,
+    OF_DATA,
     PICTURES,
     SHARE_UNIT,
     SPEED_UNIT,
@@ -79,6 +80,8 @@ def report_content(run: RunFiles) -> dict[str, Any]:
         "speed": chart("Speed", SPEED_UNIT, [Source("images/s", "images_per_s", run.timing)], file="timing"),
         "data": chart_data([run]),
         "pictures": pictures_of([run], list(PICTURES))[0],
+        "of_evaluation": [file for file in PICTURES if file not in OF_DATA],
+        "of_data": OF_DATA,
         "splits": _splits(run.about),
         "label_counts": _label_counts(run.about),
         "hyp": hyp_settings(run.hyp),

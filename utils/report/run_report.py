@@ -21,7 +21,7 @@ from utils.data.loader import Stream, UnpaintedBatch
 from utils.files import from_here, this_python, write_text
 from utils.report.console import Console, EpochSummary, SilentConsole, coco_names, format_duration, labelled, result
 from utils.report.html import REPORT_FILE, write_report
-from utils.report.logger import Guard, LoggedEpoch, LoggedRun
+from utils.report.logger import Guard, LoggedEpoch, LoggedRun, first_line
 from utils.report.loggers import LOGGERS, NonFiniteTable, loggers_of, result_row
 from utils.report.next_steps import next_steps
 from utils.report.pictures import GuardedPictures, Pictures, clear_pictures
@@ -252,7 +252,11 @@ class WrittenReport(RunReport):
 
     def _page(self) -> Path | None:
         """report.html; None where it cannot be made, which costs no run."""
-        return Guard(REPORT_FILE, self.console.warn)(write_report, self.folder)
+        try:
+            return write_report(self.folder)
+        except Exception as error:
+            self.console.warn(f"no {REPORT_FILE}: {first_line(error)}")
+            return None
 
     def _tell_result(self, metrics: Metrics, *, best_epoch: int, epochs: int) -> None:
         """Of very many classes the weakest."""

@@ -30,6 +30,7 @@ from utils.data.sources import open_split
 from utils.files import write_text
 from utils.hyp import plain_values
 from utils.report.logger import LoggedEpoch, LoggedRun, Logger, Note, first_line
+from utils.report.pictures import OF_THE_END
 from utils.report.wandb_process import FAILED
 from utils.runtime import environment, wandb_mode
 from utils.stopping import signals_held_back
@@ -42,15 +43,6 @@ _FLAGS = ("entity", "upload_dataset", "artifact_alias")  # that have no meaning 
 _ALSO = "bbox_interval"  # has one for TensorBoard, too
 _MODES = ("online", "offline", "dryrun", "run", "shared")
 
-_PICTURES = (
-    "results.png",
-    "confusion_matrix.png",
-    "PR_curve.png",
-    "F1_curve.png",
-    "val_batch*_labels.jpg",
-    "val_batch*_pred.jpg",
-    "worst_images.jpg",
-)
 _PAGE = "report.html"
 _MOST_WAITING, _MOST_PICTURES_WAITING = 2000, 100  # messages; more than wandb needs to begin, by far
 _MOST_IMAGES = 20_000  # of an artifact; each is a file that is read, and sent by itself
@@ -163,7 +155,7 @@ class WandbLogger(Logger):
             return
         folder, figures = self._run.folder.resolve(), _figures(result)
         self._tell("summary", {f"final/{name}": value for name, value in figures.items()})
-        pictures = {f"final/{path.stem}": str(path) for pattern in _PICTURES for path in sorted(folder.glob(pattern))}
+        pictures = {f"final/{path.stem}": str(path) for pattern in OF_THE_END for path in sorted(folder.glob(pattern))}
         pages = {"final/report": str(folder / _PAGE)} if (folder / _PAGE).exists() else {}
         self._tell("files", pictures, pages, self._epoch)
         about = {
