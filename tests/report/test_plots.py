@@ -94,6 +94,17 @@ def test_a_loss_that_blew_up_once_does_not_press_the_others_flat(tmp_path, monke
     assert [axes.get_yscale() for axes in drawn] == ["log"] + 7 * ["linear"]
 
 
+@pytest.mark.parametrize(("told", "marked"), [(None, 2), (3, 3), (9, 2)])
+def test_the_epoch_of_the_best_weights_is_marked(tmp_path, monkeypatch, told, marked):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.extend(figure.axes))
+    rows = [f"{epoch}" + f",{score}" * 13 for epoch, score in ((1, 0.1), (2, 0.5), (3, 0.5))]
+    (tmp_path / "results.csv").write_text("\n".join([COLUMNS, *rows]) + "\n")
+    plot_results(tmp_path / "results.csv", tmp_path / "results.png", best_epoch=told)
+    for axes in drawn:
+        assert marked in [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+
+
 def test_results_of_an_empty_file(tmp_path):
     (tmp_path / "results.csv").write_text("")
     plot_results(tmp_path / "results.csv", tmp_path / "results.png")

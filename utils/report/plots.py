@@ -25,7 +25,8 @@ from utils.report.annotate import (
     write_image,
 )
 from utils.report.csv_table import read_rows
-from utils.structures import CONFUSION_CONFIDENCE, CONFUSION_IOU, CROWD, ClassMetrics, LabelStore, Metrics, fitness
+from utils.report.run_files import Table
+from utils.structures import CONFUSION_CONFIDENCE, CONFUSION_IOU, CROWD, ClassMetrics, LabelStore, Metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -395,10 +396,10 @@ _PANELS = {  # title -> column of results.csv and its legend
 
 
 def plot_results(csv_path: Path, path: Path, *, best_epoch: int | None = None) -> None:
-    """Every loss and metric of a results.csv over the epochs, the epoch of the best fitness marked."""
-    columns = _read_columns(csv_path)
-    epochs = columns.get("epoch", np.empty(0))
-    best = _best_row(columns, best_epoch)
+    """Every loss and metric of a results.csv over the epochs; the one of best.pt, `best_epoch` if given, is marked."""
+    table = Table.of(read_rows(csv_path))
+    columns, epochs = {name: np.array(table.numbers(name)) for name in table.columns}, np.array(table.epochs)
+    best = table.best_row(best_epoch)
     W, H, head = 1800, 900, 46
     figure = new_figure(W, H)
     width, height = W / 4 - LEFT - EDGE, (H - head) / 2 - ABOVE - BELOW
@@ -416,29 +417,6 @@ def plot_results(csv_path: Path, path: Path, *, best_epoch: int | None = None) -
         said = f"Best fitness at {of}: dashed lines, and the figures beside titles"
         figure.text(LEFT / W, 1 - EDGE / H, said, fontsize=11, color=INK, va="center")
     save_figure(figure, path)
-
-
-def _read_columns(csv_path: Path) -> dict[str, np.ndarray]:
-    """The columns of a CSV as numbers, NaN for an empty or unreadable cell."""
-    rows = read_rows(csv_path)
-    return {name: np.array([_number(row[name]) for row in rows]) for name in (rows[0] if rows else ())}
-
-
-def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return math.nan
-
-
-def _best_row(columns: dict[str, np.ndarray], best_epoch: int | None) -> int | None:
-    """That of the epoch of best.pt, or, where nobody tells that, of the best fitness."""
-    if best_epoch is not None and best_epoch in columns.get("epoch", ()):
-        return int(np.flatnonzero(columns["epoch"] == best_epoch)[0])
-    if "metrics/mAP_0.5" not in columns or "metrics/mAP_0.5:0.95" not in columns:
-        return None
-    scored = fitness(columns["metrics/mAP_0.5"], columns["metrics/mAP_0.5:0.95"])
-    return int(np.nanargmax(scored)) if np.isfinite(scored).any() else None
 
 
 def _draw_lines(axes: Axes, x: np.ndarray, lines: dict[str, np.ndarray], best: int | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -45,6 +45,14 @@ class Table:
     epochs: tuple[int, ...] = ()
     rows: tuple[Mapping[str, str], ...] = ()
 
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, str]]) -> Table:
+        """Without the rows that name no epoch; of several that name the same one the last counts."""
+        numbered = ((number_of(row.get("epoch", "")), row) for row in rows)
+        by_epoch = {int(number): row for number, row in numbered if math.isfinite(number)}
+        epochs = tuple(sorted(by_epoch))
+        return cls(epochs, tuple(by_epoch[epoch] for epoch in epochs))
+
     @property
     def columns(self) -> tuple[str, ...]:
         return tuple(self.rows[0]) if self.rows else ()
@@ -55,6 +63,19 @@ class Table:
     def numbers(self, column: str) -> list[float]:
         """NaN where there is none."""
         return [number_of(cell) for cell in self.cells(column)]
+
+    def best_row(self, told: Any = None, *, noval: bool = False) -> int | None:
+        """The row of the epoch that became best.pt: the one `told`, or else that of the best fitness.
+
+        Of equals it is the first then, and with `noval` the last that was evaluated.
+        """
+        if told in self.epochs:
+            return self.epochs.index(told)
+        scores = list(map(fitness, self.numbers("metrics/mAP_0.5"), self.numbers("metrics/mAP_0.5:0.95")))
+        known = [row for row, score in enumerate(scores) if math.isfinite(score)]
+        if not known:
+            return None
+        return known[-1] if noval else max(known, key=lambda row: scores[row])
 
 
 @dataclass(frozen=True)
@@ -93,22 +114,9 @@ class RunFiles:
 
     @property
     def best_row(self) -> int | None:
-        """The row of results.csv that became best.pt. Where metrics.json does not tell, that of the best fitness.
-
-        Of equals it is the first then, and with --noval the last that was evaluated.
-        """
-        told = (self.metrics or {}).get("epoch")
-        if told in self.results.epochs:
-            return self.results.epochs.index(told)
-        scores = self.fitness_by_epoch()
-        known = [row for row, score in enumerate(scores) if math.isfinite(score)]
-        if not known:
-            return None
-        return known[-1] if (self.options or {}).get("noval") is True else max(known, key=lambda row: scores[row])
-
-    def fitness_by_epoch(self) -> list[float]:
-        pairs = zip(self.results.numbers("metrics/mAP_0.5"), self.results.numbers("metrics/mAP_0.5:0.95"))
-        return [fitness(*pair) for pair in pairs]
+        """The row of results.csv that became best.pt, as far as that is known."""
+        noval = (self.options or {}).get("noval") is True
+        return self.results.best_row((self.metrics or {}).get("epoch"), noval=noval)
 
 
 def is_run(folder: Path) -> bool:
@@ -186,15 +194,13 @@ def _rows(path: Path, trouble: Trouble) -> list[dict[str, str]]:
 
 def _epochs(path: Path, trouble: Trouble) -> Table:
     rows = _rows(path, trouble)
-    numbers = [number_of(row.get("epoch", "")) for row in rows]
-    by_epoch = {int(number): row for number, row in zip(numbers, rows) if math.isfinite(number)}
-    if rows and not by_epoch:
+    table = Table.of(rows)
+    if rows and not table.rows:
         trouble(path.name, f"{path.name} is damaged: none of its rows names an epoch.")
-    elif len(by_epoch) < len(rows):
-        left_out = len(rows) - len(by_epoch)
+    elif len(table.rows) < len(rows):
+        left_out = len(rows) - len(table.rows)
         trouble(path.name, f"{path.name} is damaged: {left_out} of its {len(rows)} rows are left out.")
-    epochs = tuple(sorted(by_epoch))
-    return Table(epochs, tuple(by_epoch[epoch] for epoch in epochs))
+    return table
 
 
 def _yaml(path: Path, trouble: Trouble) -> dict[str, Any] | None:
