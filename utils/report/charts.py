@@ -12,10 +12,23 @@ from dataclasses import dataclass
 
 from utils.report.run_files import Table
 
-WIDTH, HEIGHT = 360, 196
-LEFT, RIGHT, TOP, BOTTOM = 46, 350, 14, 158  # of the plot within, px
 _MOST_POINTS = 600  # of a line
 _TICK_STEPS = (1, 2, 2.5, 5, 10)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Of a chart, and of the plot within; px."""
+
+    width: int = 360
+    height: int = 196
+    left: int = 46
+    right: int = 350
+    top: int = 14
+    bottom: int = 158
+
+
+FRAME = Frame()
 
 
 @dataclass(frozen=True)
@@ -46,8 +59,8 @@ class Chart:
     lines: tuple[Line, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
-    x_span: tuple[float, float]  # epochs at LEFT and RIGHT
-    y_span: tuple[float, float]  # values at BOTTOM and TOP
+    x_span: tuple[float, float]  # epochs at the left and the right of the plot
+    y_span: tuple[float, float]  # values at its bottom and top
     best_px: float | None  # of the only run
     file: str  # the table that the columns are of: results or timing
 
@@ -95,11 +108,11 @@ class _Scale:
 
     def x(self, epoch: float) -> float:
         low, high = self.x_span
-        return round(LEFT + (epoch - low) / (high - low) * (RIGHT - LEFT), 1)
+        return round(FRAME.left + (epoch - low) / (high - low) * (FRAME.right - FRAME.left), 1)
 
     def y(self, value: float) -> float:
         low, high = self.y_span
-        return round(BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP), 1)
+        return round(FRAME.bottom - (value - low) / (high - low) * (FRAME.bottom - FRAME.top), 1)
 
     def point(self, epoch: float, value: float) -> tuple[float, float]:
         return self.x(epoch), self.y(value)

@@ -19,6 +19,7 @@ from typing import Any
 
 from utils.config import FlagParser, run_command
 from utils.files import from_here, write_text
+from utils.report.charts import FRAME
 from utils.report.comparison_page import comparison_content
 from utils.report.page_parts import DASH, shown_seconds, text_of
 from utils.report.run_files import read_run
@@ -71,7 +72,7 @@ def _templates() -> Any:
     )
     environment.policies["json.dumps_kwargs"] = {}  # columns in their own order
     environment.filters |= {"flags": _with_flags, "path": _with_breaks}
-    environment.globals.update(dash=DASH, shown_seconds=shown_seconds, text_of=text_of)
+    environment.globals.update(dash=DASH, frame=FRAME, shown_seconds=shown_seconds, text_of=text_of)
     return environment
 
 

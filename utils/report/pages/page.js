@@ -71,22 +71,23 @@ function fillEpochs(details) {
 
 // ---- charts ----
 
-const WIDTH = 360, LEFT = 46, RIGHT = 350, TOP = 14, BOTTOM = 158;
 const charts = all(".chart").filter((figure) => figure.querySelector("svg[role]")).map(readChart);
 
 function readChart(figure) {
   const svg = figure.querySelector("svg");
   const [x0, x1] = JSON.parse(figure.dataset.x), [y0, y1] = JSON.parse(figure.dataset.y);
+  const [left, right, top, bottom] = JSON.parse(figure.dataset.plot);
   const lines = all(".readout li", figure).map((item) => {
     const table = runs[item.dataset.run].tables[figure.dataset.table];
     const value = item.querySelector("b");
     return { item, value, resting: value.textContent, epochs: table.epochs, cells: table.columns[item.dataset.column] };
   });
   return {
-    figure, svg, lines, epochs: [...new Set(lines.flatMap((line) => line.epochs))].sort((a, b) => a - b),
-    x: (epoch) => LEFT + (epoch - x0) / (x1 - x0) * (RIGHT - LEFT),
-    y: (value) => BOTTOM - (value - y0) / (y1 - y0) * (BOTTOM - TOP),
-    epochAt: (px) => x0 + (px - LEFT) / (RIGHT - LEFT) * (x1 - x0),
+    figure, svg, lines, top, bottom, width: svg.viewBox.baseVal.width,
+    epochs: [...new Set(lines.flatMap((line) => line.epochs))].sort((a, b) => a - b),
+    x: (epoch) => left + (epoch - x0) / (x1 - x0) * (right - left),
+    y: (value) => bottom - (value - y0) / (y1 - y0) * (bottom - top),
+    epochAt: (px) => x0 + (px - left) / (right - left) * (x1 - x0),
   };
 }
 
@@ -108,11 +109,11 @@ function eraseCursor(chart) {
 function drawCursor(chart, epoch) {
   eraseCursor(chart);
   const x = chart.x(epoch);
-  const [gap, anchor] = x < WIDTH / 2 ? [-2, "start"] : [2, "end"];
-  const word = svgElement("text", { x: x + gap, y: 10, "text-anchor": anchor });
+  const [gap, anchor] = x < chart.width / 2 ? [-2, "start"] : [2, "end"];
+  const word = svgElement("text", { x: x + gap, y: chart.top - 4, "text-anchor": anchor });
   word.textContent = `epoch ${epoch}`;
   const cursor = svgElement("g", { class: "cursor" });
-  cursor.append(svgElement("path", { d: `M${x} ${TOP}V${BOTTOM}` }), word);
+  cursor.append(svgElement("path", { d: `M${x} ${chart.top}V${chart.bottom}` }), word);
   for (const line of chart.lines) {
     const cell = line.cells[line.epochs.indexOf(epoch)] ?? "";
     line.value.textContent = cell || DASH;
@@ -143,7 +144,7 @@ function showBest() {
 
 function epochUnder(chart, event) {
   const { left, width } = chart.svg.getBoundingClientRect();
-  return nearest(chart.epochs, chart.epochAt((event.clientX - left) / width * WIDTH));
+  return nearest(chart.epochs, chart.epochAt((event.clientX - left) / width * chart.width));
 }
 
 function epochByKey(chart, key) {
