@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.report.console import format_duration
 from utils.report.embedded import EmbeddedPicture, embedded
 from utils.report.run_files import RunFiles, number_of
 
@@ -46,7 +47,6 @@ class Row:
     name: str
     cells: tuple[Cell, ...]
     colour: str = ""
-    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,7 @@ def hex_colour(colour: Iterable[float]) -> str:
 
 
 def shown_seconds(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+    return f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
 
 
 # ------------------------------------------------------------------------------------------------- pictures and curves
