@@ -1,4 +1,3 @@
-import time
 import warnings
 
 import pytest
@@ -79,10 +78,3 @@ def test_it_is_the_same_however_the_model_is_run(nano):
 def test_a_network_that_is_a_single_module_has_a_graph():
     first, conv, last = network_graph(nn.Conv2d(3, 4, 3), 64)
     assert (first.shapes, conv.shapes, last.inputs) == (((1, 3, 64, 64),), ((1, 4, 62, 62),), (conv.name,))
-
-
-def test_it_costs_far_less_than_the_step_it_comes_with(nano):
-    network_graph(nano, 640)
-    start = time.process_time()
-    network_graph(nano, 640)
-    assert time.process_time() - start < 0.5

@@ -18,7 +18,6 @@ from utils.report.page_parts import (
     Cell,
     Grid,
     Row,
-    Setting,
     cell_of,
     chart_data,
     pictures_of,
@@ -31,11 +30,10 @@ from utils.report.run_page import (
     HEADLINE,
     class_colours,
     figures_of,
-    hyp_settings,
-    option_settings,
     status_of,
     time_of,
 )
+from utils.report.settings import Setting, hyp_settings, option_settings
 
 
 def comparison_content(runs: Sequence[RunFiles]) -> dict[str, Any]:
@@ -50,8 +48,8 @@ def comparison_content(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "charts": _charts(runs, names),
         "data": chart_data(runs),
         "classes": _classes_compared(runs, names),
-        "hyp": _differing([hyp_settings(run.hyp) for run in runs]),
-        "options": _differing([option_settings(run.options) for run in runs]),
+        "hyp": _differing([hyp_settings(run.hyp or {}) for run in runs]),
+        "options": _differing([option_settings(run.options or {}) for run in runs]),
         "unknown": {
             "options": [name for name, run in zip(names, runs) if not run.options],
             "hyperparameters": [name for name, run in zip(names, runs) if not run.hyp],

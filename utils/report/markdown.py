@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from utils.clock import PARTS
-from utils.config import TrainOptions, spelling, usual_options
-from utils.hyp import GENES, Hyperparameters, plain_values
+from utils.clock import PARTS, TimeSplit
+from utils.config import TrainOptions
+from utils.hyp import Hyperparameters, plain_values
 from utils.report.about import About, SplitSummary
+from utils.report.settings import Setting, hyp_settings, option_settings
 from utils.structures import Metrics
 
-_BESIDE_DEFAULTS = ("value", "default, where it differs")
 _MOST_CLASSES = 100  # of a table
 
 
@@ -24,23 +25,21 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def options_text(options: TrainOptions) -> str:
-    """Every option; those that are not as by default come first, with what that is."""
-    rows = [(spelling(name), getattr(options, name), usual) for name, usual in usual_options().items()]
-    return table(["option", *_BESIDE_DEFAULTS], _beside_defaults(rows))
+    """Every option with its meaning; those that are not as by default come first, with what that is."""
+    return _settings("option", option_settings(asdict(options)))
 
 
 def hyp_text(hyp: Hyperparameters) -> str:
-    """Every hyperparameter likewise, with its meaning."""
-    default = plain_values(Hyperparameters())
-    meanings = {name: gene.meaning for name, gene in GENES.items()}
-    rows = [(name, value, default[name], meanings.get(name, "")) for name, value in plain_values(hyp).items()]
-    return table(["hyperparameter", *_BESIDE_DEFAULTS, "meaning"], _beside_defaults(rows))
+    """Every hyperparameter likewise."""
+    return _settings("hyperparameter", hyp_settings(plain_values(hyp)))
 
 
-def _beside_defaults(rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
-    """Rows of a name, a value, its default, and what else there is to say."""
-    for name, value, default, *more in sorted(rows, key=lambda row: row[1] == row[2]):
-        yield name, _shown(value), "" if value == default else _shown(default), *more
+def _settings(what: str, settings: Iterable[Setting]) -> str:
+    rows = [
+        [one.name, one.value, one.default if one.differs else "", one.meaning]
+        for one in sorted(settings, key=lambda one: not one.differs)
+    ]
+    return table([what, "value", "default, where it differs", "meaning"], rows)
 
 
 def data_text(about: About) -> str:
@@ -82,10 +81,12 @@ def environment_text(about: About) -> str:
 
 def time_text(timing: Mapping[str, float]) -> str:
     """Seconds by column of timing.csv, and what share of all they are."""
-    whole = timing["epoch_s"]
-    parts = {part.replace("_", " "): timing[f"{part}_s"] for part in PARTS}
-    parts |= {"rest": max(whole - sum(parts.values()), 0.0), "all": whole}
-    rows = [[name, f"{seconds:.1f}", f"{seconds / max(whole, 1e-9):.1%}"] for name, seconds in parts.items()]
+    time = TimeSplit(wall=timing["epoch_s"], parts={part: timing[f"{part}_s"] for part in PARTS}, images=0)
+    parts = {**time.parts, "rest": time.rest, "all": time.wall}
+    rows = [
+        [part.replace("_", " "), f"{seconds:.1f}", f"{seconds / max(time.wall, 1e-9):.1%}"]
+        for part, seconds in parts.items()
+    ]
     return table(["part", "seconds", "share"], rows)
 
 

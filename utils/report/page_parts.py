@@ -1,4 +1,4 @@
-"""What the pages of runs are made of: figures as they are shown and in full, tables, settings, pictures, curves."""
+"""What the pages of runs are made of: figures as they are shown and in full, tables, pictures, curves."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from utils.report.console import format_duration
 from utils.report.embedded import EmbeddedPicture, embedded
 from utils.report.run_files import RunFiles, number_of
+from utils.report.settings import DASH
 
-DASH = "–"
 _PICTURE_BYTES = 1_950_000  # of all together, so that a page stays below 3 MB
 _LEAST_PICTURE_BYTES = 40_000  # of each, however many there are
 PICTURES = {  # file: title, and what it shows
@@ -74,15 +74,6 @@ class Status:
     kind: str  # done, busy or stopped
     word: str
     sentence: str
-
-
-@dataclass(frozen=True)
-class Setting:
-    name: str
-    value: str
-    default: str
-    differs: bool
-    meaning: str
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from typing import Any
 
 from utils.clock import PARTS, TRAINING_PARTS, TimeSplit
-from utils.config import DEFAULT_EPOCHS, TrainOptions, spelling, usual_options
+from utils.config import DEFAULT_EPOCHS, TrainOptions
 from utils.files import from_here
-from utils.hyp import GENES, Hyperparameters, plain_values
 from utils.report.about import About
 from utils.report.annotate import class_colour
 from utils.report.charts import Chart, Source, chart
@@ -29,7 +28,6 @@ from utils.report.page_parts import (
     Grid,
     Part,
     Row,
-    Setting,
     Status,
     cell_of,
     chart_data,
@@ -41,6 +39,7 @@ from utils.report.page_parts import (
     text_of,
 )
 from utils.report.run_files import METRICS, RESULTS, RunFiles
+from utils.report.settings import flags_in_use, hyp_settings, option_settings
 from utils.report.timing import bottleneck
 
 HEADLINE = {  # by their names in metrics.json: for people, and in results.csv
@@ -84,11 +83,11 @@ def report_content(run: RunFiles) -> dict[str, Any]:
         "of_data": OF_DATA,
         "splits": _splits(run.about),
         "label_counts": _label_counts(run.about),
-        "hyp": hyp_settings(run.hyp),
-        "options": option_settings(run.options),
+        "hyp": hyp_settings(run.hyp or {}),
+        "options": option_settings(run.options or {}),
         "time": time,
         "parts_of_time": _parts(time),
-        "verdict": bottleneck(time, _flags_in_use(run)) if time and time.wall else "",
+        "verdict": bottleneck(time, flags_in_use(run.options or {})) if time and time.wall else "",
         "nonfinite": run.nonfinite[:_NONFINITE_SHOWN],
         "skipped": int(sum(filter(math.isfinite, run.results.numbers("train/skipped")))),
         "commands": _commands(run),
@@ -254,44 +253,6 @@ def _count_cell(counts: Sequence[int], index: int, most: int) -> Cell:
     return replace(cell_of(counts[index], "{:,.0f}".format), bar=percent(counts[index] / max(most, 1)))
 
 
-# ------------------------------------------------------------------------------------------------------------ settings
-
-
-def hyp_settings(hyp: Mapping[str, Any] | None) -> list[Setting]:
-    defaults = plain_values(Hyperparameters())
-    meanings = {name: gene.meaning for name, gene in GENES.items()}
-    return [
-        _setting(name, value, defaults.get(name, MISSING), meanings.get(name, ""))
-        for name, value in (hyp or {}).items()
-    ]
-
-
-def option_settings(options: Mapping[str, Any] | None) -> list[Setting]:
-    defaults = usual_options()
-    meanings = {item.name: item.metadata["meaning"] for item in fields(TrainOptions)}
-    return [
-        replace(_setting(name, value, defaults.get(name, MISSING), meanings.get(name, "")), name=spelling(name))
-        for name, value in (options or {}).items()
-    ]
-
-
-def _setting(name: str, value: Any, default: Any, meaning: str) -> Setting:
-    if default is MISSING:
-        return Setting(name, _plain(value), "unknown", True, "not known to this version")
-    return Setting(name, _plain(value), _plain(default), _plain(value) != _plain(default), meaning)
-
-
-def _plain(value: Any) -> str:
-    """A value of a YAML file for people; what is empty in one way or another is a dash."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or DASH  # str knows lists that hold themselves
-    return DASH if value in (None, "") else str(value)
-
-
 # ---------------------------------------------------------------------------------------------------------------- time
 
 
@@ -322,10 +283,6 @@ def _parts(time: TimeSplit | None) -> list[Part]:
         parts.append(Part(key, _PART_NAMES.get(key, key), seconds, share, start))
         start += share
     return parts
-
-
-def _flags_in_use(run: RunFiles) -> list[str]:
-    return [spelling(name) for name, value in (run.options or {}).items() if value is True]
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

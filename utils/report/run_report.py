@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from utils.clock import TimeSplit
-from utils.config import PROJECT_ROOT, spelling
+from utils.config import PROJECT_ROOT
 from utils.data.loader import Stream, UnpaintedBatch
 from utils.files import from_here, this_python, write_text
 from utils.report.console import Console, EpochSummary, SilentConsole, coco_names, format_duration, labelled, result
@@ -25,6 +25,7 @@ from utils.report.logger import Guard, LoggedEpoch, LoggedRun, first_line
 from utils.report.loggers import LOGGERS, NonFiniteTable, loggers_of, result_row
 from utils.report.next_steps import next_steps
 from utils.report.pictures import GuardedPictures, Pictures, clear_pictures
+from utils.report.settings import flags_in_use
 from utils.report.timing import bottleneck, time_table, timing_row
 from utils.run_folder import METRICS_FILE
 from utils.structures import BadUpdate, Batch, ClassMetrics, Detections, LabelStore, LossMeans, Metrics
@@ -120,7 +121,7 @@ class WrittenReport(RunReport):
         self.console, self._run, self._train = console, run, train
         self._clear(anew=(run.start_epoch, start_batch) == (0, 0))
         self.pictures = GuardedPictures(pictures, Guard("pictures", console.warn))
-        self._flags = [spelling(name) for name, value in asdict(run.options).items() if value is True]
+        self._flags = flags_in_use(asdict(run.options))
         self._guards = {name: Guard(name, console.warn) for name in LOGGERS}
         self._loggers = loggers_of(run, self._guards)
         self._nonfinite = NonFiniteTable(run.folder)
