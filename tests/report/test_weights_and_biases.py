@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -254,13 +255,18 @@ def test_an_epoch_that_comes_again_is_a_later_step(fake, run_folder, monkeypatch
     assert fake("init")[0]["project"] == "theirs"
 
 
-def test_more_images_than_make_sense_are_not_sent(fake, run_folder, monkeypatch):
-    monkeypatch.setattr(weights_and_biases, "_MOST_IMAGES", 15)  # of 8 + 8
+@pytest.mark.parametrize(("most", "sent"), [(16, True), (15, False)])
+def test_more_images_than_make_sense_are_not_sent(fake, run_folder, tiny, monkeypatch, most, sent):
+    with tiny.data.open("a") as data:
+        print("test: images/test", file=data)
+    shutil.copytree(tiny.folder / "images/val", tiny.folder / "images/test")
+    monkeypatch.setattr(weights_and_biases, "_MOST_IMAGES", most)  # of 8 + 4 + 4; labels do not count
     notes = []
-    logger = WandbLogger(logged_run(run_folder, note=notes.append, wandb_id="abc", upload_dataset=True))
-    logger.close(METRICS)
-    assert [one["type"] for one in fake("artifact")] == ["model"]
-    assert notes == ["--upload-dataset: not done: 16 images are more than 15"]
+    run = logged_run(run_folder, note=notes.append, wandb_id="abc", upload_dataset=True, data=str(tiny.data))
+    WandbLogger(run).close(METRICS)
+    assert [one["type"] for one in fake("artifact")] == ["model", "dataset"][: 1 + sent]
+    assert fake("finish") == [{"exit_code": 0}]
+    assert notes == ([] if sent else [f"--upload-dataset: not done: {tiny.data} has more than 15 images"])
 
 
 @pytest.mark.parametrize("broken", ["not there", "unreadable"])
@@ -295,8 +301,8 @@ def test_without_a_login_there_is_one_warning(fake, run_folder, monkeypatch):
 @pytest.mark.parametrize("state", ["never begins", "never finishes"])
 def test_nothing_waits_for_a_package_that_hangs(fake, run_folder, monkeypatch, state):
     monkeypatch.setenv("FAKE", state)
-    monkeypatch.setattr(weights_and_biases, "_SAID_S", 0.4)
-    monkeypatch.setattr(weights_and_biases, "_FINISH_S", 0.1)
+    monkeypatch.setattr(weights_and_biases, "_SAID_S", 0.1)
+    monkeypatch.setattr(weights_and_biases, "_FINISH_S", 0.4)
     notes = []
     logger = WandbLogger(logged_run(run_folder, note=notes.append, wandb_id="abc"))
     began = time.monotonic()
@@ -310,13 +316,51 @@ def test_nothing_waits_for_a_package_that_hangs(fake, run_folder, monkeypatch, s
     assert not is_alive(fake("init")[0]["pid"])
 
 
-def test_a_run_that_is_interrupted_is_told_so_and_leaves_no_process(fake, run_folder):
+def test_a_process_that_never_reads_is_ended_before_memory_is_full(fake, run_folder, monkeypatch):
+    monkeypatch.setenv("FAKE", "never begins")
+    monkeypatch.setattr(weights_and_biases, "_MOST_WAITING", 8 << 20)
+    warnings, told = [], 0
+    run = logged_run(run_folder, wandb_id="abc")
+    logger = Guarded(lambda: WandbLogger(run), Guard("Weights & Biases", warnings.append))
+    logger.epoch(logged_epoch(0))
+    until(lambda: fake("init"))
+    began = time.monotonic()
+    while not warnings:
+        logger.images({"large": np.zeros((1000, 1000, 3), np.uint8)}, told)
+        told += 1
+    assert time.monotonic() - began < 1
+    assert told == 4  # of 3 MB, and one that is not taken
+    assert warnings == [
+        "no more Weights & Biases in this run, which goes on: it does not keep up: 8 MB wait for it",
+    ]
+    assert not is_alive(fake("init")[0]["pid"])
+    logger.close(METRICS)
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize("hears", [True, False])
+def test_a_run_that_is_interrupted_is_told_so_and_leaves_no_process(fake, run_folder, hears):
     logger = WandbLogger(logged_run(run_folder, wandb_id="abc"))
     logger.epoch(logged_epoch(0))
+    if hears:
+        logger.close()
     del logger
     gc.collect()
     assert len(fake("log")) == 1
     assert fake("finish") == [{"exit_code": 1}]
+    assert not is_alive(fake("init")[0]["pid"])
+
+
+def test_a_run_that_is_interrupted_waits_for_nothing_that_hangs(fake, run_folder, monkeypatch):
+    monkeypatch.setenv("FAKE", "never finishes")
+    monkeypatch.setattr(weights_and_biases, "_LEAVE_S", 0.3)  # and not _SAID_S as well
+    logger = WandbLogger(logged_run(run_folder, wandb_id="abc"))
+    logger.epoch(logged_epoch(0))
+    until(lambda: fake("log"))
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="not all was sent"):
+        logger.close()
+    assert time.monotonic() - began < 1
     assert not is_alive(fake("init")[0]["pid"])
 
 
@@ -404,12 +448,12 @@ def test_the_example_of_the_page_is_a_logger(tmp_path):
     [example] = re.findall(r"```python\n(.*?)```", page, re.S)
     names: dict = {}
     exec(example, names)
-    for first, last in ((0, 2), (2, 3)):
+    for first, last in ((0, 3), (1, 3), (2, 4)):  # ended, resumed and killed, resumed
         logger = names["JsonLogger"](logged_run(tmp_path, start_epoch=first))
         for epoch in range(first, last):
             logger.epoch(logged_epoch(epoch, METRICS))
             logger.images({}, epoch)
-        logger.close(METRICS if last == 3 else None)
+        logger.close(None if first == 1 else METRICS)
     *epochs, end = map(json.loads, (tmp_path / "epochs.jsonl").read_text().splitlines())
-    assert [row["epoch"] for row in epochs] == [1, 2, 3]
+    assert [row["epoch"] for row in epochs] == [1, 2, 3, 4]
     assert end == {"best mAP_0.5:0.95": METRICS.map50_95}

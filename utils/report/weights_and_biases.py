@@ -44,12 +44,13 @@ _ALSO = "bbox_interval"  # has one for TensorBoard, too
 _MODES = ("online", "offline", "dryrun", "run", "shared")
 
 _PAGE = "report.html"
-_MOST_WAITING, _MOST_PICTURES_WAITING = 2000, 100  # messages; more than wandb needs to begin, by far
+_MOST_WAITING = 256 << 20  # bytes of messages; more than comes while wandb begins, by far
 _MOST_IMAGES = 20_000  # of an artifact; each is a file that is read, and sent by itself
 _SAID_S = 5.0  # a wait that takes longer is announced
 _FINISH_S = 300.0  # for weights and pictures to be sent, at the end
 _DATASET_S = 3600.0  # with the images, which somebody asked for
 _LEAVE_S = 10.0  # where the run is not at its end
+_KILLED_S = 1.0  # for a process to be gone; one that waits for a disk may take longer
 
 
 # ---- who asks for it ----------------------------------------------------------------------------------------------
@@ -141,7 +142,10 @@ class WandbLogger(Logger):
             self._conclude(result)
         if self._process is not None:
             last = _DATASET_S if self._run.options.upload_dataset else _FINISH_S
-            self._process.finish(_LEAVE_S if result is None else last, self._run.note)
+            if result is None:
+                self._process.finish(_LEAVE_S, self._run.note, exit_code=1)
+            else:
+                self._process.finish(last, self._run.note, exit_code=0)
 
     def _tell(self, *message: Any) -> None:
         if self._run.wandb_id is None:
@@ -169,19 +173,12 @@ class WandbLogger(Logger):
             self._send_dataset()
 
     def _send_dataset(self) -> None:
-        splits = self._run.about.splits
-        count = sum(split.images for split in splits.values())
-        if count > _MOST_IMAGES:  # no need to list them
-            self._run.note(f"--upload-dataset: not done: {count:,} images are more than {_MOST_IMAGES:,}")
-            return
+        """Or a note why not: by then all else is told, and is to be sent."""
         try:
             spec = open_dataset(self._run.options.data, note=lambda _: None)
             files = _files_of(spec)
-        except (UserError, OSError) as error:
+        except (ValueError, OSError) as error:
             self._run.note(f"--upload-dataset: not done: {first_line(error)}")
-            return
-        if len(files) > 2 * _MOST_IMAGES:  # with the test split, each image with its labels
-            self._run.note(f"--upload-dataset: not done: {len(files):,} files are more than {2 * _MOST_IMAGES:,}")
             return
         about = {"name": f"{_plain(spec.source.stem)}-dataset", "type": "dataset"}
         self._tell("artifact", about, files, ["latest"])
@@ -221,13 +218,20 @@ def _plain(name: str) -> str:
 
 
 def _files_of(spec: DatasetSpec) -> list[tuple[str, str]]:
-    """The files that a data set is made of, each with its path below the folder that holds all of them."""
-    paths = {str(spec.source.resolve())}
+    """The files that a data set is made of, each with its path below the folder that holds all of them.
+
+    Raises UserError where they cannot be found, or hold too many images.
+    """
+    paths, images = {str(spec.source.resolve())}, set()
     for split in ("train", "val", *(["test"] if spec.test else [])):
         paths.update(str(entry) for entry in getattr(spec, split) if entry.is_file())
         for source in open_split(spec, split):
-            paths.update(source.images)
+            for image in source.images:
+                images.add(image)
+                if len(images) > _MOST_IMAGES:
+                    raise UserError(f"{spec.source} has more than {_MOST_IMAGES:,} images")
             paths.update(path for path in source.label_files if Path(path).is_file())
+    paths |= images
     whole = sorted({str(Path(path).absolute()) for path in paths})
     top = os.path.commonpath([str(Path(path).parent) for path in whole])
     return [(path, Path(path).relative_to(top).as_posix()) for path in whole]
@@ -236,14 +240,43 @@ def _files_of(spec: DatasetSpec) -> list[tuple[str, str]]:
 # ---- the other process --------------------------------------------------------------------------------------------
 
 
+class _Messages:
+    """Pickled messages on their way to a process, in order, and how many bytes of them are not there yet."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._put = self._written = 0  # bytes; one is counted by whoever tells, the other by the thread that writes
+
+    @property
+    def waiting(self) -> int:
+        return self._put - self._written
+
+    def put(self, message: tuple) -> None:
+        packed = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        self._put += len(packed)
+        self._queue.put(packed)
+
+    def end(self) -> None:
+        """No more will come."""
+        self._queue.put(None)
+
+    def write(self, stream: IO[bytes]) -> None:
+        """Write what comes, to the end."""
+        with suppress(OSError), stream:  # a process that is gone is noticed by whoever tells it something
+            for packed in iter(self._queue.get, None):
+                stream.write(packed)
+                stream.flush()
+                self._written += len(packed)
+
+
 class _Process:
     """wandb_process.py at work, which ends with this object, or with the program, if nobody finishes it before."""
 
     def __init__(self, folder: Path, start: tuple) -> None:
         """Its output, and all files of wandb, go to `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._log, self._queue = folder / _LOG, queue.SimpleQueue()
-        self._queue.put(start)
+        self._log, self._messages = folder / _LOG, _Messages()
+        self._messages.put(start)
         code = f"import sys; sys.path[0] = {str(PROJECT_ROOT)!r}; from utils.report.wandb_process import main; main()"
         places = {"WANDB_MODE": wandb_mode() or "online"}  # empty, it would be a mistake
         inside = folder.resolve()
@@ -257,34 +290,38 @@ class _Process:
                 env=environment(**places),
                 start_new_session=True,  # it has no terminal, so nobody is asked for a password there
             )
-            threading.Thread(target=_feed, args=(self._queue, self._popen.stdin), name="wandb", daemon=True).start()
-        self._end = weakref.finalize(self, _leave, self._popen, self._queue)
+            threading.Thread(target=self._messages.write, args=(self._popen.stdin,), name="wandb", daemon=True).start()
+        self._end = weakref.finalize(self, _leave, self._popen, self._messages)
 
     def tell(self, message: tuple) -> None:
-        """Never waits. Raises RuntimeError where the process has ended, or does not keep up."""
+        """Never waits. Raises RuntimeError where the process has ended, or does not keep up and so was ended."""
         if self._popen.poll() is not None:
             raise RuntimeError(self._last_words())
-        if self._queue.qsize() > (_MOST_PICTURES_WAITING if message[0] == "images" else _MOST_WAITING):
-            self._end.detach()
-            self._popen.kill()
-            raise RuntimeError("it does not keep up")
-        self._queue.put(message)
+        if self._messages.waiting > _MOST_WAITING:
+            self._kill()
+            raise RuntimeError(f"it does not keep up: {self._messages.waiting >> 20:,} MB wait for it")
+        self._messages.put(message)
 
-    def finish(self, within_s: float, note: Note) -> None:
+    def finish(self, within_s: float, note: Note, *, exit_code: int) -> None:
         """Wait until all is told, and sent where there is a network. Raises RuntimeError where that is not done."""
-        self.tell(("finish", 0))
-        self._queue.put(None)
+        self.tell(("finish", exit_code))
+        self._messages.end()
+        silent_s = min(_SAID_S, within_s)
         try:
-            if not _ends(self._popen, _SAID_S):
-                note(f"sending what is left to Weights & Biases, for {within_s:.0f} s at most")
-                if not _ends(self._popen, within_s):
+            if not _ends(self._popen, silent_s):
+                note(f"sending what is left to Weights & Biases, for {within_s - silent_s:.0f} s at most")
+                if not _ends(self._popen, within_s - silent_s):
                     raise RuntimeError(f"not all was sent in {within_s:.0f} s; `wandb sync` sends {self._log.parent}")
         finally:
-            self._end.detach()
-            self._popen.kill()
-            self._popen.wait()
+            self._kill()
         if self._popen.returncode:
             raise RuntimeError(self._last_words())
+
+    def _kill(self) -> None:
+        """If it has not ended by itself."""
+        self._end.detach()
+        self._popen.kill()
+        _ends(self._popen, _KILLED_S)
 
     def _last_words(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -292,18 +329,10 @@ class _Process:
         return next(told, f"its process ended, with exit code {self._popen.returncode}: see {self._log}")
 
 
-def _feed(messages: queue.SimpleQueue, stream: IO[bytes]) -> None:
-    """Write what comes, up to a None."""
-    with suppress(OSError), stream:  # a process that is gone is noticed by whoever tells it something
-        for message in iter(messages.get, None):
-            pickle.dump(message, stream)
-            stream.flush()
-
-
-def _leave(process: subprocess.Popen, messages: queue.SimpleQueue) -> None:
+def _leave(process: subprocess.Popen, messages: _Messages) -> None:
     """End a process whose run was interrupted."""
     messages.put(("finish", 1))
-    messages.put(None)
+    messages.end()
     if not _ends(process, _LEAVE_S):
         process.kill()
         process.wait()
