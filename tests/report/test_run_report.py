@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.report.logged import logged_run
+from tests.report.logged import COCO, logged_run
 from tests.stores import ImageLabels, build_store
 from utils.clock import PARTS, TimeSplit
 from utils.data.store import plain_store
@@ -23,7 +23,6 @@ from utils.structures import (
     BadUpdate,
     Batch,
     ClassMetrics,
-    CocoFigures,
     Curves,
     Detections,
     JudgedImage,
@@ -33,7 +32,6 @@ from utils.structures import (
 )
 
 LOSSES = LossMeans(box=0.1, objectness=0.2, classification=0.3)
-COCO = CocoFigures(**{name: place / 100 for place, name in enumerate(CocoFigures.__annotations__)})
 METRICS = Metrics(
     precision=1 / 3,
     recall=0.5,

@@ -5,21 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from utils.clock import PARTS, TimeSplit
 from utils.config import TrainOptions
 from utils.hyp import Hyperparameters, plain_values
 from utils.report.about import About, SplitSummary
+from utils.report.console import labelled
 from utils.report.settings import Setting, hyp_settings, option_settings
 from utils.structures import Metrics
 
 _MOST_CLASSES = 100  # of a table
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Of texts and numbers, which are shown as they are."""
-    texts = ([cell if isinstance(cell, str) else _shown(cell) for cell in row] for row in (titles, *rows))
+def table(titles: Sequence[str], rows: Iterable[Sequence[str | int]]) -> str:
+    """Of texts, which are shown as they are, and counts."""
+    texts = ([cell if isinstance(cell, str) else _count(cell) for cell in row] for row in (titles, *rows))
     first, *others = [f"| {' | '.join(map(_plain, line))} |" for line in texts]
     return "\n".join([first, f"|{' --- |' * len(titles)}", *others])
 
@@ -92,7 +92,6 @@ def time_text(timing: Mapping[str, float]) -> str:
 
 def classes_text(metrics: Metrics) -> str:
     """Figures of all classes together and of each that has labels."""
-    classes = [one for one in metrics.per_class if one.labels]
     rows = [
         [
             name,
@@ -100,19 +99,13 @@ def classes_text(metrics: Metrics) -> str:
             one.labels,
             *(f"{figure:.3f}" for figure in (one.precision, one.recall, one.f1, one.map50, one.map50_95)),
         ]
-        for name, one in [("all", metrics), *((one.name, one) for one in classes)]
+        for name, one in [("all", metrics), *((one.name, one) for one in labelled(metrics))]
     ]
     return table(["class", "images", "labels", "precision", "recall", "F1", "mAP@.5", "mAP@.5:.95"], rows)
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    return f"{value:g}" if isinstance(value, float) else str("none" if value in (None, "") else value)
+def _count(number: int) -> str:
+    return f"{number:,}" if number >= 10_000 else str(number)
 
 
 def _plain(cell: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from utils.clock import PARTS
 from utils.hyp import plain_values
 from utils.report import markdown, summaries
+from utils.report.console import labelled
 from utils.report.event_file import EventFile, event, graph_event, is_installed
 from utils.report.graph import graph_def, network_graph
 from utils.report.logger import LoggedEpoch, LoggedRun, Logger, first_line
@@ -155,7 +156,7 @@ def _curves(metrics: Metrics, tag: str) -> Iterator[Summary.Value]:
 
     The mean of precision is that over the classes that claim something.
     """
-    classes = [one for one in metrics.per_class if one.labels]
+    classes = labelled(metrics)
     if metrics.curves is None or not classes:
         return
     precision, recall = metrics.curves.precision, metrics.curves.recall
